@@ -1,0 +1,41 @@
+# Two commands are all there is to know: `make serve` and `make test`. Both install what they
+# need into .venv first.
+PYTHON ?= python3
+FLOW ?= onnx-flow.yml
+EXTRAS := onnx,torch,test,dev
+BIN := .venv/bin
+# The packages as they are installed, for mypy: executors/ and flows/ inside clip_server/.
+TYPED := build/typed
+
+export CLIP_MODEL ?= embedded
+
+.PHONY: serve test lint clean
+
+# The embedded model on ONNX Runtime, on this machine only. FLOW=my.yml CLIP_MODEL=ViT-B-32::openai
+serve: .venv/.serve
+	$(BIN)/python -m clip_server --host 127.0.0.1 $(FLOW)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)/clip_server
+	ln -s $(CURDIR)/clip_client $(TYPED)/
+	ln -s $(CURDIR)/clip_server/* $(CURDIR)/executors $(CURDIR)/flows $(TYPED)/clip_server/
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.serve: $(BIN)/python pyproject.toml requirements.lock
+	test -e .venv/.dev || $(BIN)/python -m pip install -q -c requirements.lock -e '.[onnx]'
+	touch $@
+
+.venv/.dev: $(BIN)/python pyproject.toml requirements.lock
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,45 @@
+"""The client of CLIP as a microservice.
+
+from clip_client import Client
+
+client = Client("grpc://127.0.0.1:51000")
+vectors = client.encode(["a photo of a cat", "cat.jpg"])
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from clip_client.client import Client
+from clip_client.errors import (
+    AuthenticationError,
+    ClipError,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    InvalidInputError,
+    ItemFailure,
+    ItemsError,
+    OverloadedError,
+    ServerError,
+)
+from clip_client.results import Batch, Label, Latency, Ranking
+
+try:
+    __version__ = version("clip-server")
+except PackageNotFoundError:
+    __version__ = "0.0.0"
+
+__all__ = [
+    "AuthenticationError",
+    "Batch",
+    "Client",
+    "ClipError",
+    "ConnectionFailedError",
+    "DeadlineExceededError",
+    "InvalidInputError",
+    "ItemFailure",
+    "ItemsError",
+    "Label",
+    "Latency",
+    "OverloadedError",
+    "Ranking",
+    "ServerError",
+]

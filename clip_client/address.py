@@ -1,0 +1,62 @@
+"""Where the server is: `scheme://host:port`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from clip_client.errors import ConnectionFailedError, InvalidInputError
+
+# The port where none is written.
+SCHEMES = {"grpc": 51000, "grpcs": 443, "http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+@dataclass(frozen=True)
+class Address:
+    """One server, and the protocol it is spoken to in."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str = ""
+
+    @classmethod
+    def parse(cls, server: str) -> Address:
+        """Reads `grpc://host:port`, or another of `SCHEMES`. Raises InvalidInputError."""
+        scheme, separator, _ = server.partition("://")
+        allowed = ", ".join(f"{name}://" for name in SCHEMES)
+        if not separator:
+            raise InvalidInputError(f"{server!r} has no scheme; did you mean 'grpc://{server}'?")
+        if scheme.lower() not in SCHEMES:
+            raise InvalidInputError(f"{scheme}:// is not spoken here; use one of {allowed}")
+        try:
+            parts = urlsplit(server)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise InvalidInputError(f"{server!r} is no address: {error}") from None
+        if not host or parts.username is not None or parts.query or parts.fragment:
+            raise InvalidInputError(f"{server!r} is not of the form {parts.scheme}://host:port")
+        path = parts.path.rstrip("/")
+        if path and parts.scheme.startswith("grpc"):
+            raise InvalidInputError(f"{server!r}: a gRPC address has no path")
+        return cls(parts.scheme, host, SCHEMES[parts.scheme] if port is None else port, path)
+
+    @property
+    def secure(self) -> bool:
+        return self.scheme in ("grpcs", "https", "wss")
+
+    @property
+    def target(self) -> str:
+        """`host:port`, an IPv6 host in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.target}{self.path}"
+
+    def unreachable(self, reason: object) -> ConnectionFailedError:
+        """The error for a server that could not be reached, with what to look at."""
+        detail = str(reason).strip() or type(reason).__name__
+        return ConnectionFailedError(
+            f"no server answered at {self} ({detail}). Is it running there "
+            f"(python -m clip_server), and does that port speak {self.scheme}://?"
+        )

@@ -1,0 +1,237 @@
+"""One call of encode: items are read ahead, packed into requests, sent and gathered in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_client import content
+from clip_client.errors import InvalidInputError, ItemFailure, ServerError
+from clip_client.flow import Flow
+from clip_client.gathering import Gathered
+from clip_client.proto import clip_pb2
+from clip_client.results import Batch
+
+# Larger messages were slower on the server; a single larger item goes alone.
+MESSAGE_BYTES = 3_000_000
+# Pictures being read at once, and read but not yet sent.
+READ_AHEAD = 16
+# Items of one request, where the caller does not say.
+TEXTS, PICTURES = 128, 32
+
+Send = Callable[[clip_pb2.Request], Future[clip_pb2.Response]]
+Things = Iterator[Any] | AsyncIterator[Any]
+Reading = clip_pb2.Item | ItemFailure | Future[clip_pb2.Item]
+_END = object()
+
+
+class Pack:
+    """The items of one request, and those next to them that could not be read."""
+
+    def __init__(self, batch_size: int | None) -> None:
+        self.indices: list[int] = []
+        self.failures: list[ItemFailure] = []
+        self._batch_size = batch_size
+        self._rows: list[int] = []
+        self._items: list[clip_pb2.Item] = []
+        self._bytes = 0
+
+    def has_room(self, item: clip_pb2.Item | ItemFailure) -> bool:
+        if not self.indices:
+            return True
+        if len(self.indices) >= self._limit():
+            return False
+        return isinstance(item, ItemFailure) or self._bytes + item.ByteSize() <= MESSAGE_BYTES
+
+    def add(self, index: int, item: clip_pb2.Item | ItemFailure) -> None:
+        self.indices.append(index)
+        if isinstance(item, ItemFailure):
+            self.failures.append(item)
+            return
+        self._rows.append(len(self.indices) - 1)
+        self._items.append(item)
+        self._bytes += item.ByteSize()
+
+    def request(self, options: clip_pb2.Options) -> clip_pb2.Request | None:
+        """The request, or None where there is nothing to send. The items are let go."""
+        if not self._items:
+            return None
+        encode = clip_pb2.EncodeRequest(items=self._items, options=options)
+        self._items = []
+        return clip_pb2.Request(encode=encode)
+
+    def batch(self, response: clip_pb2.EncodeResponse | None) -> Batch:
+        """The answer, each row at its item's place."""
+        if response is None:
+            empty = np.empty((len(self.indices), 0), np.float32)
+            return Batch(self.indices, empty, self.failures)
+        rows = _matrix(response, len(self._rows))
+        embeddings = np.full((len(self.indices), response.dim), np.nan, np.float32)
+        embeddings[self._rows] = rows
+        failures = [
+            ItemFailure(self.indices[self._rows[error.index]], error.message)
+            for error in response.errors
+        ]
+        ordered = sorted(self.failures + failures, key=lambda failure: failure.index)
+        return Batch(self.indices, embeddings, ordered)
+
+    def _limit(self) -> int:
+        if self._batch_size is not None:
+            return self._batch_size
+        return TEXTS if self._items and self._items[0].HasField("text") else PICTURES
+
+
+class Encoding:
+    """The reading, packing and sending of one call; `gathered` gets each batch, in order.
+
+    What is held at once is bounded: `READ_AHEAD` items, and `prefetch` requests.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        read: Callable[[content.Read], Future[clip_pb2.Item]],
+        gathered: Gathered,
+        *,
+        batch_size: int | None,
+        prefetch: int,
+        options: clip_pb2.Options,
+    ) -> None:
+        self._send = send
+        self._read = read
+        self._gathered = gathered
+        self._batch_size = batch_size
+        self._prefetch = prefetch
+        self._options = options
+        self._reading: deque[tuple[int, Reading]] = deque()
+        self._pack = Pack(batch_size)
+        self._in_flight: deque[tuple[Pack, Future[clip_pb2.Response] | None]] = deque()
+
+    def run(self, things: Things) -> Flow[None]:
+        """Encodes all of `things`."""
+        index = 0
+        try:
+            while (thing := (yield from _pull(things))) is not _END:
+                self._gathered.begin(index, thing)
+                self._reading.append((index, self._begin(index, thing)))
+                index += 1
+                yield from self._advance(READ_AHEAD)
+                yield from self._collect(self._prefetch)
+            yield from self._advance(0)
+            yield from self._dispatch()
+            yield from self._collect(0)
+        finally:
+            self._cancel()
+
+    def _begin(self, index: int, thing: Any) -> Reading:
+        try:
+            begun = content.prepare(thing)
+        # Whatever is wrong with one item, even in the code of its own class, is its own error.
+        except Exception as error:
+            return _failure(index, error)
+        return begun if isinstance(begun, clip_pb2.Item) else self._read(begun)
+
+    def _advance(self, limit: int) -> Flow[None]:
+        """Packs what is read, and waits until at most `limit` are not."""
+        while self._reading and (len(self._reading) > limit or _is_ready(self._reading[0][1])):
+            index, reading = self._reading.popleft()
+            item = yield from _settled(index, reading)
+            if not self._pack.has_room(item):
+                yield from self._dispatch()
+            self._pack.add(index, item)
+
+    def _dispatch(self) -> Flow[None]:
+        """Sends the pack, as soon as fewer than `prefetch` are under way."""
+        if not self._pack.indices:
+            return
+        yield from self._collect(self._prefetch - 1)
+        request = self._pack.request(self._options)
+        self._in_flight.append((self._pack, self._send(request) if request else None))
+        self._pack = Pack(self._batch_size)
+
+    def _collect(self, limit: int) -> Flow[None]:
+        """Hands on the answers that are there, and waits until at most `limit` are not."""
+        while self._in_flight and (len(self._in_flight) > limit or _is_done(self._in_flight[0][1])):
+            pack, answer = self._in_flight.popleft()
+            try:
+                response = (yield answer).encode if answer else None
+                batch = pack.batch(response)
+            except Exception as error:
+                empty = np.empty((len(pack.indices), 0), np.float32)
+                self._gathered.add(Batch(pack.indices, empty, pack.failures, error))
+                raise
+            self._gathered.add(batch)
+
+    def _cancel(self) -> None:
+        for _, reading in self._reading:
+            if isinstance(reading, Future):
+                reading.cancel()
+        for _, answer in self._in_flight:
+            if answer:
+                answer.cancel()
+
+
+def iterate(things: Any, name: str = "encode") -> Things:
+    """The items of what was passed. Raises TypeError where that is one item, not several."""
+    single = isinstance(things, (str, bytes, bytearray, memoryview, dict))
+    single = single or (isinstance(things, np.ndarray) and things.ndim in (2, 3))
+    single = single or (content.is_document(things) and not hasattr(things, "__getitem__"))
+    if not single:
+        if hasattr(things, "__aiter__"):
+            stream: AsyncIterator[Any] = things.__aiter__()
+            return stream
+        if isinstance(things, Iterable):
+            return iter(things)
+    shown = repr(things)
+    shown = shown if len(shown) <= 40 else "item"
+    raise TypeError(f"pass several items, not one {type(things).__name__}: {name}([{shown}])")
+
+
+def _pull(things: Things) -> Flow[Any]:
+    if isinstance(things, Iterator):
+        return next(things, _END)
+    try:
+        return (yield things.__anext__())
+    except StopAsyncIteration:
+        return _END
+
+
+def _settled(index: int, reading: Reading) -> Flow[clip_pb2.Item | ItemFailure]:
+    if not isinstance(reading, Future):
+        return reading
+    try:
+        item: clip_pb2.Item = yield reading
+        return item
+    except Exception as error:
+        return _failure(index, error)
+
+
+def _failure(index: int, error: Exception) -> ItemFailure:
+    if isinstance(error, InvalidInputError):
+        return ItemFailure(index, str(error))
+    return ItemFailure(index, f"{type(error).__name__}: {error}")
+
+
+def _is_ready(reading: Reading) -> bool:
+    return not isinstance(reading, Future) or reading.done()
+
+
+def _is_done(answer: Future[clip_pb2.Response] | None) -> bool:
+    return answer is None or answer.done()
+
+
+def _matrix(response: clip_pb2.EncodeResponse, rows: int) -> NDArray[np.float32]:
+    size = rows * response.dim * 4
+    in_range = all(error.index < rows for error in response.errors)
+    if response.count != rows or len(response.embeddings) != size or not in_range:
+        raise ServerError(
+            f"the answer to {rows} items holds {response.count} x {response.dim} embeddings "
+            f"in {len(response.embeddings)} bytes"
+        )
+    matrix: NDArray[np.float32] = np.frombuffer(response.embeddings, "<f4")
+    return matrix.reshape(rows, response.dim)

@@ -1,0 +1,77 @@
+"""What the calls of the Client give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_client.errors import ItemFailure
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a callback of `encode` gets: one request's items, answered or failed."""
+
+    # The items' places in the input.
+    indices: Sequence[int]
+    # [n, D] float32, NaN in the rows of items that failed; [n, 0] where no item came through.
+    embeddings: NDArray[np.float32]
+    # The items that failed, by their places in the input.
+    errors: Sequence[ItemFailure]
+    # Why the whole request failed, which `encode` raises as well; else None.
+    exception: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One candidate of `rank`."""
+
+    # Its place among the candidates, and the candidate itself.
+    index: int
+    item: Any
+    # softmax(logit_scale * cosine) over the candidates.
+    probability: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label of `classify`, for one image."""
+
+    label: str
+    # softmax(logit_scale * cosine) over the labels.
+    probability: float
+    cosine: float
+
+
+class Latency(NamedTuple):
+    """One line of `profile`."""
+
+    milliseconds: float
+    # Of the line above it in the tree.
+    percent: float
+
+
+def cosines(queries: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[Q, D] and [T, D] -> [Q, T]; NaN where a row is NaN."""
+    product: NDArray[np.float64] = _unit(queries) @ _unit(targets).T
+    return product
+
+
+def probabilities(cosine: NDArray[np.float64], logit_scale: float) -> NDArray[np.float64]:
+    """[Q, T] cosines -> [Q, T] softmax over each row's targets."""
+    logits = logit_scale * cosine
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    scores: NDArray[np.float64] = raised / raised.sum(axis=1, keepdims=True)
+    return scores
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    rows64 = rows.astype(np.float64)
+    lengths = np.linalg.norm(rows64, axis=1, keepdims=True)
+    unit: NDArray[np.float64] = rows64 / np.where(lengths == 0, 1.0, lengths)
+    return unit

@@ -1,0 +1,54 @@
+"""What a transport is: one method, and `close`.
+
+A transport carries envelopes and knows nothing of their meaning. It lives on one event loop.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from clip_client.errors import ClipError, ConnectionFailedError, server_error
+from clip_client.proto import clip_pb2
+
+CONNECT_SECONDS = 10.0
+
+# The code a status stands for when its body does not say: a proxy's answer, mostly.
+_STATUS_CODES = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "UNAUTHENTICATED",
+    408: "DEADLINE_EXCEEDED",
+    413: "RESOURCE_EXHAUSTED",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+class Transport(Protocol):
+    """Sends a request and brings its response; many may be under way at once."""
+
+    async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
+        """The server's answer, which may be an error.
+
+        Raises ConnectionFailedError where no answer came, and ServerError where the server
+        refused the connection as such.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ConnectionLostError(ConnectionFailedError):
+    """A connection that had worked broke before the answer: sending once more is worth it."""
+
+
+def status_error(where: str, status: int, body: bytes) -> ClipError:
+    """The error for an HTTP status whose body is not one of our own errors."""
+    detail = body[:200].decode("utf-8", "replace").strip()
+    if status == 404:
+        detail = f"is this the address of a CLIP server? {detail}"
+    code = _STATUS_CODES.get(status, "UNKNOWN")
+    return server_error(code, f"{where} answered with status {status}: {detail}".rstrip(": "))

@@ -1,0 +1,112 @@
+"""Many requests at once on one connection, each answer matched to its request by `id`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from clip_client.errors import ClipError, ConnectionFailedError, server_error
+from clip_client.proto import clip_pb2
+from clip_client.transports.base import ConnectionLostError
+
+
+class Link(Protocol):
+    """An open connection that carries envelopes both ways."""
+
+    async def write(self, request: clip_pb2.Request) -> None: ...
+
+    async def read(self) -> clip_pb2.Response:
+        """The next response. Raises ClipError at the connection's end."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Multiplexer:
+    """A transport over links: keeps one open, and opens another when it broke."""
+
+    def __init__(self, open_link: Callable[[], Awaitable[Link]]) -> None:
+        self._open_link = open_link
+        self._opening = asyncio.Lock()
+        self._connection: _Connection | None = None
+
+    async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
+        async with self._opening:
+            if self._connection is None or self._connection.broken:
+                self._connection = _Connection(await self._open_link())
+        return await self._connection.exchange(request)
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+
+
+class _Connection:
+    def __init__(self, link: Link) -> None:
+        self.broken = False
+        self._link = link
+        self._answered = False
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[clip_pb2.Response]] = {}
+        self._outbox: asyncio.Queue[clip_pb2.Request] = asyncio.Queue()
+        self._reader = asyncio.create_task(self._read())
+        # One task writes: a caller that is cancelled must not cut a message in two, and in
+        # grpc.aio a cancelled write cancels the whole call.
+        self._writer = asyncio.create_task(self._write())
+
+    async def exchange(self, request: clip_pb2.Request) -> clip_pb2.Response:
+        request.id = next(self._ids)
+        answer: asyncio.Future[clip_pb2.Response] = asyncio.get_running_loop().create_future()
+        self._pending[request.id] = answer
+        self._outbox.put_nowait(request)
+        try:
+            return await answer
+        finally:
+            self._pending.pop(request.id, None)
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _write(self) -> None:
+        # The reader sees the same break, and why.
+        with contextlib.suppress(Exception):
+            while True:
+                request = await self._outbox.get()
+                if request.id in self._pending:
+                    await self._link.write(request)
+
+    async def _read(self) -> None:
+        failure: ClipError = ConnectionFailedError("the client was closed")
+        try:
+            while True:
+                self._deliver(await self._link.read())
+        except ClipError as error:
+            failure = error
+            if self._answered and isinstance(error, ConnectionFailedError):
+                failure = ConnectionLostError(str(error))
+        finally:
+            self._break(failure)
+            await self._link.close()
+
+    def _deliver(self, response: clip_pb2.Response) -> None:
+        if response.HasField("error") and not response.id:
+            # It names no request, so it is about the connection.
+            code = clip_pb2.Error.Code.Name(response.error.code)
+            raise server_error(code, response.error.message)
+        self._answered = True
+        answer = self._pending.pop(response.id, None)
+        # No one waits for the answer to a request that was given up.
+        if answer is not None and not answer.done():
+            answer.set_result(response)
+
+    def _break(self, failure: ClipError) -> None:
+        self.broken = True
+        self._writer.cancel()
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(copy.copy(failure))

@@ -1,0 +1,62 @@
+"""WebSocket: each binary frame out is one request, each binary frame in one response."""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from clip_client.address import Address
+from clip_client.errors import server_error
+from clip_client.proto import clip_pb2
+from clip_client.transports.base import CONNECT_SECONDS, status_error
+from clip_client.transports.multiplex import Multiplexer
+
+
+def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
+    """The transport for `ws://` and `wss://`."""
+
+    async def open_link() -> _SocketLink:
+        try:
+            socket = await connect(
+                f"{address}/" if not address.path else str(address),
+                additional_headers=headers,
+                max_size=None,
+                # Pictures and vectors do not compress.
+                compression=None,
+                open_timeout=CONNECT_SECONDS,
+                # A busy server on a small machine may take its time to answer a ping.
+                ping_timeout=120,
+            )
+        except InvalidStatus as error:
+            status, body = error.response.status_code, bytes(error.response.body or b"")
+            raise status_error(str(address), status, body) from None
+        except (OSError, TimeoutError, InvalidHandshake) as error:
+            raise address.unreachable(error) from None
+        return _SocketLink(address, socket)
+
+    return Multiplexer(open_link)
+
+
+class _SocketLink:
+    def __init__(self, address: Address, socket: ClientConnection) -> None:
+        self._address = address
+        self._socket = socket
+
+    async def write(self, request: clip_pb2.Request) -> None:
+        await self._socket.send(request.SerializeToString())
+
+    async def read(self) -> clip_pb2.Response:
+        try:
+            frame = await self._socket.recv()
+        except ConnectionClosed as error:
+            raise self._address.unreachable(f"the connection broke: {error}") from None
+        try:
+            if isinstance(frame, bytes):
+                return clip_pb2.Response.FromString(frame)
+        except DecodeError:
+            pass
+        raise server_error("UNKNOWN", f"{self._address} sent a frame that is no clip.v1.Response")
+
+    async def close(self) -> None:
+        await self._socket.close()

@@ -1,0 +1,143 @@
+"""`python -m clip_server [flow.yml | -i]`: runs a flow until told to end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from clip_server import flow as flows
+from clip_server.errors import ConfigurationError
+from clip_server.process import stay_silent
+
+# Replicas that were killed never confirm their end; waiting longer for them helps nobody.
+_END_TIMEOUT_MS = 15_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. The exit status: 0 ended as told, 1 could not start, 2 misused."""
+    options = _parser().parse_args(arguments)
+    stay_silent()
+    started = time.perf_counter()
+    try:
+        _require_jina()
+        text = sys.stdin.read() if options.stdin else flows.read(options.flow)
+        spec = flows.prepare(flows.parse(text), options.host)
+        return _run(spec, started)
+    except ConfigurationError as error:
+        print(f"clip_server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_server",
+        description="Serves CLIP embeddings of texts and images.",
+        epilog="CLIP_MODEL=NAME in the environment names the model of a built-in flow; "
+        "CLIP_MODEL=embedded needs no download.",
+    )
+    parser.add_argument(
+        "flow",
+        nargs="?",
+        default=flows.DEFAULT_FLOW,
+        help="a YAML file, or one of the built-in torch-flow.yml (default) and onnx-flow.yml",
+    )
+    parser.add_argument("-i", dest="stdin", action="store_true", help="read the flow from stdin")
+    parser.add_argument("--host", help="listen on this address, whatever the flow says")
+    return parser
+
+
+def _require_jina() -> None:
+    warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
+    os.environ.setdefault("JINA_LOG_LEVEL", "ERROR")
+    try:
+        import jina.orchestrate.orchestrator as orchestrator
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"the server needs the package {error.name}: "
+            "pip install 'clip-server[onnx]', or [torch], [onnx-gpu]"
+        ) from None
+    # Jina asks three services on the internet for this machine's public address.
+    orchestrator.get_public_ip = lambda *_, **__: None
+
+
+def _run(spec: dict[str, Any], started: float) -> int:
+    from jina import Flow
+
+    stop = threading.Event()
+    running = False
+
+    def end(*_: object) -> None:
+        stop.set()
+        if not running:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    for executor in spec["executors"]:
+        executor.setdefault("timeout_ctrl", _END_TIMEOUT_MS)
+    # Jina then gives up at the first process that fails, instead of waiting for the others.
+    os.environ["JINA_EARLY_STOP"] = "1"
+    flow = Flow.load_config(spec)
+    try:
+        # Jina's own welcome names addresses that are not ours, and pages we do not serve.
+        with contextlib.redirect_stdout(io.StringIO()):
+            flow.start()
+    except KeyboardInterrupt:
+        flow.close()
+        return 130
+    except Exception as error:
+        flow.close()
+        raise ConfigurationError(f"the server could not start: {error}") from None
+    running = True
+    _welcome(spec, flow, time.perf_counter() - started)
+    stop.wait()
+    print("clip_server: finishing what is under way", flush=True)
+    # The gateway first, while the encoders can still answer what it has taken.
+    flow._deployment_nodes["gateway"].close()
+    flow.close()
+    return 0
+
+
+def _welcome(spec: dict[str, Any], flow: Any, seconds: float) -> None:
+    print(f"clip_server: ready in {seconds:.1f} s", flush=True)
+    for line in asyncio.run(_describe(flow)):
+        print(f"  {line}")
+    for address in flows.addresses(spec):
+        print(f"  {address}")
+    if spec["gateway"]["host"] == flows.ALL_INTERFACES:
+        print("  open to every network this machine is on; --host 127.0.0.1 keeps it to itself")
+    sys.stdout.flush()
+
+
+async def _describe(flow: Any) -> list[str]:
+    """What encodes, by its own word."""
+    from clip_client.proto import clip_pb2 as pb
+    from clip_server.gateway.encoder import Encoder, replica_addresses
+
+    deployments = json.loads(flow._deployment_nodes["gateway"].args.deployments_addresses)
+    encoder = Encoder(replica_addresses(deployments), timeout=10.0)
+    try:
+        await encoder.find(asyncio.Event())
+        info = (await encoder.call(pb.Request(info=pb.InfoRequest()))).info
+    except ConfigurationError:
+        return []
+    finally:
+        await encoder.close()
+    return [f"{info.model}, {info.dim} dimensions, on {info.runtime} ({info.device}, {info.dtype})"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The gateway's process: finds the encoder, opens the ports, drains and closes them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from jina.serve.runtimes.gateway.gateway import BaseGateway
+from jina.serve.runtimes.servers import BaseServer
+
+from clip_server.errors import ConfigurationError
+from clip_server.gateway.encoder import Encoder, replica_addresses
+from clip_server.gateway.grpc import GrpcListener
+from clip_server.gateway.http import HttpListener
+from clip_server.gateway.listener import Listener, Tls
+from clip_server.gateway.websocket import WebSocketListener
+from clip_server.process import end_with_parent
+from clip_server.service import Limits
+
+LISTENERS: dict[str, type[Listener]] = {
+    "grpc": GrpcListener,
+    "http": HttpListener,
+    "websocket": WebSocketListener,
+}
+
+
+class ClipGateway(BaseServer, BaseGateway):
+    """Serves clip.v1 on every protocol and port that the flow names."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        end_with_parent()
+        args = self.runtime_args
+        timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
+        deployments = replica_addresses(json.loads(args.deployments_addresses))
+        self.encoder = Encoder(deployments, timeout)
+        self.listeners = [
+            LISTENERS[str(protocol).lower()](
+                host=self.host,
+                port=port,
+                call=self.encoder.call,
+                jina=self._request_handler,
+                limits=Limits(),
+                args=args,
+                tls=_tls(args),
+            )
+            for protocol, port in zip(self.protocols, self.ports, strict=True)
+        ]
+        self._opened: list[Listener] = []
+        self._closed = asyncio.Event()
+
+    async def setup_server(self) -> None:
+        """Opens the ports once the encoder answers."""
+        await self.encoder.find(self.is_cancel)
+        if self.is_cancel.is_set():
+            return
+        # A Jina client learns the endpoints from here.
+        await self.streamer._get_endpoints_input_output_models(is_cancel=self.is_cancel)
+        for listener in self.listeners:
+            await listener.start()
+            self._opened.append(listener)
+
+    async def run_server(self) -> None:
+        """Serves until told to end."""
+        await self._closed.wait()
+
+    async def shutdown(self) -> None:
+        """Lets what is under way finish, and closes everything. Jina calls it twice."""
+        if self._closed.is_set():
+            return
+        opened, self._opened = self._opened, []
+        await asyncio.gather(*(listener.stop() for listener in opened))
+        await self.encoder.close()
+        await self._request_handler.close()
+        await super().shutdown()
+        self._closed.set()
+
+
+def _tls(args: Any) -> Tls | None:
+    key, certificate = args.ssl_keyfile, args.ssl_certfile
+    if not key and not certificate:
+        return None
+    if not (key and certificate):
+        raise ConfigurationError("TLS needs both ssl_keyfile and ssl_certfile under gateway:")
+    return Tls(Path(key), Path(certificate))

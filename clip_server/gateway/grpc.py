@@ -1,0 +1,150 @@
+"""The gRPC port: clip.v1, Jina's own protocol, health and reflection."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from jina.proto import jina_pb2, jina_pb2_grpc
+from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.gateway.listener import GRACE_SECONDS, Listener
+from clip_server.gateway.streams import answer_all
+from clip_server.service import FAILED
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
+Call = Callable[[pb.Request], Awaitable[pb.Response]]
+
+
+class GrpcListener(Listener):
+    """Serves gRPC. See Listener."""
+
+    async def start(self) -> None:
+        """See Listener."""
+        self._server = grpc.aio.server(options=list(self._options().items()))
+        self._server.add_generic_rpc_handlers((_clip_handlers(self.call),))
+        _add_jina(self._server, JinaDoor(self.jina))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        self._bind()
+        await self._server.start()
+        for name in ("", _SERVICE, *_jina_services()):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "grpc.max_send_message_length": -1,
+            "grpc.max_receive_message_length": self.limits.max_request_bytes,
+            "grpc.so_reuseport": 0,  # a second server on the port is an error, not a lottery
+            **(self.args.grpc_server_options or {}),
+        }
+
+    def _bind(self) -> None:
+        address = f"{self.host}:{self.port}"
+        if self.tls is None:
+            self._server.add_insecure_port(address)
+        else:
+            pair = (self.tls.key.read_bytes(), self.tls.certificate.read_bytes())
+            self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+
+    async def stop(self) -> None:
+        """See Listener."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace=GRACE_SECONDS)
+
+
+def _clip_handlers(call: Call) -> grpc.GenericRpcHandler:
+    def unary(kind: str) -> grpc.RpcMethodHandler[Any, Any]:
+        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            response = await call(pb.Request(**{kind: request}))
+            if response.HasField("error"):
+                code = pb.Error.Code.Name(response.error.code)
+                await context.abort(grpc.StatusCode[code], response.error.message)
+            return getattr(response, kind)
+
+        name = kind.capitalize()
+        return grpc.unary_unary_rpc_method_handler(
+            answer,
+            request_deserializer=getattr(pb, f"{name}Request").FromString,
+            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
+        )
+
+    async def stream(
+        requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        await answer_all(requests, call, context.write)
+
+    return grpc.method_handlers_generic_handler(
+        _SERVICE,
+        {
+            "Encode": unary("encode"),
+            "Rank": unary("rank"),
+            "Info": unary("info"),
+            # Serialized on both sides: the envelope is the stream's own affair.
+            "Stream": grpc.stream_stream_rpc_method_handler(stream),
+        },
+    )
+
+
+class JinaDoor:
+    """What a Jina client needs of a gateway, with nothing of the server in its errors."""
+
+    def __init__(self, handler: GatewayRequestHandler) -> None:
+        self._handler = handler
+
+    async def Call(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        """Jina's streaming call."""
+        async for response in self._handler.stream(requests, context):
+            yield _scrub(response)
+
+    async def process_single_data(self, request: Any, context: Any) -> Any:
+        """Jina's unary call."""
+        return _scrub(await self._handler.process_single_data(request, context))
+
+    async def dry_run(self, empty: Any, context: Any) -> Any:
+        """Whether the flow answers."""
+        status = await self._handler.dry_run(empty, context)
+        status.ClearField("exception")
+        return status
+
+    async def endpoint_discovery(self, empty: Any, context: Any) -> Any:
+        """The endpoints and their schemas."""
+        return await self._handler.endpoint_discovery(empty, context)
+
+
+def _scrub(response: Any) -> Any:
+    """Leaves of an executor's exception what was meant for the client."""
+    status = response.header.status
+    if status.code == jina_pb2.StatusProto.ERROR:
+        ours = status.exception.name == "RequestError" and status.exception.args
+        said = status.exception.args[0] if ours else FAILED
+        for route in response.proto.routes if hasattr(response, "proto") else ():
+            route.status.ClearField("exception")
+            route.status.description = ""
+        status.ClearField("exception")
+        status.description = said
+    return response
+
+
+def _add_jina(server: grpc.aio.Server, door: JinaDoor) -> None:
+    jina_pb2_grpc.add_JinaRPCServicer_to_server(door, server)
+    jina_pb2_grpc.add_JinaSingleDataRequestRPCServicer_to_server(door, server)
+    jina_pb2_grpc.add_JinaGatewayDryRunRPCServicer_to_server(door, server)
+    jina_pb2_grpc.add_JinaDiscoverEndpointsRPCServicer_to_server(door, server)
+
+
+def _jina_services() -> list[str]:
+    names = (
+        "JinaRPC",
+        "JinaSingleDataRequestRPC",
+        "JinaGatewayDryRunRPC",
+        "JinaDiscoverEndpointsRPC",
+    )
+    return [jina_pb2.DESCRIPTOR.services_by_name[name].full_name for name in names]

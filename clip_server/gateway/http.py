@@ -1,0 +1,339 @@
+"""The HTTP port: JSON as users of clip-as-service know it, or clip.v1 as protobuf."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+import uvicorn
+from google.protobuf.message import DecodeError, Message
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.gateway.listener import GRACE_SECONDS, Listener
+from clip_server.service import FAILED
+
+PROTOBUF = "application/x-protobuf"
+_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "RESOURCE_EXHAUSTED": 429,
+    "DEADLINE_EXCEEDED": 504,
+    "UNAVAILABLE": 503,
+}
+# The status of a body over the limit, for which trying again later does not help.
+_TOO_LARGE = 413
+
+
+class HttpListener(Listener):
+    """Serves HTTP. See Listener."""
+
+    async def start(self) -> None:
+        """See Listener."""
+        config = uvicorn.Config(
+            self._app(),
+            self.host,
+            self.port,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            ssl_keyfile=str(self.tls.key) if self.tls else None,
+            ssl_certfile=str(self.tls.certificate) if self.tls else None,
+            timeout_graceful_shutdown=int(GRACE_SECONDS),
+        )
+        self._server = uvicorn.Server(config)
+        # The gateway's process has handlers of its own.
+        self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._serving = asyncio.create_task(self._server.serve())
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """See Listener."""
+        self._server.should_exit = True
+        await self._serving
+
+    def _app(self) -> Starlette:
+        routes = [
+            Route("/", self._about),
+            Route("/encode", self._encode, methods=["POST"]),
+            Route("/rank", self._rank, methods=["POST"]),
+            Route("/post", self._post, methods=["POST"]),
+            Route("/info", self._info),
+            Route("/livez", self._live),
+            Route("/readyz", self._ready),
+        ]
+        cors = [Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"],
+                           allow_headers=["*"])] if self.args.cors else []  # fmt: skip
+        return Starlette(
+            routes=routes,
+            middleware=cors,
+            exception_handlers={
+                RequestError: _refuse,
+                404: _not_found,
+                405: _not_found,
+                500: _failed,
+            },
+        )
+
+    async def _about(self, _: Request) -> Response:
+        return _json({"service": "CLIP as a microservice", "endpoints": _ENDPOINTS})
+
+    async def _live(self, _: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def _ready(self, _: Request) -> Response:
+        """Ready is what has just encoded something."""
+        probe = pb.EncodeRequest(items=[pb.Item(text="ready?")])
+        response = await self.call(pb.Request(encode=probe))
+        if response.HasField("error"):
+            return _error(503, "UNAVAILABLE", response.error.message)
+        return _json({"status": "ready"})
+
+    async def _info(self, request: Request) -> Response:
+        info = await self._answer("info", pb.InfoRequest())
+        if PROTOBUF in request.headers.get("accept", ""):
+            return Response(info.SerializeToString(), media_type=PROTOBUF)
+        return _json({field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields})
+
+    async def _encode(self, request: Request) -> Response:
+        body = await self._body(request)
+        if _is_protobuf(request):
+            return await self._answer_protobuf("encode", pb.EncodeRequest, body)
+        return await self._encode_json(_parse(body))
+
+    async def _rank(self, request: Request) -> Response:
+        body = await self._body(request)
+        if _is_protobuf(request):
+            return await self._answer_protobuf("rank", pb.RankRequest, body)
+        return await self._rank_json(_parse(body))
+
+    async def _post(self, request: Request) -> Response:
+        """Jina's own route, which names the endpoint in the body."""
+        body = _parse(await self._body(request))
+        endpoint = body.get("execEndpoint", body.get("exec_endpoint", "/"))
+        if endpoint in ("/", "/encode"):
+            return await self._encode_json(body)
+        if endpoint == "/rank":
+            return await self._rank_json(body)
+        raise RequestError(f"execEndpoint {endpoint!r}: the allowed are /, /encode and /rank")
+
+    async def _body(self, request: Request) -> bytes:
+        most = self.limits.max_request_bytes
+        chunks: list[bytes] = []
+        size = int(request.headers.get("content-length") or 0)
+        if size <= most:
+            size = 0
+            async for chunk in request.stream():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > most:
+                    break
+        if size > most:
+            raise BodyTooLargeError(
+                f"the body has more than {most / 2**20:.0f} MiB, the most the server takes: "
+                "send fewer items a request, as the client does by itself"
+            )
+        return b"".join(chunks)
+
+    async def _answer(self, kind: str, message: Any) -> Any:
+        response = await self.call(pb.Request(**{kind: message}))
+        if response.HasField("error"):
+            error = response.error
+            raise RequestError(error.message, pb.Error.Code.Name(error.code))
+        return getattr(response, kind)
+
+    async def _answer_protobuf(self, kind: str, form: type[Message], body: bytes) -> Response:
+        try:
+            message = form.FromString(body)
+        except DecodeError:
+            raise RequestError(f"the body is not a serialized {form.__name__}") from None
+        answer = await self._answer(kind, message)
+        return Response(answer.SerializeToString(), media_type=PROTOBUF)
+
+    async def _encode_json(self, body: Mapping[str, Any]) -> Response:
+        docs = _docs(body)
+        parameters = _parameters(body)
+        options = pb.Options(
+            normalize=bool(parameters.get("normalize", False)),
+            minibatch_size=_size(parameters),
+        )
+        request = pb.EncodeRequest(items=[_item(doc) for doc in docs], options=options)
+        answer = await self._answer("encode", request)
+        embeddings = np.frombuffer(answer.embeddings, "<f4").reshape(answer.count, answer.dim)
+        errors = {error.index: error.message for error in answer.errors}
+        as_base64 = parameters.get("encoding_format") == "base64"
+        drop = bool(parameters.get("drop_image_content", False))
+        data = []
+        for index, doc in enumerate(docs):
+            result = _echo(doc, drop)
+            if index in errors:
+                result["error"] = errors[index]
+            elif as_base64:
+                result["embedding"] = base64.b64encode(embeddings[index].tobytes()).decode()
+            else:
+                result["embedding"] = embeddings[index]
+            data.append(result)
+        return _json({"data": data})
+
+    async def _rank_json(self, body: Mapping[str, Any]) -> Response:
+        docs = _docs(body)
+        return _json({"data": await asyncio.gather(*map(self._rank_doc, docs))})
+
+    async def _rank_doc(self, doc: Any) -> dict[str, Any]:
+        matches = doc.get("matches") if isinstance(doc, Mapping) else None
+        if not isinstance(matches, list):
+            raise RequestError(
+                'to rank, each entry of data has "matches", a list of what to rank for it'
+            )
+        request = pb.RankRequest(query=_item(doc), candidates=[_item(each) for each in matches])
+        answer = await self._answer("rank", request)
+        ranked = [
+            {
+                **_echo(matches[match.index], drop_content=False),
+                "scores": {
+                    "clip_score": {"value": match.probability},
+                    "clip_score_cosine": {"value": match.cosine},
+                },
+            }
+            for match in answer.matches
+        ]
+        failed = [
+            {**_echo(matches[error.index], drop_content=False), "error": error.message}
+            for error in answer.errors
+        ]
+        return {**_echo(doc, drop_content=False), "matches": ranked + failed}
+
+
+class BodyTooLargeError(RequestError):
+    """A body over the limit."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "RESOURCE_EXHAUSTED")
+
+
+_ENDPOINTS = {
+    "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
+    "POST /rank": '{"data": [{"uri": "data:...", "matches": [{"text": "a cat"}]}]}',
+    "GET /info": "the model and the limits",
+    "GET /livez": "whether the process runs",
+    "GET /readyz": "whether it encodes",
+}
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise RequestError('the body is not a JSON object like {"data": [{"text": "a cat"}]}')
+    return parsed
+
+
+def _docs(body: Mapping[str, Any]) -> list[Any]:
+    docs = body.get("data")
+    if isinstance(docs, dict):  # Jina's older {"data": {"docs": [...]}}
+        docs = docs.get("docs")
+    if not isinstance(docs, list):
+        raise RequestError('"data" is not a list like [{"text": "a cat"}]')
+    return docs
+
+
+def _parameters(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = body.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise RequestError('"parameters" is not an object')
+    return parameters
+
+
+def _size(parameters: Mapping[str, Any]) -> int:
+    size = parameters.get("minibatch_size", parameters.get("batch_size", 0))
+    if not isinstance(size, int) or not 0 <= size < 2**31:
+        raise RequestError(f"minibatch_size {size!r} is not a whole number above 0")
+    return size
+
+
+def _item(doc: Any) -> pb.Item:
+    """An entry of `data` as an item. One that is unfit stays empty, which is an error of
+    that item alone."""
+    if isinstance(doc, str):
+        return pb.Item(text=doc)
+    if not isinstance(doc, Mapping):
+        return pb.Item()
+    for field in ("text", "uri"):
+        if isinstance(doc.get(field), str):
+            return pb.Item(**{field: doc[field]})
+    for field in ("blob", "image"):
+        if isinstance(doc.get(field), str):
+            try:
+                return pb.Item(image=base64.b64decode(doc[field], validate=True))
+            except binascii.Error:
+                return pb.Item(uri="data:image/*;base64,not valid")
+    return pb.Item()
+
+
+def _echo(doc: Any, drop_content: bool) -> dict[str, Any]:
+    """What of an entry comes back beside its result: never a picture's own bytes twice."""
+    if not isinstance(doc, Mapping):
+        return {"text": doc} if isinstance(doc, str) else {}
+    kept = {key: doc[key] for key in ("id", "text", "tags") if key in doc}
+    uri = doc.get("uri")
+    if isinstance(uri, str) and not drop_content and len(uri) <= 1024:
+        kept["uri"] = uri
+    return kept
+
+
+def _is_protobuf(request: Request) -> bool:
+    return request.headers.get("content-type", "").split(";")[0].strip() == PROTOBUF
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, media_type="application/json")
+
+
+def _error(status: int, code: str, message: str) -> Response:
+    return _json({"error": {"code": code, "message": message}}, status)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    status = _STATUS.get(error.code, 500)
+    if isinstance(error, BodyTooLargeError):
+        status = _TOO_LARGE
+    if _is_protobuf(request):
+        body = pb.Error(code=error.code, message=str(error)).SerializeToString()
+        response = Response(body, status, media_type=PROTOBUF)
+    else:
+        response = _error(status, error.code, str(error))
+    if status == 429:
+        response.headers["Retry-After"] = "1"
+    if status == _TOO_LARGE:
+        response.headers["Connection"] = "close"  # the rest of the body is not read
+    return response
+
+
+async def _not_found(request: Request, _: Exception) -> Response:
+    allowed = ", ".join(_ENDPOINTS)
+    message = f"no {request.method} {request.url.path} here; there is {allowed}"
+    return _error(404, "INVALID_ARGUMENT", message)
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    return _error(500, "INTERNAL", FAILED)

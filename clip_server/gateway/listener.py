@@ -1,0 +1,50 @@
+"""What the three protocols share: where they listen and what they answer with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.service import Limits
+
+# What is under way when the server is told to end has this long to finish.
+GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files of a server's key and its chain of certificates."""
+
+    key: Path
+    certificate: Path
+
+
+@dataclass
+class Listener(ABC):
+    """One protocol on one port.
+
+    call: answers a clip.v1 request; what goes wrong is in the response.
+    jina: Jina's own handler of requests.
+    args: the gateway's arguments as Jina parsed them.
+    """
+
+    host: str
+    port: int
+    call: Callable[[pb.Request], Awaitable[pb.Response]]
+    jina: Any
+    limits: Limits
+    args: Namespace
+    tls: Tls | None = None
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Returns when the port is open."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Takes nothing new, lets what is under way finish, and closes the port."""

@@ -1,0 +1,54 @@
+"""The WebSocket port: each binary frame a clip.v1 Request, answered by a Response."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from clip_server.gateway.listener import GRACE_SECONDS, Listener
+from clip_server.gateway.streams import answer_all
+
+
+class WebSocketListener(Listener):
+    """Serves WebSocket. See Listener."""
+
+    _server: Server
+
+    async def start(self) -> None:
+        """See Listener."""
+        context = None
+        if self.tls is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self.tls.certificate, self.tls.key)
+        self._server = await serve(
+            self._serve,
+            self.host,
+            self.port,
+            ssl=context,
+            max_size=self.limits.max_request_bytes,
+            compression=None,  # pictures and floats do not compress; trying costs the CPU
+        )
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        async def send(message: bytes) -> None:
+            await connection.send(message)
+
+        with contextlib.suppress(ConnectionClosed):
+            await answer_all(_messages(connection), self.call, send)
+
+    async def stop(self) -> None:
+        """See Listener."""
+        self._server.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._server.wait_closed(), GRACE_SECONDS)
+
+
+async def _messages(connection: ServerConnection) -> AsyncIterator[bytes]:
+    async for message in connection:
+        # A text frame is no clip.v1 message; empty bytes are refused as an empty request.
+        yield message if isinstance(message, bytes) else b""

@@ -1,0 +1,69 @@
+"""What preprocessing and batching need to know of a model, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ResizeMode = Literal["shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+# How a batch of texts may be cut to its longest:
+#   causal  pooled at the end token, so trailing padding cannot change the result;
+#   masked  padding is masked out in attention;
+#   fixed   the tower needs every position, never trim.
+Trim = Literal["causal", "masked", "fixed"]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes pixels.
+
+    size: side of the square the tower takes, in pixels.
+    mean, std: per channel (RGB), of pixel values scaled to 0..1.
+    resize: `shortest` scales the shorter side to `size` and crops the centre; `squash`
+        scales both sides to `size`.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resize: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How a text becomes tokens.
+
+    vocab_size: entries of the CLIP byte-pair vocabulary that the model knows; a smaller one
+        than CLIP's 49,408 keeps the first merges.
+    """
+
+    tokenizer: Literal["clip"] = "clip"
+    context_length: int = 77
+    vocab_size: int = 49408
+    pad_id: int = 0
+    trim: Trim = "causal"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model as the service sees it.
+
+    name: the canonical name, `architecture::tag`.
+    dim: length of an embedding.
+    logit_scale: the factor on cosines before a softmax, exp() already taken.
+    config: the architecture in open_clip's own JSON form (`embed_dim`, `vision_cfg`,
+        `text_cfg`, `quick_gelu`), from which graphs and torch modules are built.
+    hub: the hub repository whose `open_clip_model.safetensors` holds the weights, if any.
+    licence: of the weights, for people to read.
+    """
+
+    name: str
+    dim: int
+    image: ImageSpec
+    text: TextSpec
+    logit_scale: float
+    config: dict[str, Any]
+    hub: str | None = None
+    licence: str = ""

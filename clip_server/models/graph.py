@@ -1,0 +1,617 @@
+"""ONNX graphs of CLIP's two towers, built from open_clip's configuration and weights.
+
+Nothing is traced, so neither torch nor open_clip is needed. Both towers compute in float32,
+take a dynamic batch, and pool early: the last block computes its query and its MLP for the
+one position that becomes the embedding.
+
+Within a tower activations are [B * L, W], so that every linear layer is one Gemm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from clip_server.errors import ConfigurationError
+from clip_server.models.card import ImageSpec
+
+OPSET = 17
+_EPSILON = 1e-5
+_INT64_MAX = 2**63 - 1
+# The slope in QuickGELU, x * sigmoid(1.702 x).
+_QUICK_GELU = 1.702
+_VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
+_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+
+Shapes = dict[str, tuple[int, ...]]
+Weights = Mapping[str, NDArray[Any]]
+
+
+def build_visual(config: Mapping[str, Any], tensors: Weights, image: ImageSpec) -> onnx.ModelProto:
+    """The image tower: `pixels` uint8 [B, 3, S, S] to `embedding` float32 [B, D].
+
+    config: open_clip's JSON form. tensors: a checkpoint that has `tensor_shapes(config)`.
+
+    Raises:
+        ConfigurationError: the architecture is of a family that this builder lacks.
+    """
+    vision = _vision(config)
+    graph = _Graph(tensors, quick_gelu=config.get("quick_gelu", False))
+    pixels = _normalised(graph, image)
+    if isinstance(vision, _ResNet):
+        embedding = _resnet(graph, vision, pixels)
+    else:
+        embedding = _vision_transformer(graph, vision, pixels)
+    size = image.size
+    source = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, size, size])
+    return graph.model("visual", source, embedding, config["embed_dim"])
+
+
+def build_textual(config: Mapping[str, Any], tensors: Weights) -> onnx.ModelProto:
+    """The text tower: `tokens` int32 [B, L], any L up to the context, to `embedding` [B, D].
+
+    Arguments and errors are those of `build_visual`.
+    """
+    text = _text(config)
+    graph = _Graph(tensors, quick_gelu=config.get("quick_gelu", False))
+    embedding = _text_transformer(graph, text)
+    source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
+    return graph.model("textual", source, embedding, config["embed_dim"])
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The name and shape of every tensor in a checkpoint of this architecture.
+
+    Raises:
+        ConfigurationError: the architecture is of a family that this builder lacks.
+    """
+    vision, text, dim = _vision(config), _text(config), config["embed_dim"]
+    return {
+        "logit_scale": (),
+        **vision.shapes(dim),
+        **text.shapes(dim),
+    }
+
+
+@dataclass(frozen=True)
+class _Transformer:
+    """The blocks of a tower; `prefix` is where their tensors are in a checkpoint."""
+
+    prefix: str
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float
+
+    def block(self, index: int) -> str:
+        return f"{self.prefix}transformer.resblocks.{index}."
+
+    def block_shapes(self) -> Shapes:
+        width, hidden = self.width, int(self.width * self.mlp_ratio)
+        one: Shapes = {
+            **_affine("ln_1", width),
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.in_proj_bias": (3 * width,),
+            **_linear("attn.out_proj", width, width),
+            **_affine("ln_2", width),
+            **_linear("mlp.c_fc", width, hidden),
+            **_linear("mlp.c_proj", hidden, width),
+        }
+        return {
+            self.block(index) + name: shape
+            for index in range(self.layers)
+            for name, shape in one.items()
+        }
+
+
+@dataclass(frozen=True)
+class _VisionTransformer(_Transformer):
+    patch: int
+    grid: int
+
+    def shapes(self, dim: int) -> Shapes:
+        width = self.width
+        shapes: Shapes = {
+            "conv1.weight": (width, 3, self.patch, self.patch),
+            "class_embedding": (width,),
+            "positional_embedding": (self.grid**2 + 1, width),
+            **_affine("ln_pre", width),
+            **_affine("ln_post", width),
+            "proj": (width, dim),
+        }
+        return {self.prefix + name: shape for name, shape in shapes.items()} | self.block_shapes()
+
+
+@dataclass(frozen=True)
+class _TextTransformer(_Transformer):
+    context: int
+    vocabulary: int
+
+    def shapes(self, dim: int) -> Shapes:
+        return {
+            "token_embedding.weight": (self.vocabulary, self.width),
+            "positional_embedding": (self.context, self.width),
+            **_affine("ln_final", self.width),
+            "text_projection": (self.width, dim),
+            **self.block_shapes(),
+        }
+
+
+@dataclass(frozen=True)
+class _ResNet:
+    """OpenAI's ResNet: a stem of three convolutions, anti-aliased strides, attention pooling."""
+
+    prefix: str
+    layers: tuple[int, ...]
+    width: int
+    heads: int
+    grid: int
+
+    def bottlenecks(self) -> list[tuple[str, int, int, int]]:
+        """(tensor prefix, channels in, channels inside, stride) of each, in order."""
+        found, channels = [], self.width
+        for stage, blocks in enumerate(self.layers):
+            planes = self.width * 2**stage
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                prefix = f"{self.prefix}layer{stage + 1}.{block}."
+                found.append((prefix, channels, planes, stride))
+                channels = 4 * planes
+        return found
+
+    def shapes(self, dim: int) -> Shapes:
+        half, pooled = self.width // 2, 32 * self.width
+        shapes: Shapes = {
+            **_convolution(self.prefix, 1, 3, half, 3),
+            **_convolution(self.prefix, 2, half, half, 3),
+            **_convolution(self.prefix, 3, half, self.width, 3),
+        }
+        for prefix, channels, planes, stride in self.bottlenecks():
+            shapes |= _convolution(prefix, 1, channels, planes, 1)
+            shapes |= _convolution(prefix, 2, planes, planes, 3)
+            shapes |= _convolution(prefix, 3, planes, 4 * planes, 1)
+            if stride > 1 or channels != 4 * planes:
+                shapes[f"{prefix}downsample.0.weight"] = (4 * planes, channels, 1, 1)
+                shapes |= _batch_norm(f"{prefix}downsample.1", 4 * planes)
+        pool = f"{self.prefix}attnpool."
+        shapes[f"{pool}positional_embedding"] = (self.grid**2 + 1, pooled)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            shapes |= _linear(pool + name, pooled, pooled)
+        return shapes | _linear(f"{pool}c_proj", pooled, dim)
+
+
+def _affine(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _batch_norm(name: str, width: int) -> Shapes:
+    moments: Shapes = {f"{name}.running_mean": (width,), f"{name}.running_var": (width,)}
+    return _affine(name, width) | moments
+
+
+def _convolution(prefix: str, index: int, inputs: int, outputs: int, kernel: int) -> Shapes:
+    weight: Shapes = {f"{prefix}conv{index}.weight": (outputs, inputs, kernel, kernel)}
+    return weight | _batch_norm(f"{prefix}bn{index}", outputs)
+
+
+def _vision(config: Mapping[str, Any]) -> _VisionTransformer | _ResNet:
+    vision = config["vision_cfg"]
+    _refuse_unknown("vision_cfg", vision, _VISION_KEYS)
+    size, width = vision.get("image_size", 224), vision.get("width", 768)
+    size = size[0] if isinstance(size, list) else size
+    layers, head_width = vision.get("layers", 12), vision.get("head_width", 64)
+    if isinstance(layers, list):
+        heads = width * 32 // head_width
+        return _ResNet("visual.", tuple(layers), width, heads, grid=size // 32)
+    patch = vision.get("patch_size", 16)
+    return _VisionTransformer(
+        "visual.",
+        width,
+        layers,
+        heads=width // head_width,
+        mlp_ratio=vision.get("mlp_ratio", 4.0),
+        patch=patch,
+        grid=size // patch,
+    )
+
+
+def _text(config: Mapping[str, Any]) -> _TextTransformer:
+    text = config["text_cfg"]
+    _refuse_unknown("text_cfg", text, _TEXT_KEYS)
+    return _TextTransformer(
+        "",
+        text.get("width", 512),
+        text.get("layers", 12),
+        heads=text.get("heads", 8),
+        mlp_ratio=text.get("mlp_ratio", 4.0),
+        context=text.get("context_length", 77),
+        vocabulary=text.get("vocab_size", 49408),
+    )
+
+
+def _refuse_unknown(part: str, config: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(config.keys() - known):
+        raise ConfigurationError(
+            f"the ONNX graph builder does not know {', '.join(unknown)} in {part}: "
+            "run this model with the torch runtime"
+        )
+
+
+class _Graph:
+    """Nodes and weights as they are added. An op gives the name of its output."""
+
+    def __init__(self, tensors: Weights, *, quick_gelu: bool) -> None:
+        self._tensors = tensors
+        self._quick_gelu = quick_gelu
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[str, TensorProto] = {}
+
+    def op(self, kind: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """Adds a node whose name and only output are `name`."""
+        self._nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def split(self, source: str, parts: Sequence[str], axis: int) -> list[str]:
+        outputs = [f"{source}.{part}" for part in parts]
+        name = f"{source}.split"
+        self._nodes.append(helper.make_node("Split", [source], outputs, name=name, axis=axis))
+        return outputs
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """A tensor of the checkpoint, as float32."""
+        return self._tensors[name].astype(np.float32)
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        if name not in self._constants:
+            self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """An int64 constant [n], such as a shape; equal ones are stored once."""
+        return self.constant(f"i64{list(values)}", np.array(values, dtype=np.int64))
+
+    def number(self, value: float) -> str:
+        return self.constant(f"f32({value:.6g})", np.array(value, dtype=np.float32))
+
+    def gemm(
+        self,
+        source: str,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        name: str,
+    ) -> str:
+        """source [N, I] by weight [I, O], plus bias [O]."""
+        inputs = [source, self.constant(f"{name}.weight", weight)]
+        if bias is not None:
+            inputs.append(self.constant(f"{name}.bias", bias))
+        return self.op("Gemm", *inputs, name=name)
+
+    def linear(self, source: str, tensor: str) -> str:
+        """A torch Linear of the checkpoint."""
+        weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
+        return self.gemm(source, weight.T, bias, tensor)
+
+    def layer_norm(self, source: str, tensor: str) -> str:
+        scale = self.constant(f"{tensor}.weight", self.weight(f"{tensor}.weight"))
+        bias = self.constant(f"{tensor}.bias", self.weight(f"{tensor}.bias"))
+        return self.op(
+            "LayerNormalization", source, scale, bias, name=tensor, axis=-1, epsilon=_EPSILON
+        )
+
+    def gelu(self, source: str, name: str) -> str:
+        if self._quick_gelu:
+            steeper = self.op("Mul", source, self.number(_QUICK_GELU), name=f"{name}.scaled")
+            gate = self.op("Sigmoid", steeper, name=f"{name}.gate")
+            return self.op("Mul", source, gate, name=name)
+        root = self.op("Div", source, self.number(math.sqrt(2)), name=f"{name}.scaled")
+        gate = self.op("Erf", root, name=f"{name}.erf")
+        gate = self.op("Add", gate, self.number(1), name=f"{name}.gate")
+        doubled = self.op("Mul", source, gate, name=f"{name}.doubled")
+        return self.op("Mul", doubled, self.number(0.5), name=name)
+
+    def model(
+        self, name: str, source: onnx.ValueInfoProto, embedding: str, dim: int
+    ) -> onnx.ModelProto:
+        self.op("Identity", embedding, name="embedding")
+        target = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dim])
+        graph = helper.make_graph(
+            self._nodes, name, [source], [target], list(self._constants.values())
+        )
+        opset = helper.make_opsetid("", OPSET)
+        return helper.make_model(
+            graph, opset_imports=[opset], ir_version=8, producer_name="clip-server"
+        )
+
+
+def _normalised(graph: _Graph, image: ImageSpec) -> str:
+    """Pixels 0..255 to the float range the tower was trained on."""
+    mean, std = (np.array(values, dtype=np.float64) for values in (image.mean, image.std))
+    scale = graph.constant("pixels.scale", _per_channel(1 / (255 * std)))
+    shift = graph.constant("pixels.shift", _per_channel(-mean / std))
+    values = graph.op("Cast", "pixels", name="pixels.float", to=TensorProto.FLOAT)
+    values = graph.op("Mul", values, scale, name="pixels.scaled")
+    return graph.op("Add", values, shift, name="pixels.normalised")
+
+
+def _per_channel(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    return values.astype(np.float32).reshape(3, 1, 1)
+
+
+# --- transformers
+
+
+def _vision_transformer(graph: _Graph, tower: _VisionTransformer, pixels: str) -> str:
+    prefix, width, length = tower.prefix, tower.width, tower.grid**2 + 1
+    kernel = graph.constant(f"{prefix}conv1.weight", graph.weight(f"{prefix}conv1.weight"))
+    patches = graph.op("Conv", pixels, kernel, name=f"{prefix}conv1", strides=[tower.patch] * 2)
+    patches = graph.op("Reshape", patches, graph.integers(0, width, -1), name="patches.flat")
+    patches = graph.op("Transpose", patches, name="patches", perm=[0, 2, 1])
+    positions = graph.weight(f"{prefix}positional_embedding")
+    shift = graph.constant("patches.position", positions[1:])
+    patches = graph.op("Add", patches, shift, name="patches.placed")
+    # The class token is the same for every image, its position included.
+    token = positions[0] + graph.weight(f"{prefix}class_embedding")
+    token = graph.constant("class_token", token.reshape(1, 1, width))
+    batch = graph.op("Shape", "pixels", name="batch", start=0, end=1)
+    shape = graph.op("Concat", batch, graph.integers(1, width), name="class_token.shape", axis=0)
+    token = graph.op("Expand", token, shape, name="class_tokens")
+    states = graph.op("Concat", token, patches, name="states", axis=1)
+    states = graph.op("Reshape", states, graph.integers(-1, width), name="states.flat")
+    states = graph.layer_norm(states, f"{prefix}ln_pre")
+
+    first = _picker_of_first(graph, length)
+    pooled = _blocks(graph, tower, states, graph.integers(length), first)
+    pooled = graph.layer_norm(pooled, f"{prefix}ln_post")
+    return graph.gemm(pooled, graph.weight(f"{prefix}proj"), None, f"{prefix}proj")
+
+
+def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
+    length = graph.op("Shape", "tokens", name="length", start=1, end=2)
+    table = graph.constant("token_embedding", graph.weight("token_embedding.weight"))
+    states = graph.op("Gather", table, "tokens", name="tokens.embedded")
+    positions = graph.constant("positional_embedding", graph.weight("positional_embedding"))
+    positions = _head(graph, positions, length, axes=[0])
+    states = graph.op("Add", states, positions, name="tokens.placed")
+    states = graph.op("Reshape", states, graph.integers(-1, tower.width), name="states")
+
+    mask = np.triu(np.full((tower.context, tower.context), -np.inf, dtype=np.float32), k=1)
+    causal = _head(graph, graph.constant("causal_mask", mask), length, axes=[0, 1])
+    # The end token has the largest id of the vocabulary.
+    end = graph.op("ArgMax", "tokens", name="end", axis=1, keepdims=0)
+    rows = _first_rows(graph, length)
+    rows = graph.op("Add", rows, end, name="end.rows")
+    last = graph.op("Gather", causal, end, name="end.mask.rows", axis=0)
+    last = graph.op("Unsqueeze", last, graph.integers(1, 2), name="end.mask")
+
+    def ends(states: str) -> str:
+        """Every text's end token: [B * L, W] to [B, W]."""
+        return graph.op("Gather", states, rows, name=f"{states}.end", axis=0)
+
+    pooled = _blocks(graph, tower, states, length, ends, mask=causal, pooled_mask=last)
+    pooled = graph.layer_norm(pooled, "ln_final")
+    return graph.gemm(pooled, graph.weight("text_projection"), None, "text_projection")
+
+
+def _picker_of_first(graph: _Graph, length: int) -> Callable[[str], str]:
+    """Picks every image's first position: [B * L, W] to [B, W]."""
+
+    def first(rows: str) -> str:
+        start, end, axis = graph.integers(0), graph.integers(_INT64_MAX), graph.integers(0)
+        step = graph.integers(length)
+        return graph.op("Slice", rows, start, end, axis, step, name=f"{rows}.first")
+
+    return first
+
+
+def _head(graph: _Graph, table: str, length: str, axes: Sequence[int]) -> str:
+    """The first `length` entries of a constant along `axes`."""
+    starts, ends = graph.integers(*(0 for _ in axes)), length
+    if len(axes) > 1:
+        ends = graph.op("Concat", *(length for _ in axes), name=f"{table}.ends", axis=0)
+    return graph.op("Slice", table, starts, ends, graph.integers(*axes), name=f"{table}.head")
+
+
+def _first_rows(graph: _Graph, length: str) -> str:
+    """Where each text begins among the [B * L] rows: [B]."""
+    batch = graph.op("Shape", "tokens", name="batch", start=0, end=1)
+    batch, step = (graph.op("Squeeze", value, name=f"{value}.scalar") for value in (batch, length))
+    end = graph.op("Mul", batch, step, name="rows.count")
+    zero = graph.constant("zero", np.array(0, dtype=np.int64))
+    return graph.op("Range", zero, end, step, name="rows.first")
+
+
+def _blocks(
+    graph: _Graph,
+    tower: _Transformer,
+    states: str,
+    length: str,
+    pick: Callable[[str], str],
+    *,
+    mask: str | None = None,
+    pooled_mask: str | None = None,
+) -> str:
+    """All blocks: states [B * L, W] to the picked ones, [B, W].
+
+    mask: added to the attention scores, [L, L]; pooled_mask: to those of the picked
+        positions, [B, 1, 1, L].
+    """
+    for index in range(tower.layers - 1):
+        states = _block(graph, tower, tower.block(index), states, length, mask)
+    return _block(graph, tower, tower.block(tower.layers - 1), states, length, pooled_mask, pick)
+
+
+def _block(
+    graph: _Graph,
+    tower: _Transformer,
+    prefix: str,
+    states: str,
+    length: str,
+    mask: str | None,
+    pick: Callable[[str], str] | None = None,
+) -> str:
+    normed = graph.layer_norm(states, f"{prefix}ln_1")
+    weight = graph.weight(f"{prefix}attn.in_proj_weight")
+    bias = graph.weight(f"{prefix}attn.in_proj_bias")
+    attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
+    if pick is None:
+        query, key, value = attention.project_all(normed, length)
+    else:
+        query, key, value = attention.project_picked(pick(normed), normed, length)
+        states = pick(states)
+    attended = attention.attend(query, key, value, mask)
+    attended = graph.linear(attended, f"{prefix}attn.out_proj")
+    states = graph.op("Add", states, attended, name=f"{prefix}attended")
+    hidden = graph.layer_norm(states, f"{prefix}ln_2")
+    hidden = graph.gelu(graph.linear(hidden, f"{prefix}mlp.c_fc"), f"{prefix}mlp.gelu")
+    hidden = graph.linear(hidden, f"{prefix}mlp.c_proj")
+    return graph.op("Add", states, hidden, name=f"{prefix}states")
+
+
+class _Attention:
+    """Multi-head attention. weight [3 W, W] and bias [3 W] project to query, key and value."""
+
+    def __init__(
+        self,
+        graph: _Graph,
+        prefix: str,
+        heads: int,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+    ) -> None:
+        self._graph, self._prefix = graph, prefix
+        self._heads, self._width = heads, weight.shape[1]
+        self._head_width = self._width // heads
+        scale = np.ones(3 * self._width, dtype=np.float32)
+        # Scaling the queries here spares scaling the scores at every call.
+        scale[: self._width] = self._head_width**-0.5
+        self._weight, self._bias = weight.T * scale, bias * scale
+
+    def project_all(self, states: str, length: str) -> list[str]:
+        """Query, key and value of every position, each [B, H, L, W / H]."""
+        qkv = self._graph.gemm(states, self._weight, self._bias, f"{self._prefix}.qkv")
+        return self._split(qkv, length, ("query", "key", "value"))
+
+    def project_picked(self, picked: str, states: str, length: str) -> list[str]:
+        """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
+        width = self._width
+        weight, bias = self._weight, self._bias
+        query = self._graph.gemm(picked, weight[:, :width], bias[:width], f"{self._prefix}.q")
+        shape = self._graph.integers(-1, self._heads, 1, self._head_width)
+        query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
+        kv = self._graph.gemm(states, weight[:, width:], bias[width:], f"{self._prefix}.kv")
+        return [query, *self._split(kv, length, ("key", "value"))]
+
+    def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
+        """Attention of queries [B, H, Q, d] over [B, H, L, d]: [B * Q, W]."""
+        graph, prefix = self._graph, self._prefix
+        key = graph.op("Transpose", key, name=f"{key}.columns", perm=[0, 1, 3, 2])
+        scores = graph.op("MatMul", query, key, name=f"{prefix}.scores")
+        if mask is not None:
+            scores = graph.op("Add", scores, mask, name=f"{prefix}.scores.masked")
+        shares = graph.op("Softmax", scores, name=f"{prefix}.shares", axis=-1)
+        mixed = graph.op("MatMul", shares, value, name=f"{prefix}.mixed")
+        mixed = graph.op("Transpose", mixed, name=f"{prefix}.mixed.rows", perm=[0, 2, 1, 3])
+        return graph.op("Reshape", mixed, graph.integers(-1, self._width), name=f"{prefix}.heads")
+
+    def _split(self, rows: str, length: str, parts: Sequence[str]) -> list[str]:
+        """[B * L, n * W] to n of [B, H, L, W / H]."""
+        graph = self._graph
+        per_head = [len(parts) * self._heads, self._head_width]
+        shape = graph.op(
+            "Concat",
+            graph.integers(-1),
+            length,
+            graph.integers(*per_head),
+            name=f"{rows}.shape",
+            axis=0,
+        )
+        rows = graph.op("Reshape", rows, shape, name=f"{rows}.by_head")
+        rows = graph.op("Transpose", rows, name=f"{rows}.first", perm=[0, 2, 1, 3])
+        return graph.split(rows, parts, axis=1)
+
+
+# --- residual network
+
+
+def _resnet(graph: _Graph, tower: _ResNet, pixels: str) -> str:
+    states = _convolved(graph, pixels, tower.prefix, 1, stride=2)
+    states = _convolved(graph, states, tower.prefix, 2)
+    states = _convolved(graph, states, tower.prefix, 3)
+    states = _average(graph, states, 2, f"{tower.prefix}avgpool")
+    for prefix, channels, planes, stride in tower.bottlenecks():
+        project = stride > 1 or channels != 4 * planes
+        states = _bottleneck(graph, states, prefix, stride, project)
+    return _attention_pool(graph, tower, states)
+
+
+def _bottleneck(graph: _Graph, states: str, prefix: str, stride: int, project: bool) -> str:
+    hidden = _convolved(graph, states, prefix, 1)
+    hidden = _convolved(graph, hidden, prefix, 2)
+    hidden = _average(graph, hidden, stride, f"{prefix}avgpool")
+    hidden = _folded(graph, hidden, f"{prefix}conv3", f"{prefix}bn3")
+    if project:
+        states = _average(graph, states, stride, f"{prefix}downsample.-1")
+        states = _folded(graph, states, f"{prefix}downsample.0", f"{prefix}downsample.1")
+    summed = graph.op("Add", hidden, states, name=f"{prefix}sum")
+    return graph.op("Relu", summed, name=f"{prefix}relu3")
+
+
+def _convolved(graph: _Graph, states: str, prefix: str, index: int, stride: int = 1) -> str:
+    states = _folded(graph, states, f"{prefix}conv{index}", f"{prefix}bn{index}", stride)
+    return graph.op("Relu", states, name=f"{prefix}relu{index}")
+
+
+def _folded(graph: _Graph, states: str, conv: str, norm: str, stride: int = 1) -> str:
+    """A convolution with the batch norm that follows it folded into its weights."""
+    variance = graph.weight(f"{norm}.running_var").astype(np.float64)
+    scale = graph.weight(f"{norm}.weight") / np.sqrt(variance + _EPSILON)
+    shift = graph.weight(f"{norm}.bias") - graph.weight(f"{norm}.running_mean") * scale
+    kernel = (graph.weight(f"{conv}.weight") * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
+    return graph.op(
+        "Conv",
+        states,
+        graph.constant(f"{conv}.weight", kernel),
+        graph.constant(f"{conv}.bias", shift.astype(np.float32)),
+        name=conv,
+        strides=[stride] * 2,
+        pads=[kernel.shape[-1] // 2] * 4,
+    )
+
+
+def _average(graph: _Graph, states: str, stride: int, name: str) -> str:
+    if stride == 1:
+        return states
+    size = [stride] * 2
+    return graph.op("AveragePool", states, name=name, kernel_shape=size, strides=size)
+
+
+def _attention_pool(graph: _Graph, tower: _ResNet, states: str) -> str:
+    """Attention of the mean over the positions [B, C, G, G]: [B, D]."""
+    prefix, channels, length = f"{tower.prefix}attnpool.", 32 * tower.width, tower.grid**2 + 1
+    states = graph.op("Reshape", states, graph.integers(0, channels, -1), name="positions.flat")
+    mean = graph.op("ReduceMean", states, name="positions.mean", axes=[2], keepdims=1)
+    states = graph.op("Concat", mean, states, name="positions.all", axis=2)
+    states = graph.op("Transpose", states, name="positions", perm=[0, 2, 1])
+    table = graph.weight(f"{prefix}positional_embedding")
+    shift = graph.constant("positions.shift", table)
+    states = graph.op("Add", states, shift, name="positions.placed")
+    states = graph.op("Reshape", states, graph.integers(-1, channels), name="positions.rows")
+    names = [f"{prefix}{name}_proj" for name in "qkv"]
+    weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
+    bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
+    attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
+    picked = _picker_of_first(graph, length)(states)
+    query, key, value = attention.project_picked(picked, states, graph.integers(length))
+    attended = attention.attend(query, key, value, mask=None)
+    return graph.linear(attended, f"{prefix}c_proj")

@@ -1,0 +1,53 @@
+"""The one interface between the engine and a deep-learning framework."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.models import weights, zoo
+from clip_server.models.card import ModelCard
+
+
+class Runtime(Protocol):
+    """A loaded model. Its methods are called from one thread at a time.
+
+    name: `torch`, `onnx`, ... as shown to people.
+    device: where it really runs, e.g. `cpu` or `cuda:0`.
+    dtype: of the weights, e.g. `fp32`.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    card: ModelCard
+
+    def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
+        ...
+
+    def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
+        ...
+
+
+def load_checkpoint(
+    name: str, model_path: str | Path | None = None
+) -> tuple[ModelCard, weights.Tensors]:
+    """The card of a model and every tensor of its checkpoint, not yet checked.
+
+    name: a canonical name or an alias.
+    model_path: a `.safetensors` file, or a folder with `open_clip_model.safetensors`.
+
+    Raises:
+        UnknownModelError, WeightsError: as `zoo.resolve`, `zoo.checkpoint`, `weights.read`.
+    """
+    path = zoo.checkpoint(name, model_path)
+    # A checkpoint knows its own logit scale better than a table does.
+    logit_scale = weights.read_logit_scale(path)
+    card = replace(zoo.resolve(name, model_path), logit_scale=logit_scale)
+    return card, weights.read(path)

@@ -1,0 +1,215 @@
+"""onnxruntime, on the CPU or a CUDA GPU. Needs no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.errors import ConfigurationError
+from clip_server.models import weights, zoo
+from clip_server.models.card import ModelCard
+from clip_server.runtimes.base import load_checkpoint
+
+_EXTRA = "the ONNX runtime is not installed: pip install 'clip-server[onnx]'"
+_VISUAL, _TEXTUAL = "visual.onnx", "textual.onnx"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {
+    "tensor(uint8)": np.uint8,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+# onnxruntime's level of logging: what goes wrong reaches us as an exception.
+_LOG_FATAL = 4
+
+
+class OnnxRuntime:
+    """CLIP's two towers as onnxruntime sessions; see `Runtime` for the methods."""
+
+    name = "onnx"
+    dtype = "fp32"
+
+    def __init__(self, card: ModelCard, visual: _Tower, textual: _Tower, device: str) -> None:
+        self.card, self.device = card, device
+        self._visual, self._textual = visual, textual
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        model_path: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+    ) -> OnnxRuntime:
+        """Loads a model and opens its sessions.
+
+        name: a canonical name or an alias.
+        model_path: a checkpoint as in `weights.find`, or a folder with `visual.onnx` and
+            `textual.onnx`, whose card is that of `name`.
+        device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
+        dtype: `fp32`.
+        threads: cores that one call may use; by default all that this process may run on.
+
+        Raises:
+            ConfigurationError: the extra, the device, the dtype or the model is not to be had.
+        """
+        if dtype not in (None, "fp32"):
+            raise ConfigurationError(f"dtype {dtype!r} is not one the ONNX runtime has: fp32")
+        sessions = _Sessions(device, threads)
+        card, visual, textual = _exported(name, model_path) or _built(name, model_path)
+        return cls(card, sessions.open(visual), sessions.open(textual), sessions.device)
+
+    def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
+        if self._visual.dtype == np.uint8:
+            return self._visual.run(pixels)
+        image = self.card.image
+        mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (image.mean, image.std))
+        return self._visual.run((pixels.astype(np.float32) / 255 - mean) / std)
+
+    def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
+        if isinstance(length := self._textual.shape[1], int):
+            missing = length - tokens.shape[1]
+            tokens = np.pad(tokens, ((0, 0), (0, missing)), constant_values=self.card.text.pad_id)
+        return self._textual.run(tokens)
+
+
+def _exported(name: str, model_path: str | Path | None) -> tuple[ModelCard, str, str] | None:
+    """A person's own two graphs, by path, with the card of `name`."""
+    if model_path is None:
+        return None
+    visual, textual = Path(model_path) / _VISUAL, Path(model_path) / _TEXTUAL
+    if not (visual.is_file() and textual.is_file()):
+        return None
+    return zoo.resolve(name, model_path), str(visual), str(textual)
+
+
+def _built(name: str, model_path: str | Path | None) -> tuple[ModelCard, bytes, bytes]:
+    """The card of a model, and its two towers as serialised graphs."""
+    try:
+        from clip_server.models import graph
+    except ImportError as error:
+        raise ConfigurationError(_EXTRA) from error
+
+    card, tensors = load_checkpoint(name, model_path)
+    weights.check(tensors, graph.tensor_shapes(card.config))
+    visual = graph.build_visual(card.config, tensors, card.image).SerializeToString()
+    textual = graph.build_textual(card.config, tensors).SerializeToString()
+    return card, visual, textual
+
+
+class _Tower:
+    """A session of one input and one output, fed and read as numpy arrays.
+
+    dtype, shape: of the input; a dynamic axis of the shape is a name or None.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        inputs = session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type not in _DTYPES:
+            found = ", ".join(f"{one.name} {one.type}" for one in inputs)
+            raise ConfigurationError(f"expected an ONNX graph with one numeric input, not {found}")
+        self._input = inputs[0].name
+        self.dtype, self.shape = np.dtype(_DTYPES[inputs[0].type]), inputs[0].shape
+
+    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """A batch, converted to the input's dtype, to embeddings [B, D]."""
+        feed = {self._input: np.ascontiguousarray(batch, dtype=self.dtype)}
+        output: NDArray[Any] = self._session.run(None, feed)[0]
+        return output.astype(np.float32, copy=False)
+
+
+class _Sessions:
+    """Opens sessions on one device, never silently on another."""
+
+    def __init__(self, device: str | None, threads: int | None) -> None:
+        self._ort = _onnxruntime()
+        self._threads = threads or _cores()
+        self.device = _device(self._ort, device)
+
+    def open(self, model: str | bytes) -> _Tower:
+        """A session of a graph in a file (str) or in memory (bytes)."""
+        kind, _, index = self.device.partition(":")
+        provider = _PROVIDERS[kind]
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _LOG_FATAL
+        # Threads that spin while they wait would take the cores from preprocessing.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings = {"device_id": index} if index else {}
+        try:
+            session = self._ort.InferenceSession(model, options, [(provider, settings)])
+        except Exception as error:  # onnxruntime's errors have no class of their own
+            raise ConfigurationError(f"onnxruntime cannot load the model: {error}") from error
+        if provider not in session.get_providers():
+            raise ConfigurationError(
+                f"onnxruntime could not start {provider}: check that the CUDA and cuDNN "
+                "libraries it was built for are installed"
+            )
+        return _Tower(session)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigurationError(_EXTRA) from error
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def _device(ort: Any, wanted: str | None) -> str:
+    """The device to use, as `cpu` or `cuda:0`."""
+    kind, _, index = (wanted or "cuda").partition(":")
+    if kind not in _PROVIDERS or (index and not index.isdigit()):
+        raise ConfigurationError(f"device {wanted!r} is not cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return "cpu"
+    lacking = _lacking_for_cuda(ort, int(index or 0))
+    if lacking and wanted is not None:
+        raise ConfigurationError(f"device {wanted!r} cannot be used: {lacking}")
+    return "cpu" if lacking else f"cuda:{index or 0}"
+
+
+def _lacking_for_cuda(ort: Any, index: int) -> str | None:
+    """What CUDA device `index` needs that is not here, in words; None where all is."""
+    available = ort.get_available_providers()
+    if _PROVIDERS["cuda"] not in available:
+        return (
+            f"the onnxruntime installed here has only {', '.join(available)}; "
+            "pip uninstall onnxruntime, then pip install 'clip-server[onnx-gpu]'"
+        )
+    count = _cuda_device_count()
+    if count <= index:
+        return f"{count} NVIDIA GPUs can be seen on this machine"
+    ort.preload_dlls()  # CUDA's libraries may be Python packages, which are on no search path
+    return None
+
+
+def _cuda_device_count() -> int:
+    """GPUs that NVIDIA's driver shows to this process."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
+
+
+def _cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

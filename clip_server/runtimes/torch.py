@@ -1,0 +1,193 @@
+"""PyTorch, on the CPU, a CUDA GPU or an Apple GPU, through open_clip's own modules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.errors import ConfigurationError
+from clip_server.models import weights
+from clip_server.models.card import ImageSpec, ModelCard
+from clip_server.runtimes.base import load_checkpoint
+
+try:
+    import torch
+    from open_clip.model import CLIP
+    from torch import Tensor, nn
+except ImportError as missing:
+    raise ConfigurationError(
+        "the torch runtime is not installed: pip install 'clip-server[torch]'"
+    ) from missing
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TorchRuntime:
+    """CLIP's two towers as torch modules; see `Runtime` for the methods."""
+
+    name = "torch"
+
+    def __init__(
+        self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, dtype: str
+    ) -> None:
+        self.card, self.device, self.dtype = card, device, dtype
+        self._visual, self._textual = visual, textual
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        model_path: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        jit: bool = False,
+        threads: int | None = None,
+    ) -> TorchRuntime:
+        """Loads a model and puts it on its device.
+
+        name: a canonical name or an alias.
+        model_path: a checkpoint as in `weights.find`.
+        device: as torch names it; by default a CUDA GPU, an Apple GPU or the CPU, whichever
+            is there first.
+        dtype: of weights and arithmetic: `fp32` (the default), `bf16`, or on a GPU `fp16`.
+        jit: trace both towers.
+        threads: cores that one call may use; torch keeps this for the whole process.
+
+        Raises:
+            ConfigurationError: the device, the dtype or the model is not to be had.
+        """
+        place = _device(device)
+        dtype = _dtype(dtype, place)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        card, tensors = load_checkpoint(name, model_path)
+        model = _model(card, tensors).to(place, _DTYPES[dtype])
+        visual: nn.Module = _ImageTower(model, card.image, _DTYPES[dtype]).to(place)
+        textual: nn.Module = _TextTower(model)
+        if jit:
+            visual, textual = _traced(card, visual, textual, place)
+        return cls(card, visual, textual, str(place), dtype)
+
+    def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
+        return self._run(self._visual, pixels)
+
+    def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
+        return self._run(self._textual, tokens)
+
+    @torch.inference_mode()
+    def _run(self, tower: nn.Module, batch: NDArray[Any]) -> NDArray[np.float32]:
+        embeddings: Tensor = tower(torch.from_numpy(batch).to(self.device))
+        return embeddings.float().cpu().numpy()
+
+
+class _ImageTower(nn.Module):
+    """uint8 pixels to embeddings: pixels cross to the device in a quarter of the bytes."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: CLIP, image: ImageSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.visual = model.visual
+        self.dtype = dtype
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (image.mean, image.std))
+        self.register_buffer("mean", 255 * mean)
+        self.register_buffer("std", 255 * std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        embeddings: Tensor = self.visual(((pixels - self.mean) / self.std).to(self.dtype))
+        return embeddings
+
+
+class _TextTower(nn.Module):
+    """open_clip's text tower for any length up to the context, which its own is fixed to."""
+
+    attn_mask: Tensor
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.token_embedding = model.token_embedding
+        self.positional_embedding = model.positional_embedding
+        self.transformer = model.transformer
+        self.ln_final = model.ln_final
+        self.text_projection = model.text_projection
+        self.register_buffer("attn_mask", model.attn_mask)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        states = self.token_embedding(tokens) + self.positional_embedding[:length]
+        states = self.transformer(states, attn_mask=self.attn_mask[:length, :length])
+        # The end token has the largest id of the vocabulary.
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        pooled = self.ln_final(states[rows, tokens.argmax(dim=1)])
+        embeddings: Tensor = pooled @ self.text_projection
+        return embeddings
+
+
+def _model(card: ModelCard, tensors: weights.Tensors) -> CLIP:
+    """open_clip's model of a card with the checkpoint's weights, in float32 on the CPU."""
+    model = CLIP(**card.config).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights.check(tensors, shapes)
+    known = {name: torch.from_numpy(tensors[name]) for name in shapes if name in tensors}
+    model.load_state_dict(known, strict=False)  # checked above, and more leniently
+    return model
+
+
+def _traced(
+    card: ModelCard, visual: nn.Module, textual: nn.Module, place: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    size, context = card.image.size, card.text.context_length
+    pixels = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=place)
+    tokens = torch.zeros((2, context), dtype=torch.int32, device=place)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its deprecation, and of lengths it handles well
+        trace: Callable[..., nn.Module] = torch.jit.trace
+        return trace(visual, pixels), trace(textual, tokens)
+
+
+def _device(wanted: str | None) -> torch.device:
+    """The device to use, with its number where there may be several.
+
+    Raises:
+        ConfigurationError: torch knows no such device, or there is none on this machine.
+    """
+    try:
+        device = torch.device(wanted or _best_device())
+    except RuntimeError:
+        raise ConfigurationError(f"device {wanted!r} is not cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count <= (device.index or 0):
+            raise ConfigurationError(
+                f"device {wanted!r} cannot be used: torch {torch.__version__} sees {count} GPUs; "
+                "check the driver, and that this torch was built for CUDA"
+            )
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigurationError(f"device {wanted!r} cannot be used: no Apple GPU was found")
+    return device
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(wanted: str | None, place: torch.device) -> str:
+    dtype = wanted or "fp32"
+    if dtype not in _DTYPES:
+        raise ConfigurationError(f"dtype {wanted!r} is not one of {', '.join(_DTYPES)}")
+    if dtype == "fp16" and place.type == "cpu":
+        # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
+        raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or bf16")
+    return dtype

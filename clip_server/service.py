@@ -1,0 +1,195 @@
+"""clip.v1 on top of the engine: one request message in, one response message out."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import urllib.parse
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server import __version__, rank
+from clip_server.engine import Encoded, Engine, Item
+from clip_server.errors import ItemError, RequestError
+
+log = logging.getLogger(__name__)
+
+# All that a client is told of a fault that is not its own.
+FAILED = "the server failed on this request; its log says why"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most a request may bring.
+
+    max_item_bytes: of one text or encoded picture.
+    max_request_bytes: of one message or HTTP body.
+    max_request_items: of one message or HTTP body.
+    """
+
+    max_item_bytes: int = 32 << 20
+    max_request_bytes: int = 128 << 20
+    max_request_items: int = 10_000
+
+
+class Service:
+    """Answers clip.v1 requests. Use it from the engine's event loop."""
+
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        self.engine = engine
+        self.limits = limits or Limits()
+
+    async def handle(self, request: pb.Request) -> pb.Response:
+        """The response to `request`. Never raises for what a client can cause; what went
+        wrong is in the response."""
+        response = pb.Response(id=request.id)
+        try:
+            kind = request.WhichOneof("body")
+            if kind == "encode":
+                response.encode.CopyFrom(await self._encode(request.encode))
+            elif kind == "rank":
+                response.rank.CopyFrom(await self._rank(request.rank))
+            elif kind == "info":
+                response.info.CopyFrom(self._info())
+            else:
+                raise RequestError("an empty request: it holds one of encode, rank or info")
+        except RequestError as error:
+            return error_response(request.id, error)
+        except Exception:
+            log.exception("a request failed")
+            return error_response(request.id, RequestError(FAILED, "INTERNAL"))
+        return response
+
+    async def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
+        self._check_count(len(request.items))
+        encoded = await self.engine.encode(
+            [self.to_item(item) for item in request.items],
+            minibatch_size=request.options.minibatch_size,
+        )
+        embeddings = encoded.embeddings
+        if request.options.normalize:
+            embeddings = rank.normalize(embeddings)
+        return pb.EncodeResponse(
+            embeddings=embeddings.astype("<f4", copy=False).tobytes(),
+            count=embeddings.shape[0],
+            dim=embeddings.shape[1],
+            errors=_item_errors(encoded.errors.items()),
+            timings=_timings(encoded),
+        )
+
+    async def _rank(self, request: pb.RankRequest) -> pb.RankResponse:
+        self._check_count(len(request.candidates) + 1)
+        encoded = await self.engine.encode(
+            [self.to_item(request.query), *map(self.to_item, request.candidates)]
+        )
+        if 0 in encoded.errors:
+            raise RequestError(f"the query cannot be encoded: {encoded.errors[0]}")
+        good = [i for i in range(len(request.candidates)) if i + 1 not in encoded.errors]
+        embeddings = encoded.embeddings
+        cosines = rank.cosine(embeddings[0], embeddings[[i + 1 for i in good]])
+        probabilities = rank.softmax(cosines, self.engine.card.logit_scale)
+        return pb.RankResponse(
+            matches=[
+                pb.Match(index=good[i], probability=probabilities[i], cosine=cosines[i])
+                for i in np.argsort(-cosines, kind="stable")
+            ],
+            errors=_item_errors((index - 1, why) for index, why in encoded.errors.items()),
+            timings=_timings(encoded),
+        )
+
+    def _info(self) -> pb.InfoResponse:
+        runtime, card = self.engine.runtime, self.engine.card
+        return pb.InfoResponse(
+            model=card.name,
+            runtime=runtime.name,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            dim=card.dim,
+            image_size=card.image.size,
+            context_length=card.text.context_length,
+            logit_scale=card.logit_scale,
+            version=__version__,
+            max_item_bytes=self.limits.max_item_bytes,
+            max_request_bytes=self.limits.max_request_bytes,
+            max_request_items=self.limits.max_request_items,
+        )
+
+    def _check_count(self, count: int) -> None:
+        most = self.limits.max_request_items
+        if count > most:
+            raise RequestError(
+                f"{count:,} items in one request; the server takes at most {most:,}: send them "
+                "in several requests, as the client does by itself",
+                "RESOURCE_EXHAUSTED",
+            )
+
+    def to_item(self, item: pb.Item) -> Item:
+        """The engine's item for the wire's; an ItemError where it is unfit."""
+        kind = item.WhichOneof("content")
+        if kind is None:
+            return ItemError("an empty item: it holds one of text, image or uri")
+        try:
+            content = read_uri(item.uri) if kind == "uri" else getattr(item, kind)
+        except ItemError as error:
+            return error
+        return self.check(content)
+
+    def check(self, content: str | bytes) -> Item:
+        """`content`, or an ItemError where it is empty or too large."""
+        if not content or (isinstance(content, str) and not content.strip()):
+            what = "text" if isinstance(content, str) else "image"
+            return ItemError(f"an empty {what} has no embedding")
+        if len(content) > self.limits.max_item_bytes:
+            return ItemError(
+                f"the item has {len(content) / 2**20:.1f} MiB; the server takes at most "
+                f"{self.limits.max_item_bytes / 2**20:.0f} MiB: scale the picture down first"
+            )
+        return content
+
+
+def error_response(request_id: int, error: RequestError) -> pb.Response:
+    """A response that carries `error`."""
+    return pb.Response(id=request_id, error=pb.Error(code=error.code, message=str(error)))
+
+
+def read_uri(uri: str) -> str | bytes:
+    """The content of a `data:` URI (RFC 2397): a text where it says text/*, else a picture.
+
+    Raises ItemError for anything else: the server opens no file and fetches no address.
+    """
+    if uri[:5].lower() != "data:":
+        scheme = uri.partition(":")[0] if ":" in uri[:20] else "a path"
+        raise ItemError(
+            f"the server opens only data: URIs, this one is {scheme[:20]!r}: send the bytes, "
+            "or let the client read it"
+        )
+    head, comma, payload = uri[5:].partition(",")
+    if not comma:
+        raise ItemError("the data: URI has no comma between its type and its content")
+    mime_type, *parameters = head.split(";")
+    content = urllib.parse.unquote_to_bytes(payload)
+    if "base64" in (parameter.strip().lower() for parameter in parameters):
+        try:
+            content = base64.b64decode(content, validate=True)
+        except binascii.Error:
+            raise ItemError("the data: URI is not valid base64") from None
+    # RFC 2397: without a type it is text/plain.
+    if mime_type and not mime_type.lower().startswith("text/"):
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ItemError("the text in the data: URI is not UTF-8") from None
+
+
+def _item_errors(errors: Iterable[tuple[int, str]]) -> list[pb.ItemError]:
+    return [pb.ItemError(index=index, message=message) for index, message in errors]
+
+
+def _timings(encoded: Encoded) -> pb.Timings:
+    total, preprocess = encoded.total_seconds * 1e3, encoded.preprocess_seconds * 1e3
+    return pb.Timings(total=total, preprocess=preprocess, inference=max(0.0, total - preprocess))

@@ -1,0 +1,1 @@
+"""The Jina executors: each builds one runtime, `base` holds what they share."""

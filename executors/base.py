@@ -1,0 +1,242 @@
+"""What the encoders share: parameters, the engine, and the endpoints Jina sees."""
+
+# Jina reads the endpoints' annotations at run time: no `from __future__ import annotations`.
+
+import asyncio
+import os
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from docarray import DocList
+from jina import Executor, requests
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server import rank
+from clip_server.engine import Engine, Item
+from clip_server.errors import ConfigurationError, ItemError, RequestError
+from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart, Frame
+from clip_server.models import zoo
+from clip_server.models.image import ImageTransform
+from clip_server.process import end_with_parent
+from clip_server.runtimes.base import Runtime
+from clip_server.service import Service
+
+# What Jina itself passes to an executor, besides its parameters.
+_JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
+
+
+@dataclass(frozen=True)
+class EncoderParameters:
+    """`uses: with:` of a flow's YAML file.
+
+    name: of the model.
+    device: `cpu`, `cuda`, `cuda:1`; None: the best there is.
+    jit: torch only: the towers compiled by TorchScript.
+    dtype: of the weights; None: fp32.
+    model_path: a local checkpoint, or for ONNX a folder of `visual.onnx` and `textual.onnx`.
+    num_worker_preprocess: threads that tokenize and decode.
+    minibatch_size: items the model takes at once.
+    access_paths: which documents are encoded: `@r` those sent, `@c` their chunks, `@m` their
+        matches, several as `@r,c`.
+    exact: pictures are decoded at full size, equal to open_clip's own to the pixel.
+    """
+
+    name: str = "ViT-B-32::openai"
+    device: str | None = None
+    jit: bool = False
+    dtype: str | None = None
+    model_path: str | None = None
+    num_worker_preprocess: int = 4
+    minibatch_size: int = 32
+    access_paths: str = "@r"
+    exact: bool = False
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> "EncoderParameters":
+        """The parameters of a YAML file; ConfigurationError for one that is unknown or unfit."""
+        values = dict(given)
+        if "traversal_paths" in values:
+            warnings.warn(
+                "traversal_paths is the old name of access_paths: rename it", stacklevel=2
+            )
+            values.setdefault("access_paths", values.pop("traversal_paths"))
+            values.pop("traversal_paths", None)
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigurationError(
+                f"unknown parameter {', '.join(map(repr, unknown))} of CLIPEncoder; "
+                f"known are {', '.join(known)}"
+            )
+        parameters = cls(**values)
+        for field in ("num_worker_preprocess", "minibatch_size"):
+            value = getattr(parameters, field)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"{field}: {value!r} is not a whole number above 0")
+        parse_access_paths(parameters.access_paths)
+        return parameters
+
+
+def parse_access_paths(paths: str) -> list[str]:
+    """`@r,c` as docarray's access paths below the documents sent: ["", "chunks"].
+
+    Raises ConfigurationError for anything else.
+    """
+    fields_of = {"r": "", "c": "chunks", "m": "matches"}
+    letters = paths.replace(" ", "").removeprefix("@").split(",")
+    if not all(letter in fields_of for letter in letters):
+        raise ConfigurationError(
+            f"access_paths {paths!r}: allowed are '@r' (the documents sent), '@c' (their "
+            "chunks) and '@m' (their matches), several as '@r,c'"
+        )
+    return [fields_of[letter] for letter in letters]
+
+
+class BaseCLIPEncoder(Executor):
+    """Encodes documents and clip.v1 messages with the runtime a subclass builds."""
+
+    def __init__(self, **arguments: Any) -> None:
+        jina_arguments = {k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS}
+        super().__init__(**jina_arguments)
+        end_with_parent()
+        try:
+            self.parameters = EncoderParameters.parse(
+                {k: v for k, v in arguments.items() if k not in _JINA_ARGUMENTS}
+            )
+            runtime = self.build_runtime(self.parameters, self._threads())
+        except ConfigurationError as error:
+            sys.exit(f"clip_server: {error}")
+        self.engine = Engine(
+            runtime,
+            minibatch_size=self.parameters.minibatch_size,
+            num_worker_preprocess=self.parameters.num_worker_preprocess,
+            transform=ImageTransform(runtime.card.image, exact=self.parameters.exact),
+        )
+        self.service = Service(self.engine)
+
+    @classmethod
+    def prepare(cls, given: Mapping[str, Any]) -> None:
+        """Finds out before any process starts whether this encoder can be built, and fetches
+        its weights. Raises ConfigurationError where it cannot."""
+        parameters = EncoderParameters.parse(given)
+        if not cls.has_own_graphs(parameters):
+            zoo.checkpoint(parameters.name, parameters.model_path)
+
+    @staticmethod
+    def has_own_graphs(_parameters: EncoderParameters) -> bool:
+        """Whether `model_path` holds what the runtime takes instead of a checkpoint."""
+        return False
+
+    @classmethod
+    @abstractmethod
+    def build_runtime(cls, parameters: EncoderParameters, threads: int) -> Runtime:
+        """The runtime with its model loaded, using at most so many CPU threads."""
+
+    def _threads(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return max(1, (cores or 1) // max(1, getattr(self.runtime_args, "replicas", 1)))
+
+    @requests(on="/clip.v1")
+    async def clip_v1(self, docs: DocList[Frame], **_: Any) -> DocList[Frame]:
+        """Serialized clip.v1 requests in, responses out, in their order."""
+        responses = await asyncio.gather(
+            *(self.service.handle(pb.Request.FromString(frame.payload)) for frame in docs)
+        )
+        return DocList[Frame](Frame(payload=each.SerializeToString()) for each in responses)
+
+    @requests(on=["/", "/encode"])
+    async def encode(
+        self, docs: DocList[ClipDoc], parameters: dict[str, Any] | None = None, **_: Any
+    ) -> DocList[ClipDoc]:
+        """Sets `embedding` of each document, or `error`."""
+        options = RequestParameters.parse(parameters or {}, self.parameters)
+        chosen = [doc for path in options.access_paths for doc in _descend(docs, path)]
+        encoded = await self.engine.encode(
+            [self._item(doc) for doc in chosen], minibatch_size=options.minibatch_size
+        )
+        embeddings = encoded.embeddings
+        if options.normalize:
+            embeddings = rank.normalize(embeddings)
+        for index, doc in enumerate(chosen):
+            doc.error = encoded.errors.get(index)
+            doc.embedding = None if doc.error else embeddings[index]
+            if options.drop_image_content:
+                doc.blob = None
+                doc.uri = None
+        return docs
+
+    @requests(on="/rank")
+    async def rank(self, docs: DocList[ClipDoc], **_: Any) -> DocList[ClipDoc]:
+        """Scores each document's matches against it and sorts them, best first."""
+        await asyncio.gather(*map(self._rank_one, docs))
+        return docs
+
+    async def _rank_one(self, doc: ClipDoc) -> None:
+        matches = list(doc.matches or [])
+        encoded = await self.engine.encode([self._item(each) for each in (doc, *matches)])
+        doc.error = encoded.errors.get(0)
+        for index, match in enumerate(matches, 1):
+            match.error = encoded.errors.get(index)
+        if doc.error:
+            return
+        good = [i for i, match in enumerate(matches, 1) if not match.error]
+        cosines = rank.cosine(encoded.embeddings[0], encoded.embeddings[good])
+        probabilities = rank.softmax(cosines, self.engine.card.logit_scale)
+        for i, probability, cosine in zip(good, probabilities, cosines, strict=True):
+            scores = {"clip_score": float(probability), "clip_score_cosine": float(cosine)}
+            matches[i - 1].scores = scores
+        matches.sort(key=lambda match: -match.scores.get("clip_score", -1.0))
+        doc.matches = DocList[ClipMatch](matches)
+
+    def _item(self, doc: ClipPart) -> Item:
+        if doc.text:
+            return self.service.check(doc.text)
+        if doc.blob:
+            return self.service.check(doc.blob)
+        if doc.uri:
+            return self.service.to_item(pb.Item(uri=doc.uri))
+        return ItemError("an empty document: it needs a text, a blob or a data: uri")
+
+    def close(self) -> None:
+        """Ends the engine's threads."""
+        self.engine.close()
+
+
+@dataclass(frozen=True)
+class RequestParameters:
+    """What one request may ask for itself.
+
+    minibatch_size: 0: the executor's own.
+    access_paths: as docarray's.
+    normalize: embeddings of length 1.
+    drop_image_content: answers come back without `blob` and `uri`.
+    """
+
+    minibatch_size: int
+    access_paths: list[str]
+    normalize: bool
+    drop_image_content: bool
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], own: EncoderParameters) -> "RequestParameters":
+        """From a request's `parameters`; others are another executor's and pass unread."""
+        paths = given.get("access_paths", given.get("traversal_paths", own.access_paths))
+        size = given.get("minibatch_size", given.get("batch_size", 0))
+        try:
+            return cls(
+                minibatch_size=int(size),
+                access_paths=parse_access_paths(str(paths)),
+                normalize=bool(given.get("normalize", False)),
+                drop_image_content=bool(given.get("drop_image_content", False)),
+            )
+        except (ConfigurationError, TypeError, ValueError) as error:
+            raise RequestError(f"parameters: {error}") from None
+
+
+def _descend(docs: DocList[ClipDoc], path: str) -> list[ClipPart]:
+    """All documents at the end of a path."""
+    return list(docs.traverse_flat(path)) if path else list(docs)

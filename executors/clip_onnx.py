@@ -1,0 +1,21 @@
+"""The encoder on ONNX Runtime."""
+
+from __future__ import annotations
+
+from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
+from clip_server.runtimes.onnx import OnnxRuntime
+
+
+class CLIPEncoder(BaseCLIPEncoder):
+    """Encodes with ONNX Runtime."""
+
+    @classmethod
+    def build_runtime(cls, parameters: EncoderParameters, threads: int) -> OnnxRuntime:
+        """See BaseCLIPEncoder."""
+        return OnnxRuntime.load(
+            parameters.name,
+            model_path=parameters.model_path,
+            device=parameters.device,
+            dtype=parameters.dtype,
+            threads=threads,
+        )

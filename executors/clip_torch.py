@@ -1,0 +1,22 @@
+"""The encoder on PyTorch."""
+
+from __future__ import annotations
+
+from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
+from clip_server.runtimes.torch import TorchRuntime
+
+
+class CLIPEncoder(BaseCLIPEncoder):
+    """Encodes with PyTorch, through open_clip."""
+
+    @classmethod
+    def build_runtime(cls, parameters: EncoderParameters, threads: int) -> TorchRuntime:
+        """See BaseCLIPEncoder."""
+        return TorchRuntime.load(
+            parameters.name,
+            model_path=parameters.model_path,
+            device=parameters.device,
+            dtype=parameters.dtype,
+            jit=parameters.jit,
+            threads=threads,
+        )

@@ -1,0 +1,1 @@
+"""The flows that come with the server, as YAML files."""

@@ -1,0 +1,114 @@
+"""ONNX graphs: valid, and equal to open_clip on seeded random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import seeded
+
+from clip_server.errors import ConfigurationError
+from clip_server.models import graph
+from clip_server.models.card import ImageSpec
+from clip_server.runtimes.onnx import OnnxRuntime
+
+TOLERANCE = 1e-4
+SMALL = {
+    "vision transformer": seeded.SMALL_VIT,
+    "exact GELU": seeded.SMALL_GELU,
+    "residual network": seeded.SMALL_RESNET,
+    "one layer": seeded.SMALL_VIT
+    | {
+        "vision_cfg": seeded.SMALL_VIT["vision_cfg"] | {"layers": 1},
+        "text_cfg": seeded.SMALL_TEXT | {"layers": 1},
+    },
+    "narrow MLP, wide heads": seeded.SMALL_VIT
+    | {
+        "vision_cfg": seeded.SMALL_VIT["vision_cfg"] | {"head_width": 32, "mlp_ratio": 2.0},
+        "text_cfg": seeded.SMALL_TEXT | {"heads": 2, "mlp_ratio": 3.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_equals_open_clip(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    config = SMALL[name]
+    model = seeded.open_clip_model(config)
+    runtime = OnnxRuntime.load("small", model_path=seeded.save(model, tmp_path, config), threads=1)
+    for batch in (1, 3):
+        pixels = seeded.random_pixels(config, batch)
+        expected = seeded.reference_images(model, pixels)
+        assert seeded.relative(runtime.encode_image(pixels), expected) < TOLERANCE
+        for longest in (2, 9, 20):
+            tokens = seeded.random_tokens(config, batch, longest)
+            expected = seeded.reference_texts(model, tokens)
+            for length in {longest, 20}:
+                found = runtime.encode_text(tokens[:, :length])
+                assert seeded.relative(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tensor_shapes_are_those_of_open_clip(name: str) -> None:
+    pytest.importorskip("open_clip")
+    state = seeded.open_clip_model(SMALL[name]).state_dict()
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    assert graph.tensor_shapes(SMALL[name]) == expected
+
+
+def random_tensors(config: dict[str, Any]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = graph.tensor_shapes(config)
+    return {name: rng.uniform(0.1, 1, shape).astype("f2") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_graphs_are_valid_and_typed(name: str) -> None:
+    config, tensors = SMALL[name], random_tensors(SMALL[name])
+    visual = graph.build_visual(config, tensors, ImageSpec(64))
+    textual = graph.build_textual(config, tensors)
+    for model in (visual, textual):
+        onnx.checker.check_model(model, full_check=True)
+        assert {opset.domain for opset in model.opset_import} == {""}
+        names = [node.name for node in model.graph.node]
+        assert len(names) == len(set(names))
+    assert signature(visual) == {
+        "pixels": ("UINT8", ["batch", 3, 64, 64]),
+        "embedding": ("FLOAT", ["batch", 32]),
+    }
+    assert signature(textual) == {
+        "tokens": ("INT32", ["batch", "length"]),
+        "embedding": ("FLOAT", ["batch", 32]),
+    }
+
+
+def signature(model: onnx.ModelProto) -> dict[str, tuple[str, list[str | int]]]:
+    return {
+        value.name: (
+            onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type),
+            [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim],
+        )
+        for value in [*model.graph.input, *model.graph.output]
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("vision_cfg", "timm_model_name", "vit_base"),
+        ("vision_cfg", "attentional_pool", True),
+        ("text_cfg", "hf_model_name", "roberta-base"),
+        ("text_cfg", "pool_type", "last"),
+    ],
+)
+def test_another_family_is_refused_by_name(part: str, key: str, value: object) -> None:
+    config = seeded.SMALL_VIT | {part: seeded.SMALL_VIT[part] | {key: value}}
+    with pytest.raises(ConfigurationError, match=f"{key} in {part}"):
+        graph.tensor_shapes(config)

@@ -1,0 +1,320 @@
+"""Both runtimes: the same vectors as open_clip, on devices that are there, or a clear error."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import seeded
+from numpy.typing import NDArray
+
+from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.models import zoo
+from clip_server.runtimes.base import Runtime
+from clip_server.runtimes.onnx import OnnxRuntime
+
+TOLERANCE = 1e-4
+OPENAI = [
+    "ViT-B-32::openai",
+    pytest.param("ViT-B-16::openai", marks=pytest.mark.slow),
+    pytest.param("ViT-L-14::openai", marks=pytest.mark.slow),
+    pytest.param("ViT-L-14-336::openai", marks=pytest.mark.slow),
+]
+RN50 = {
+    "embed_dim": 1024,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64},
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 512,
+        "heads": 8,
+        "layers": 12,
+    },
+}
+
+
+def load(kind: str, name: str, **options: Any) -> Any:
+    if kind == "onnx":
+        return OnnxRuntime.load(name, **options)
+    pytest.importorskip("open_clip")
+    from clip_server.runtimes.torch import TorchRuntime
+
+    return TorchRuntime.load(name, **options)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """open_clip's small seeded model, and the folder it is saved in."""
+    pytest.importorskip("open_clip")
+    model = seeded.open_clip_model(seeded.SMALL_VIT)
+    return model, seeded.save(model, tmp_path_factory.mktemp("small"), seeded.SMALL_VIT)
+
+
+def assert_equal_to_open_clip(
+    runtime: Runtime, model: Any, batches: tuple[int, ...], lengths: tuple[int, ...]
+) -> None:
+    config = runtime.card.config
+    for batch in batches:
+        pixels = seeded.random_pixels(config, batch)
+        found = runtime.encode_image(pixels)
+        assert (found.shape, found.dtype) == ((batch, runtime.card.dim), np.float32)
+        assert seeded.relative(found, seeded.reference_images(model, pixels)) < TOLERANCE
+        for longest in lengths:
+            tokens = seeded.random_tokens(config, batch, longest)
+            found = runtime.encode_text(tokens[:, :longest])
+            assert (found.shape, found.dtype) == ((batch, runtime.card.dim), np.float32)
+            assert seeded.relative(found, seeded.reference_texts(model, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_openais_models_equal_open_clip(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    config = zoo.resolve(name).config
+    model = seeded.open_clip_model(config)
+    folder = seeded.save(model, tmp_path, config)
+    for kind in ("onnx", "torch"):
+        runtime = load(kind, name, model_path=folder)
+        assert runtime.card.name == name
+        assert_equal_to_open_clip(runtime, model, batches=(2,), lengths=(7, 77))
+        del runtime
+
+
+@pytest.mark.slow
+def test_openais_residual_network_equals_open_clip(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    model = seeded.open_clip_model(RN50)
+    folder = seeded.save(model, tmp_path, RN50)
+    for kind in ("onnx", "torch"):
+        runtime = load(kind, "RN50", model_path=folder)
+        assert_equal_to_open_clip(runtime, model, batches=(2,), lengths=(7, 77))
+
+
+@pytest.mark.parametrize("config", [seeded.SMALL_VIT, seeded.SMALL_GELU, seeded.SMALL_RESNET])
+@pytest.mark.parametrize("jit", [False, True])
+def test_torch_equals_open_clip(config: dict[str, Any], jit: bool, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    model = seeded.open_clip_model(config)
+    runtime = load("torch", "small", model_path=seeded.save(model, tmp_path, config), jit=jit)
+    assert_equal_to_open_clip(runtime, model, batches=(1, 3), lengths=(2, 9, 20))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_the_embedded_model_equals_open_clip(kind: str) -> None:
+    pytest.importorskip("open_clip")
+    import torch
+    from safetensors.torch import load_file
+
+    runtime = load(kind, "embedded")
+    model = seeded.open_clip_model(runtime.card.config)
+    state = load_file(zoo.checkpoint("embedded"))
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    assert torch.isfinite(next(model.parameters())).all()
+    assert_equal_to_open_clip(runtime, model, batches=(1, 3), lengths=(2, 33, 77))
+    assert runtime.card.logit_scale == pytest.approx(model.logit_scale.exp().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_trimming_the_padding_changes_nothing(kind: str, small: tuple[Any, Path]) -> None:
+    runtime = load(kind, "small", model_path=small[1])
+    tokens = seeded.random_tokens(seeded.SMALL_VIT, batch=5, longest=6)
+    whole = runtime.encode_text(tokens)
+    for length in (6, 7, 19):
+        assert seeded.relative(runtime.encode_text(tokens[:, :length]), whole) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_pixels_that_cannot_be_written_to_are_taken(kind: str, small: tuple[Any, Path]) -> None:
+    runtime = load(kind, "small", model_path=small[1])
+    pixels = seeded.random_pixels(seeded.SMALL_VIT, 2)
+    expected = runtime.encode_image(pixels)
+    pixels.flags.writeable = False
+    np.testing.assert_array_equal(runtime.encode_image(pixels), expected)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_what_a_runtime_says_of_itself(kind: str, small: tuple[Any, Path]) -> None:
+    runtime = load(kind, "small", model_path=small[1], device="cpu", threads=1)
+    assert (runtime.name, runtime.device, runtime.dtype) == (kind, "cpu", "fp32")
+    assert runtime.card.dim == 32
+    # The checkpoint's own logit scale, open_clip's initial one.
+    assert runtime.card.logit_scale == pytest.approx(1 / 0.07)
+
+
+def test_half_precision_weights_give_nearly_the_same(small: tuple[Any, Path]) -> None:
+    pixels = seeded.random_pixels(seeded.SMALL_VIT, 2)
+    runtime = load("torch", "small", model_path=small[1], dtype="bf16", device="cpu")
+    assert runtime.dtype == "bf16"
+    expected = seeded.reference_images(small[0], pixels)
+    assert seeded.relative(runtime.encode_image(pixels), expected) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp8"}, "dtype 'fp8' is not one"),
+        ({"dtype": "fp16", "device": "cpu"}, "dtype 'fp16'"),
+        ({"device": "warp"}, "device 'warp' is not cpu, cuda"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_what_is_not_to_be_had_is_an_error(
+    kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load(kind, "embedded", **options)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_cuda_without_a_gpu_is_an_error_and_never_the_cpu(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigurationError, match="device 'cuda' cannot be used") as caught:
+        load(kind, "embedded", device="cuda")
+    assert "sees 0 GPUs" in str(caught.value) or "onnx-gpu" in str(caught.value)
+    assert load(kind, "embedded").device == "cpu"
+
+
+class FakeOnnxRuntime:
+    """onnxruntime with a CUDA provider that does not start, as with a wrong cuDNN."""
+
+    class SessionOptions:
+        def add_session_config_entry(self, key: str, value: str) -> None: ...
+
+    class InferenceSession:
+        def __init__(self, *_: object) -> None: ...
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self) -> None: ...
+
+    def disable_telemetry_events(self) -> None: ...
+
+
+def test_a_cuda_that_falls_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("clip_server.runtimes.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", FakeOnnxRuntime())
+    with pytest.raises(ConfigurationError, match="0 NVIDIA GPUs can be seen"):
+        monkeypatch.setattr(module, "_cuda_device_count", lambda: 0)
+        OnnxRuntime.load("embedded", device="cuda")
+    with pytest.raises(ConfigurationError, match="could not start CUDAExecutionProvider"):
+        monkeypatch.setattr(module, "_cuda_device_count", lambda: 1)
+        OnnxRuntime.load("embedded", device="cuda")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_checkpoint_of_another_architecture_is_refused(
+    kind: str, small: tuple[Any, Path]
+) -> None:
+    checkpoint = zoo.checkpoint("embedded", small[1])
+    alone = checkpoint.with_name("alone") / "other.safetensors"
+    alone.parent.mkdir(exist_ok=True)
+    alone.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(WeightsError, match=r"another architecture.*visual\.conv1\.weight is"):
+        load(kind, "ViT-B/32", model_path=alone)
+
+
+def test_folders_of_clip_as_service(tmp_path: Path) -> None:
+    """Graphs as clip-as-service exported them: float pixels, and tokens of a fixed length."""
+    write_legacy_graphs(tmp_path)
+    runtime = OnnxRuntime.load("ViT-B/32", model_path=tmp_path)
+    assert runtime.card == zoo.resolve("ViT-B/32")
+    pixels = np.full((2, 3, 224, 224), 128, dtype=np.uint8)
+    mean, std = (np.array(v)[None] for v in (runtime.card.image.mean, runtime.card.image.std))
+    expected = np.repeat((128 / 255 - mean) / std, 2, axis=0)
+    np.testing.assert_allclose(runtime.encode_image(pixels), expected, rtol=1e-5)
+    tokens = np.array([[49406, 320, 49407], [49406, 49407, 0]], dtype=np.int32)
+    found = runtime.encode_text(tokens)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[:, :3], tokens)
+    assert found.shape == (2, 77)
+    assert not found[:, 3:].any()
+
+
+def write_legacy_graphs(folder: Path) -> None:
+    """The mean of each channel, and the tokens themselves."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    def write(name: str, node: Any, kind: int, shape: list[Any], width: int) -> None:
+        source = helper.make_tensor_value_info("input", kind, shape)
+        target = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", width])
+        graph = helper.make_graph([node], name, [source], [target])
+        opset = helper.make_opsetid("", 17)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        onnx.save(model, folder / f"{name}.onnx")
+
+    mean = helper.make_node("ReduceMean", ["input"], ["output"], axes=[2, 3], keepdims=0)
+    write("visual", mean, TensorProto.FLOAT, ["batch", 3, 224, 224], 3)
+    cast = helper.make_node("Cast", ["input"], ["output"], to=TensorProto.FLOAT)
+    write("textual", cast, TensorProto.INT64, ["batch", 77], 77)
+
+
+def test_a_damaged_graph_is_an_error(tmp_path: Path) -> None:
+    for name in ("visual.onnx", "textual.onnx"):
+        (tmp_path / name).write_bytes(b"not a graph")
+    with pytest.raises(ConfigurationError, match="onnxruntime cannot load the model"):
+        OnnxRuntime.load("ViT-B/32", model_path=tmp_path)
+
+
+def run(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout.strip()
+
+
+def test_onnx_runs_with_torch_made_unimportable() -> None:
+    shapes = run(
+        "import sys; sys.modules['torch'] = sys.modules['open_clip'] = None\n"
+        "import numpy as np\n"
+        "from clip_server.runtimes.onnx import OnnxRuntime\n"
+        "runtime = OnnxRuntime.load('embedded', threads=1)\n"
+        "size = runtime.card.image.size\n"
+        "print(runtime.encode_image(np.zeros((2, 3, size, size), np.uint8)).shape)\n"
+        "print(runtime.encode_text(np.array([[8190, 8191]], np.int32)).shape)\n"
+    )
+    assert shapes.split("\n") == ["(2, 256)", "(1, 256)"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "program"),
+    [
+        ("onnxruntime", "from clip_server.runtimes.onnx import OnnxRuntime as Runtime"),
+        ("onnx", "from clip_server.runtimes.onnx import OnnxRuntime as Runtime"),
+        ("torch", "from clip_server.runtimes.torch import TorchRuntime as Runtime"),
+        ("open_clip", "from clip_server.runtimes.torch import TorchRuntime as Runtime"),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, program: str) -> None:
+    message = run(
+        f"import sys; sys.modules['{missing}'] = None\n"
+        "from clip_server.errors import ConfigurationError\n"
+        f"try:\n    {program}\n    Runtime.load('embedded')\n"
+        "except ConfigurationError as error: print(error)"
+    )
+    extra = "onnx" if "onnx" in missing else "torch"
+    assert f"pip install 'clip-server[{extra}]'" in message
+
+
+def embeddings(runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    found = runtime.encode_image(pixels)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def test_both_runtimes_agree_on_the_embedded_model() -> None:
+    onnx, torch = load("onnx", "embedded"), load("torch", "embedded")
+    pixels = seeded.random_pixels(onnx.card.config, 4)
+    np.testing.assert_allclose(embeddings(onnx, pixels), embeddings(torch, pixels), atol=1e-5)
