@@ -79,18 +79,17 @@ def prepare(spec: Mapping[str, Any], host: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigurationError: a parameter, a model, a missing extra.
     """
-    prepared = dict(spec)
+    prepared: dict[str, Any] = {"jtype": "Flow", "version": "1", **spec}
     options = dict(spec.get("with") or {})
     gateway = {key: options.pop(key) for key in _GATEWAY_KEYS if key in options}
     gateway |= spec.get("gateway") or {}
     if host is not None:
         gateway["host"] = host
-    prepared["jtype"] = "Flow"
-    prepared["version"] = "1"
     prepared["with"] = options
     prepared["gateway"] = _prepare_gateway(gateway)
     prepared["executors"] = [_prepare_executor(dict(each)) for each in spec["executors"]]
-    return prepared
+    typed: dict[str, Any] = _type_first(prepared)
+    return typed
 
 
 def addresses(spec: Mapping[str, Any]) -> list[str]:
@@ -102,6 +101,15 @@ def addresses(spec: Mapping[str, Any]) -> list[str]:
         f"{schemes[protocol]}{'s' if secure else ''}://{gateway['host']}:{port}"
         for protocol, port in zip(gateway["protocol"], gateway["port"], strict=True)
     ]
+
+
+def _type_first(value: Any) -> Any:
+    """`jtype` before its sister keys, in dicts at every depth: Jina reads it only there."""
+    if isinstance(value, list):
+        return [_type_first(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _type_first(value[key]) for key in sorted(value, key=lambda k: k != "jtype")}
 
 
 def _prepare_gateway(gateway: dict[str, Any]) -> dict[str, Any]:

@@ -205,11 +205,11 @@ class FakeOnnxRuntime:
 def test_a_cuda_that_falls_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("clip_server.runtimes.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", FakeOnnxRuntime())
+    monkeypatch.setattr(module, "_cuda_device_count", lambda: 0)
     with pytest.raises(ConfigurationError, match="0 NVIDIA GPUs can be seen"):
-        monkeypatch.setattr(module, "_cuda_device_count", lambda: 0)
         OnnxRuntime.load("embedded", device="cuda")
+    monkeypatch.setattr(module, "_cuda_device_count", lambda: 1)
     with pytest.raises(ConfigurationError, match="could not start CUDAExecutionProvider"):
-        monkeypatch.setattr(module, "_cuda_device_count", lambda: 1)
         OnnxRuntime.load("embedded", device="cuda")
 
 
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     alone = checkpoint.with_name("alone") / "other.safetensors"
     alone.parent.mkdir(exist_ok=True)
     alone.write_bytes(checkpoint.read_bytes())
-    with pytest.raises(WeightsError, match=r"another architecture.*visual\.conv1\.weight is"):
+    with pytest.raises(WeightsError, match=r"another architecture: .*is \(.*expected \("):
         load(kind, "ViT-B/32", model_path=alone)
 
 
@@ -233,7 +233,7 @@ def test_folders_of_clip_as_service(tmp_path: Path) -> None:
     pixels = np.full((2, 3, 224, 224), 128, dtype=np.uint8)
     mean, std = (np.array(v)[None] for v in (runtime.card.image.mean, runtime.card.image.std))
     expected = np.repeat((128 / 255 - mean) / std, 2, axis=0)
-    np.testing.assert_allclose(runtime.encode_image(pixels), expected, rtol=1e-5)
+    np.testing.assert_allclose(runtime.encode_image(pixels), expected, atol=1e-5)
     tokens = np.array([[49406, 320, 49407], [49406, 49407, 0]], dtype=np.int32)
     found = runtime.encode_text(tokens)
     assert found.dtype == np.float32

@@ -22,7 +22,7 @@ CONFIG = {
 
 
 def folder_with(path: Path, described: dict[str, Any], scale: float = 30.0) -> Path:
-    save_file({"logit_scale": np.log(np.array(scale, np.float32))}, path / weights.CHECKPOINT)
+    save_file({"logit_scale": np.array(np.log(scale), np.float32)}, path / weights.CHECKPOINT)
     (path / weights.CONFIG).write_text(json.dumps(described))
     return path
 

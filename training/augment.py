@@ -54,10 +54,11 @@ def warp(rgba: Tensor, flip: Tensor, size: int, strength: float) -> Tensor:
     return F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def colour_matrix(n: int) -> Tensor:
+def colour_matrix(n: int, strength: float) -> Tensor:
     """Random hue turns and saturation factors as (n, 3, 3) colour matrices."""
-    hue = torch.randn(n) * 0.18
-    saturation = uniform(n, 0.5, 1.5) * torch.where(chance(n, 0.07), 0.0, 1.0)
+    hue = torch.randn(n) * 0.18 * strength
+    grey = torch.where(chance(n, 0.07 * strength), 0.0, 1.0)
+    saturation = uniform(n, 1 - 0.5 * strength, 1 + 0.5 * strength) * grey
     middle = torch.zeros(n, 3, 3)
     middle[:, 0, 0] = 1.0
     middle[:, 1, 1] = middle[:, 2, 2] = torch.cos(hue) * saturation
@@ -66,24 +67,24 @@ def colour_matrix(n: int) -> Tensor:
     return torch.matmul(torch.matmul(FROM_YIQ, middle), TO_YIQ)
 
 
-def recolour(rgba: Tensor, mono: Tensor) -> Tensor:
+def recolour(rgba: Tensor, mono: Tensor, strength: float) -> Tensor:
     """Jitter colours of premultiplied ``rgba``; give ``mono`` drawings two new inks."""
     n = rgba.shape[0]
     rgb, alpha = rgba[:, :3], rgba[:, 3:]
     luma = torch.einsum("i,nihw->nhw", LUMA, rgb).unsqueeze(1)
     inks = (alpha - luma) * torch.rand(n, 3, 1, 1) + luma * torch.rand(n, 3, 1, 1)
-    rgb = torch.einsum("nij,njhw->nihw", colour_matrix(n), rgb)
-    contrast = uniform(n, 0.7, 1.35).view(-1, 1, 1, 1)
-    light = uniform(n, -0.18, 0.18).view(-1, 1, 1, 1)
+    rgb = torch.einsum("nij,njhw->nihw", colour_matrix(n, strength), rgb)
+    contrast = uniform(n, 1 - 0.3 * strength, 1 + 0.35 * strength).view(-1, 1, 1, 1)
+    light = uniform(n, -0.18 * strength, 0.18 * strength).view(-1, 1, 1, 1)
     rgb = rgb * contrast + alpha * (0.5 * (1 - contrast) + light)
     tint = alpha * (torch.randn(n, 3) * 0.04).view(n, 3, 1, 1)
     ink = torch.where(mono.view(-1, 1, 1, 1), inks, rgb + tint)
     return torch.cat([torch.minimum(ink.clamp_min(0), alpha), alpha], 1)
 
 
-def outline(rgba: Tensor) -> Tensor:
+def outline(rgba: Tensor, p: float) -> Tensor:
     """Draw a stroke around some of the drawings, dark more often than not."""
-    pick = torch.nonzero(chance(rgba.shape[0], 0.2)).flatten()
+    pick = torch.nonzero(chance(rgba.shape[0], p)).flatten()
     if not len(pick):
         return rgba
     part = rgba[pick]
@@ -123,9 +124,9 @@ def contrast_with_ink(rgba: Tensor, back: Tensor, mono: Tensor) -> Tensor:
     return torch.where(clash.view(-1, 1, 1, 1), pole.expand_as(back), back)
 
 
-def soften(image: Tensor) -> Tensor:
+def soften(image: Tensor, strength: float) -> Tensor:
     """Blur, thicken or thin the lines of some of the pictures."""
-    draw = torch.rand(image.shape[0])
+    draw = torch.rand(image.shape[0]) / strength
     image = image.clone()
     changes: tuple[tuple[float, float, Callable[[Tensor], Tensor]], ...] = (
         (0.0, 0.12, lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
@@ -140,7 +141,7 @@ def soften(image: Tensor) -> Tensor:
     return image
 
 
-def cut_out(image: Tensor, p: float = 0.3) -> Tensor:
+def cut_out(image: Tensor, p: float) -> Tensor:
     """Cover a random rectangle of some of the pictures with a plain colour."""
     n, _, size, _ = image.shape
     axis = torch.linspace(0, 1, size)
@@ -164,11 +165,11 @@ def augment(
     rgba = pixels.permute(0, 3, 1, 2).float() / 255
     rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
     rgba = warp(rgba, flippable & chance(n, 0.4), size, strength)
-    rgba = outline(recolour(rgba, mono))
+    rgba = outline(recolour(rgba, mono, strength), 0.2 * strength)
     back = contrast_with_ink(rgba, background(n, size), mono)
     image = rgba[:, :3] + back * (1 - rgba[:, 3:])
     shading = ramp(n, size) * (uniform(n, 0, 0.25) * chance(n, 0.4)).view(-1, 1, 1, 1)
-    image = cut_out(soften(image * (1 + shading)), 0.3 * strength)
+    image = cut_out(soften(image * (1 + shading), strength), 0.3 * strength)
     noise = uniform(n, 0, 0.05) * chance(n, 0.3)
     image = image + torch.randn_like(image) * noise.view(-1, 1, 1, 1)
     return normalise(image.clamp(0, 1))

@@ -34,8 +34,8 @@ TEMPLATES = (
     "an emoji of {}", "the {}", "a drawing of a {}", "an image of {}", "a cartoon {}",
     "this is a {}", "a photo of a {}", "an illustration of a {}", "{} icon",
 )  # fmt: skip
-MONO_WEIGHT = 0.35
-FLAG_WEIGHT = 0.3
+MONO_WEIGHT = 0.1
+FLAG_WEIGHT = 0.2
 PER_CONCEPT = 2
 
 
@@ -139,8 +139,8 @@ class Learner(nn.Module):
         scale = self.clip.logit_scale.clamp(max=math.log(60)).exp()
         target = chosen.repeat(PER_CONCEPT)
         by_image, by_text = scale * image @ proxies.T, scale * text @ proxies.T
-        loss = F.cross_entropy(by_image, target, label_smoothing=0.05)
-        loss = loss + 0.5 * F.cross_entropy(by_text, chosen, label_smoothing=0.05)
+        loss = F.cross_entropy(by_image, target, label_smoothing=0.02)
+        loss = loss + 0.5 * F.cross_entropy(by_text, chosen, label_smoothing=0.02)
         cross = scale * image @ text.T
         own = torch.arange(len(chosen)).repeat(PER_CONCEPT)
         loss = loss + 0.5 * F.cross_entropy(cross, own)
@@ -241,7 +241,7 @@ class Run:
         factor = rate(progress)
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * factor
-        loss, right = self.learner(*self.batches.draw(min(1.0, 0.3 + 2 * progress)))
+        loss, right = self.learner(*self.batches.draw(min(self.args.strength, 0.3 + 2 * progress)))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 5.0)
@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=4.0, help="minutes between reports")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--strength", type=float, default=0.5, help="of the augmentation, up to 1")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leave-out", nargs="*", default=[], help="styles to leave out as well")

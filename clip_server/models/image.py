@@ -17,6 +17,8 @@ from clip_server.models.card import ImageSpec
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
 MAX_PIXELS = 2**27
+# Decoding smaller than this saves little, and shows most in models of small pictures.
+_LEAST_DRAFT = 448
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Beyond this the whole resized picture is not made to crop its centre, but the centre only.
 _MAX_RESIZED = 2**24
@@ -58,7 +60,8 @@ class ImageTransform:
         try:
             if not self.exact:
                 # Leaves at least twice the target, so that the resize still has to smooth.
-                image.draft(None, (2 * self.spec.size, 2 * self.spec.size))
+                least = max(2 * self.spec.size, _LEAST_DRAFT)
+                image.draft(None, (least, least))
             pixels = np.asarray(self._square(image))
         except Exception as error:  # on damaged data a decoder may raise anything
             raise _undecodable(image.format, error) from error

@@ -84,7 +84,9 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def _run(self, tower: nn.Module, batch: NDArray[Any]) -> NDArray[np.float32]:
-        embeddings: Tensor = tower(torch.from_numpy(batch).to(self.device))
+        # torch warns of an array that it may not write to.
+        writeable = torch.from_numpy(np.require(batch, requirements="W"))
+        embeddings: Tensor = tower(writeable.to(self.device))
         return embeddings.float().cpu().numpy()
 
 
@@ -133,12 +135,19 @@ class _TextTower(nn.Module):
 
 
 def _model(card: ModelCard, tensors: weights.Tensors) -> CLIP:
-    """open_clip's model of a card with the checkpoint's weights, in float32 on the CPU."""
-    model = CLIP(**card.config).eval()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights.check(tensors, shapes)
-    known = {name: torch.from_numpy(tensors[name]) for name in shapes if name in tensors}
-    model.load_state_dict(known, strict=False)  # checked above, and more leniently
+    """open_clip's model of a card with the checkpoint's weights, on the CPU."""
+    with torch.device("meta"):  # random weights would take seconds to draw
+        model = CLIP(**card.config).eval()
+    empty = model.state_dict()
+    weights.check(tensors, {name: tuple(tensor.shape) for name, tensor in empty.items()})
+    # What a checkpoint may lack, no tower needs.
+    state = {
+        name: torch.from_numpy(tensors[name]) if name in tensors else torch.zeros(tensor.shape)
+        for name, tensor in empty.items()
+    }
+    model.load_state_dict(state, assign=True)
+    context = card.text.context_length
+    model.attn_mask = torch.full((context, context), -torch.inf).triu(1)
     return model
 
 

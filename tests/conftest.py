@@ -1,0 +1,170 @@
+"""A real server as a process, and what the tests send to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
+START_SECONDS = 90
+HAS_TORCH = find_spec("torch") is not None and find_spec("open_clip") is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="the torch extra is not installed")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def flow(
+    runtime: str = "onnx", *, ports: list[int] | None = None, **parameters: Any
+) -> dict[str, Any]:
+    """A flow with the three protocols on free ports, serving the embedded model."""
+    return {
+        "jtype": "Flow",
+        "version": "1",
+        "with": {
+            "protocol": ["grpc", "http", "websocket"],
+            "port": ports or free_ports(3),
+            "host": "127.0.0.1",
+        },
+        "executors": [
+            {
+                "name": "clip",
+                "uses": {
+                    "jtype": "CLIPEncoder",
+                    "with": {"name": "embedded", **parameters},
+                    "metas": {"py_modules": [f"clip_server.executors.clip_{runtime}"]},
+                },
+            }
+        ],
+    }
+
+
+@dataclass
+class Server:
+    """A server process and where it answers."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    ports: list[int]
+
+    @property
+    def grpc(self) -> str:
+        return f"grpc://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.ports[1]}"
+
+    @property
+    def websocket(self) -> str:
+        return f"ws://127.0.0.1:{self.ports[2]}"
+
+    @property
+    def addresses(self) -> list[str]:
+        return [self.grpc, self.http, self.websocket]
+
+    def output(self) -> str:
+        return self.log.read_text("utf-8", errors="replace")
+
+    def wait_until_ready(self) -> None:
+        """Returns when the server says so; fails with what it said instead."""
+        deadline = time.monotonic() + START_SECONDS
+        while "clip_server: ready" not in self.output():
+            assert self.process.poll() is None, f"the server ended:\n{self.output()}"
+            assert time.monotonic() < deadline, f"not ready in time:\n{self.output()}"
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            family = self.family()
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            finally:
+                for each in family:
+                    if each.is_running():
+                        each.kill()
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers of flows; they end with the tests."""
+    servers: list[Server] = []
+
+    def start_one(spec: dict[str, Any], *, wait: bool = True, **environment: str) -> Server:
+        folder = tmp_path_factory.mktemp("server")
+        file = folder / "flow.yml"
+        file.write_text(yaml.safe_dump(spec))
+        log = folder / "log"
+        ports = spec.get("with", {}).get("port", [])
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "clip_server", str(file)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, **environment},
+            )
+        server = Server(process, log, ports if isinstance(ports, list) else [ports])
+        servers.append(server)
+        if wait:
+            server.wait_until_ready()
+        return server
+
+    yield start_one
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def onnx_server(start: Start) -> Server:
+    return start(flow("onnx"))
+
+
+@pytest.fixture(scope="session")
+def torch_server(start: Start) -> Server:
+    if not HAS_TORCH:
+        pytest.skip("the torch extra is not installed")
+    return start(flow("torch"))
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[bytes]:
+    """Real photographs, as the JPEG files people have."""
+    from PIL import Image
+    from skimage import data
+
+    files = []
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        buffer = BytesIO()
+        Image.fromarray(getattr(data, name)()).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
