@@ -38,7 +38,15 @@ def submit(work: Coroutine[Any, Any, T]) -> Future[T]:
     with _lock:
         if _current is None or _current.pid != os.getpid():
             _current = _LoopThread()
-        return asyncio.run_coroutine_threadsafe(work, _current.loop)
+        return asyncio.run_coroutine_threadsafe(_watched(work), _current.loop)
+
+
+async def _watched(work: Coroutine[Any, Any, T]) -> T:
+    # asyncio would log the error of what its caller has given up.
+    task = asyncio.current_task()
+    assert task is not None
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await work
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -66,7 +66,8 @@ class Client:
     it, or use it in `with` or `async with`. Raises InvalidInputError for another address.
 
     Every call has an async twin, named with an `a` before it, that takes the same arguments. A
-    forked child may use its parent's http and ws clients; for grpc make the Client in the child.
+    forked child may use its parent's http and ws Clients, on connections of its own; gRPC works
+    in processes that were spawned, and in forked ones whose parent has not used it.
     """
 
     def __init__(self, server: str, credential: str | Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,7 @@ from clip_client import background, content
 from clip_client.address import Address
 from clip_client.errors import DeadlineExceededError, server_error
 from clip_client.proto import clip_pb2
-from clip_client.transports import open_transport
+from clip_client.transports import opener
 from clip_client.transports.base import ConnectionLostError, Transport
 
 _READERS = 8
@@ -26,6 +26,8 @@ class Connection:
     def __init__(self, address: Address, headers: dict[str, str]) -> None:
         self.address = address
         self._headers = headers
+        # Imports its libraries here, in the caller's thread, and not on the event loop.
+        self._open_transport = opener(address.scheme)
         self._pid = 0
         self._closed = False
         self._transport: Transport | None = None
@@ -77,7 +79,7 @@ class Connection:
         # Only ever on the event loop, so no two of them open one.
         if self._transport is None or self._pid != os.getpid():
             self._pid = os.getpid()
-            self._transport = open_transport(self.address, self._headers)
+            self._transport = self._open_transport(self.address, self._headers)
             self._closer = weakref.finalize(self, _close, self._transport, self._pid)
         return self._transport
 

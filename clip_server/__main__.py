@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clip_server import flow as flows
@@ -22,6 +22,7 @@ from clip_server.process import stay_silent
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000
+_WATCH_SECONDS = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,8 +89,6 @@ def _run(spec: dict[str, Any], started: float) -> int:
         signal.signal(number, end)
     for executor in spec["executors"]:
         executor.setdefault("timeout_ctrl", _END_TIMEOUT_MS)
-    # Jina then gives up at the first process that fails, instead of waiting for the others.
-    os.environ["JINA_EARLY_STOP"] = "1"
     flow = Flow.load_config(spec)
     try:
         # Jina's own welcome names addresses that are not ours, and pages we do not serve.
@@ -100,26 +99,51 @@ def _run(spec: dict[str, Any], started: float) -> int:
         return 130
     except Exception as error:
         flow.close()
-        raise ConfigurationError(f"the server could not start: {error}") from None
+        why = str(error) or "what stands above says why"
+        raise ConfigurationError(f"the server could not start: {why}") from None
     running = True
     _welcome(spec, flow, time.perf_counter() - started)
-    stop.wait()
+    status = _watch(flow, stop)
     print("clip_server: finishing what is under way", flush=True)
     # The gateway first, while the encoders can still answer what it has taken.
     flow._deployment_nodes["gateway"].close()
     flow.close()
+    return status
+
+
+def _watch(flow: Any, stop: threading.Event) -> int:
+    """Waits until told to end (0), or until what is left of the flow cannot serve (1)."""
+    said: set[str] = set()
+    while not stop.wait(_WATCH_SECONDS):
+        for deployment in flow._deployment_nodes.values():
+            pods = list(_pods(deployment))
+            dead = [pod for pod in pods if not pod.worker.is_alive()]
+            for pod in dead:
+                # Jina would wait for a word from it when the flow ends.
+                pod.is_shutdown.set()
+                if pod.name not in said:
+                    said.add(pod.name)
+                    code = pod.worker.exitcode
+                    print(f"clip_server: {pod.name} ended by itself ({code})", file=sys.stderr)
+            if pods and len(dead) == len(pods):
+                return 1
     return 0
 
 
+def _pods(deployment: Any) -> Iterator[Any]:
+    """Jina's handles of a deployment's processes."""
+    if deployment.gateway_pod is not None:
+        yield deployment.gateway_pod
+    for replicas in deployment.shards.values():
+        yield from replicas._pods
+
+
 def _welcome(spec: dict[str, Any], flow: Any, seconds: float) -> None:
-    print(f"clip_server: ready in {seconds:.1f} s", flush=True)
-    for line in asyncio.run(_describe(flow)):
-        print(f"  {line}")
-    for address in flows.addresses(spec):
-        print(f"  {address}")
+    lines = [f"clip_server: ready in {seconds:.1f} s"]
+    lines += [*asyncio.run(_describe(flow)), *flows.addresses(spec)]
     if spec["gateway"]["host"] == flows.ALL_INTERFACES:
-        print("  open to every network this machine is on; --host 127.0.0.1 keeps it to itself")
-    sys.stdout.flush()
+        lines.append("open to every network this machine is on; --host 127.0.0.1 closes it")
+    print("\n  ".join(lines), flush=True)
 
 
 async def _describe(flow: Any) -> list[str]:

@@ -160,6 +160,9 @@ def _prepare_executor(executor: dict[str, Any]) -> dict[str, Any]:
         _say("replicas stands under uses: in the flow; taken as written beside uses:")
     # Loading a large model takes longer than Jina's ten minutes on a slow disk.
     executor.setdefault("timeout_ready", -1)
+    # Jina's gateway pings idle channels more often than gRPC's servers put up with; the next
+    # call would then fail.
+    executor.setdefault("grpc_server_options", {"grpc.http2.max_ping_strikes": 0})
     metas = uses["metas"] = dict(uses.get("metas") or {})
     modules = _as_list(metas.get("py_modules") or executor.get("py_modules"))
     metas["py_modules"] = [_module(each) for each in modules]

@@ -127,8 +127,9 @@ class BaseCLIPEncoder(Executor):
             zoo.checkpoint(parameters.name, parameters.model_path)
 
     @staticmethod
-    def has_own_graphs(_parameters: EncoderParameters) -> bool:
+    def has_own_graphs(parameters: EncoderParameters) -> bool:
         """Whether `model_path` holds what the runtime takes instead of a checkpoint."""
+        del parameters
         return False
 
     @classmethod

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
-from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.onnx import OnnxRuntime, has_graphs
 
 
 class CLIPEncoder(BaseCLIPEncoder):
     """Encodes with ONNX Runtime."""
+
+    @staticmethod
+    def has_own_graphs(parameters: EncoderParameters) -> bool:
+        """See BaseCLIPEncoder."""
+        return has_graphs(parameters.model_path)
 
     @classmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> OnnxRuntime:

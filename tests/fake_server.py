@@ -110,17 +110,29 @@ class FakeServer:
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
         )
 
-        def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            self.connections += 1
+        def check(context: grpc.ServicerContext) -> None:
             metadata = dict(context.invocation_metadata())
             if not self.admits(metadata.get("authorization")):
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "the credential is wrong")
+
+        def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            self.connections += 1
+            check(context)
             yield from self._each(requests, context)
 
-        handler = grpc.stream_stream_rpc_method_handler(
-            stream, clip_pb2.Request.FromString, clip_pb2.Response.SerializeToString
-        )
-        generic = grpc.method_handlers_generic_handler("clip.v1.Clip", {"Stream": handler})
+        def info(_: clip_pb2.InfoRequest, context: grpc.ServicerContext) -> clip_pb2.InfoResponse:
+            check(context)
+            return clip_pb2.InfoResponse(dim=DIM)
+
+        handlers = {
+            "Stream": grpc.stream_stream_rpc_method_handler(
+                stream, clip_pb2.Request.FromString, clip_pb2.Response.SerializeToString
+            ),
+            "Info": grpc.unary_unary_rpc_method_handler(
+                info, clip_pb2.InfoRequest.FromString, clip_pb2.InfoResponse.SerializeToString
+            ),
+        }
+        generic = grpc.method_handlers_generic_handler("clip.v1.Clip", handlers)
         server.add_generic_rpc_handlers((generic,))
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         server.start()

@@ -86,9 +86,7 @@ def test_equal_to_open_clip(
 
 
 @needs_torch
-def test_the_runtimes_agree(
-    onnx_server: Server, torch_server: Server, photos: list[bytes]
-) -> None:
+def test_the_runtimes_agree(onnx_server: Server, torch_server: Server, photos: list[bytes]) -> None:
     with Client(onnx_server.http) as one, Client(torch_server.http) as other:
         a, b = one.encode([*TEXTS, *photos]), other.encode([*TEXTS, *photos])
     assert cosines(a, b).min() >= COSINE

@@ -1,7 +1,8 @@
-"""How requests reach the server. A transport's libraries load when it is first used."""
+"""How requests reach the server. Only the libraries of the transport used are loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,11 @@ _MODULES = {
 }
 
 
-def open_transport(address: Address, headers: dict[str, str]) -> Transport:
-    """The transport for the address's scheme. It connects at its first request."""
-    module = import_module(f"clip_client.transports.{_MODULES[address.scheme]}")
-    transport: Transport = module.open_transport(address, headers)
-    return transport
+def opener(scheme: str) -> Callable[[Address, dict[str, str]], Transport]:
+    """What makes the transport for an address with this scheme, and headers to send along.
+
+    The transport is made on the event loop it lives on. It connects at its first request.
+    """
+    module = import_module(f"clip_client.transports.{_MODULES[scheme]}")
+    open_transport: Callable[[Address, dict[str, str]], Transport] = module.open_transport
+    return open_transport

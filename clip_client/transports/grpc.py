@@ -6,15 +6,20 @@ come inside it, so a status is always about the connection.
 
 from __future__ import annotations
 
+import os
+
 import grpc
 import grpc.aio
 
 from clip_client.address import Address
-from clip_client.errors import ClipError, server_error
+from clip_client.errors import ClipError, ConnectionFailedError, server_error
 from clip_client.proto import clip_pb2
+from clip_client.transports.base import CONNECT_SECONDS, ConnectionLostError
 from clip_client.transports.multiplex import Multiplexer
 
-_METHOD = "/clip.v1.Clip/Stream"
+_STREAM, _INFO = "/clip.v1.Clip/Stream", "/clip.v1.Clip/Info"
+# The process that uses gRPC.
+_process: int | None = None
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -34,9 +39,21 @@ def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
     """The transport for `grpc://` and `grpcs://`."""
 
     async def open_link() -> _StreamLink:
+        _refuse_after_fork()
         return _StreamLink(address, headers)
 
     return Multiplexer(open_link)
+
+
+def _refuse_after_fork() -> None:
+    # The library's threads do not come along, and a call in the child would wait for ever.
+    global _process
+    if _process not in (None, os.getpid()):
+        raise ConnectionFailedError(
+            "this process was forked from one that uses gRPC, and gRPC does not work in it: "
+            "start processes with 'spawn', or use http:// or ws://"
+        )
+    _process = os.getpid()
 
 
 class _StreamLink:
@@ -47,12 +64,13 @@ class _StreamLink:
             if address.secure
             else grpc.aio.insecure_channel(address.target, _OPTIONS)
         )
+        self._metadata = tuple(headers.items())
         stream = self._channel.stream_stream(
-            _METHOD,
+            _STREAM,
             request_serializer=clip_pb2.Request.SerializeToString,
             response_deserializer=clip_pb2.Response.FromString,
         )
-        self._call = stream(metadata=tuple(headers.items()))
+        self._call = stream(metadata=self._metadata)
 
     async def write(self, request: clip_pb2.Request) -> None:
         await self._call.write(request)
@@ -61,7 +79,8 @@ class _StreamLink:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from None
+            hidden = error.details() == "Internal error from Core"
+            raise (await self._hidden_error() if hidden else self._error(error)) from None
         if isinstance(response, clip_pb2.Response):
             return response
         raise self._address.unreachable("the server ended the stream")
@@ -69,6 +88,22 @@ class _StreamLink:
     async def close(self) -> None:
         self._call.cancel()
         await self._channel.close()
+
+    async def _hidden_error(self) -> ClipError:
+        """The error for a stream that the server ended while a request was being written.
+
+        grpc.aio then hides the status; a call of the other kind brings the same one.
+        """
+        info = self._channel.unary_unary(
+            _INFO,
+            request_serializer=clip_pb2.InfoRequest.SerializeToString,
+            response_deserializer=clip_pb2.InfoResponse.FromString,
+        )
+        try:
+            await info(clip_pb2.InfoRequest(), metadata=self._metadata, timeout=CONNECT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return self._error(error)
+        return ConnectionLostError(str(self._address.unreachable("the stream broke")))
 
     def _error(self, error: grpc.aio.AioRpcError) -> ClipError:
         code, details = error.code(), error.details() or ""

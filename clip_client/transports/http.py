@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
@@ -13,6 +14,8 @@ from clip_client.proto import clip_pb2
 from clip_client.transports.base import CONNECT_SECONDS, ConnectionLostError, status_error
 
 _PROTOBUF = "application/x-protobuf"
+# Requests, and so connections, at once: httpx's pool gets slow with the number of them.
+_AT_ONCE = 32
 
 
 def open_transport(address: Address, headers: dict[str, str]) -> HttpTransport:
@@ -30,8 +33,9 @@ class HttpTransport:
             headers={**headers, "accept": _PROTOBUF},
             # The whole exchange has its own deadline, above the transports.
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=None),
         )
+        self._free = asyncio.Semaphore(_AT_ONCE)
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
         if self._http.is_closed:
@@ -39,7 +43,8 @@ class HttpTransport:
         kind = request.WhichOneof("body")
         assert kind is not None
         try:
-            reply = await self._http.send(self._build(kind, request))
+            async with self._free:
+                reply = await self._http.send(self._build(kind, request))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self._address.unreachable(error) from None
         except httpx.TransportError as error:

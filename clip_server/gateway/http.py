@@ -327,10 +327,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _not_found(request: Request, _: Exception) -> Response:
+async def _not_found(request: Request, error: Exception) -> Response:
     allowed = ", ".join(_ENDPOINTS)
     message = f"no {request.method} {request.url.path} here; there is {allowed}"
-    return _error(404, "INVALID_ARGUMENT", message)
+    return _error(getattr(error, "status_code", 404), "INVALID_ARGUMENT", message)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

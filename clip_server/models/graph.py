@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from clip_server.errors import ConfigurationError
 from clip_server.models.card import ImageSpec
 
 OPSET = 17
+IR_VERSION = 8  # the one that came with the opset
 _EPSILON = 1e-5
 _INT64_MAX = 2**63 - 1
 # The slope in QuickGELU, x * sigmoid(1.702 x).
@@ -43,7 +44,7 @@ def build_visual(config: Mapping[str, Any], tensors: Weights, image: ImageSpec) 
         ConfigurationError: the architecture is of a family that this builder lacks.
     """
     vision = _vision(config)
-    graph = _Graph(tensors, quick_gelu=config.get("quick_gelu", False))
+    graph = _Graph("visual", tensors, quick_gelu=config.get("quick_gelu", False))
     pixels = _normalised(graph, image)
     if isinstance(vision, _ResNet):
         embedding = _resnet(graph, vision, pixels)
@@ -51,7 +52,7 @@ def build_visual(config: Mapping[str, Any], tensors: Weights, image: ImageSpec) 
         embedding = _vision_transformer(graph, vision, pixels)
     size = image.size
     source = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, size, size])
-    return graph.model("visual", source, embedding, config["embed_dim"])
+    return graph.finished(source, embedding, config["embed_dim"])
 
 
 def build_textual(config: Mapping[str, Any], tensors: Weights) -> onnx.ModelProto:
@@ -60,10 +61,10 @@ def build_textual(config: Mapping[str, Any], tensors: Weights) -> onnx.ModelProt
     Arguments and errors are those of `build_visual`.
     """
     text = _text(config)
-    graph = _Graph(tensors, quick_gelu=config.get("quick_gelu", False))
+    graph = _Graph("textual", tensors, quick_gelu=config.get("quick_gelu", False))
     embedding = _text_transformer(graph, text)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
-    return graph.model("textual", source, embedding, config["embed_dim"])
+    return graph.finished(source, embedding, config["embed_dim"])
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -249,32 +250,45 @@ def _refuse_unknown(part: str, config: Mapping[str, Any], known: set[str]) -> No
 
 
 class _Graph:
-    """Nodes and weights as they are added. An op gives the name of its output."""
+    """A model to which nodes and weights are added. An op gives the name of its output."""
 
-    def __init__(self, tensors: Weights, *, quick_gelu: bool) -> None:
+    def __init__(self, name: str, tensors: Weights, *, quick_gelu: bool) -> None:
         self._tensors = tensors
         self._quick_gelu = quick_gelu
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, TensorProto] = {}
+        self._constants: set[str] = set()
+        # Weights go straight into this one message: each copy of them takes time and memory.
+        self._model = onnx.ModelProto(
+            ir_version=IR_VERSION,
+            producer_name="clip-server",
+            opset_import=[helper.make_opsetid("", OPSET)],
+        )
+        self._graph = self._model.graph
+        self._graph.name = name
 
     def op(self, kind: str, *inputs: str, name: str, **attributes: Any) -> str:
         """Adds a node whose name and only output are `name`."""
-        self._nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        self._graph.node.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
     def split(self, source: str, parts: Sequence[str], axis: int) -> list[str]:
         outputs = [f"{source}.{part}" for part in parts]
         name = f"{source}.split"
-        self._nodes.append(helper.make_node("Split", [source], outputs, name=name, axis=axis))
+        self._graph.node.append(helper.make_node("Split", [source], outputs, name=name, axis=axis))
         return outputs
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A tensor of the checkpoint, as float32."""
-        return self._tensors[name].astype(np.float32)
+        return self._tensors[name].astype(np.float32, copy=False)
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         if name not in self._constants:
-            self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self._constants.add(name)
+            self._graph.initializer.add(
+                name=name,
+                dims=value.shape,
+                data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+                raw_data=value.tobytes(),
+            )
         return name
 
     def integers(self, *values: int) -> str:
@@ -284,23 +298,23 @@ class _Graph:
     def number(self, value: float) -> str:
         return self.constant(f"f32({value:.6g})", np.array(value, dtype=np.float32))
 
-    def gemm(
-        self,
-        source: str,
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-        name: str,
+    def linear(
+        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
     ) -> str:
-        """source [N, I] by weight [I, O], plus bias [O]."""
-        inputs = [source, self.constant(f"{name}.weight", weight)]
-        if bias is not None:
-            inputs.append(self.constant(f"{name}.bias", bias))
-        return self.op("Gemm", *inputs, name=name)
+        """source [N, I] by weight [O, I], as torch stores it, plus bias [O]."""
+        inputs = self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)
+        return self.op("Gemm", source, *inputs, name=name, transB=1)
 
-    def linear(self, source: str, tensor: str) -> str:
+    def stored_linear(self, source: str, tensor: str) -> str:
         """A torch Linear of the checkpoint."""
         weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
-        return self.gemm(source, weight.T, bias, tensor)
+        return self.linear(source, tensor, weight, bias)
+
+    def projection(self, source: str, tensor: str) -> str:
+        """source [N, I] by a matrix [I, O] of the checkpoint."""
+        return self.op(
+            "Gemm", source, self.constant(tensor, self.weight(tensor)), name=f"{tensor}.out"
+        )
 
     def layer_norm(self, source: str, tensor: str) -> str:
         scale = self.constant(f"{tensor}.weight", self.weight(f"{tensor}.weight"))
@@ -320,18 +334,13 @@ class _Graph:
         doubled = self.op("Mul", source, gate, name=f"{name}.doubled")
         return self.op("Mul", doubled, self.number(0.5), name=name)
 
-    def model(
-        self, name: str, source: onnx.ValueInfoProto, embedding: str, dim: int
-    ) -> onnx.ModelProto:
+    def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
+        """The model, from `source` to `embedding` [B, dim]."""
         self.op("Identity", embedding, name="embedding")
         target = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dim])
-        graph = helper.make_graph(
-            self._nodes, name, [source], [target], list(self._constants.values())
-        )
-        opset = helper.make_opsetid("", OPSET)
-        return helper.make_model(
-            graph, opset_imports=[opset], ir_version=8, producer_name="clip-server"
-        )
+        self._graph.input.append(source)
+        self._graph.output.append(target)
+        return self._model
 
 
 def _normalised(graph: _Graph, image: ImageSpec) -> str:
@@ -373,7 +382,7 @@ def _vision_transformer(graph: _Graph, tower: _VisionTransformer, pixels: str) -
     first = _picker_of_first(graph, length)
     pooled = _blocks(graph, tower, states, graph.integers(length), first)
     pooled = graph.layer_norm(pooled, f"{prefix}ln_post")
-    return graph.gemm(pooled, graph.weight(f"{prefix}proj"), None, f"{prefix}proj")
+    return graph.projection(pooled, f"{prefix}proj")
 
 
 def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
@@ -400,7 +409,7 @@ def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
 
     pooled = _blocks(graph, tower, states, length, ends, mask=causal, pooled_mask=last)
     pooled = graph.layer_norm(pooled, "ln_final")
-    return graph.gemm(pooled, graph.weight("text_projection"), None, "text_projection")
+    return graph.projection(pooled, "text_projection")
 
 
 def _picker_of_first(graph: _Graph, length: int) -> Callable[[str], str]:
@@ -470,11 +479,11 @@ def _block(
         query, key, value = attention.project_picked(pick(normed), normed, length)
         states = pick(states)
     attended = attention.attend(query, key, value, mask)
-    attended = graph.linear(attended, f"{prefix}attn.out_proj")
+    attended = graph.stored_linear(attended, f"{prefix}attn.out_proj")
     states = graph.op("Add", states, attended, name=f"{prefix}attended")
     hidden = graph.layer_norm(states, f"{prefix}ln_2")
-    hidden = graph.gelu(graph.linear(hidden, f"{prefix}mlp.c_fc"), f"{prefix}mlp.gelu")
-    hidden = graph.linear(hidden, f"{prefix}mlp.c_proj")
+    hidden = graph.gelu(graph.stored_linear(hidden, f"{prefix}mlp.c_fc"), f"{prefix}mlp.gelu")
+    hidden = graph.stored_linear(hidden, f"{prefix}mlp.c_proj")
     return graph.op("Add", states, hidden, name=f"{prefix}states")
 
 
@@ -495,21 +504,21 @@ class _Attention:
         scale = np.ones(3 * self._width, dtype=np.float32)
         # Scaling the queries here spares scaling the scores at every call.
         scale[: self._width] = self._head_width**-0.5
-        self._weight, self._bias = weight.T * scale, bias * scale
+        self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
 
     def project_all(self, states: str, length: str) -> list[str]:
         """Query, key and value of every position, each [B, H, L, W / H]."""
-        qkv = self._graph.gemm(states, self._weight, self._bias, f"{self._prefix}.qkv")
+        qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
         return self._split(qkv, length, ("query", "key", "value"))
 
     def project_picked(self, picked: str, states: str, length: str) -> list[str]:
         """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
         width = self._width
         weight, bias = self._weight, self._bias
-        query = self._graph.gemm(picked, weight[:, :width], bias[:width], f"{self._prefix}.q")
+        query = self._graph.linear(picked, f"{self._prefix}.q", weight[:width], bias[:width])
         shape = self._graph.integers(-1, self._heads, 1, self._head_width)
         query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
-        kv = self._graph.gemm(states, weight[:, width:], bias[width:], f"{self._prefix}.kv")
+        kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
         return [query, *self._split(kv, length, ("key", "value"))]
 
     def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
@@ -614,4 +623,4 @@ def _attention_pool(graph: _Graph, tower: _ResNet, states: str) -> str:
     picked = _picker_of_first(graph, length)(states)
     query, key, value = attention.project_picked(picked, states, graph.integers(length))
     attended = attention.attend(query, key, value, mask=None)
-    return graph.linear(attended, f"{prefix}c_proj")
+    return graph.stored_linear(attended, f"{prefix}c_proj")

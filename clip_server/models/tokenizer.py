@@ -98,7 +98,8 @@ def _mend(text: str) -> str:
             f"the text is not valid Unicode: character {error.start} is half of a surrogate "
             "pair; send the whole character"
         ) from None
-    return ftfy.fix_text(text)
+    mended: str = ftfy.fix_text(text)
+    return mended
 
 
 def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:

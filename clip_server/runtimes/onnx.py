@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class OnnxRuntime:
         if dtype not in (None, "fp32"):
             raise ConfigurationError(f"dtype {dtype!r} is not one the ONNX runtime has: fp32")
         sessions = _Sessions(device, threads)
-        card, visual, textual = _exported(name, model_path) or _built(name, model_path)
-        return cls(card, sessions.open(visual), sessions.open(textual), sessions.device)
+        card, graphs = _graphs(name, model_path)
+        visual, textual = map(sessions.open, graphs)
+        return cls(card, visual, textual, sessions.device)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
@@ -83,28 +85,32 @@ class OnnxRuntime:
         return self._textual.run(tokens)
 
 
-def _exported(name: str, model_path: str | Path | None) -> tuple[ModelCard, str, str] | None:
-    """A person's own two graphs, by path, with the card of `name`."""
-    if model_path is None:
-        return None
-    visual, textual = Path(model_path) / _VISUAL, Path(model_path) / _TEXTUAL
-    if not (visual.is_file() and textual.is_file()):
-        return None
-    return zoo.resolve(name, model_path), str(visual), str(textual)
+def has_graphs(model_path: str | Path | None) -> bool:
+    """Whether a folder holds a person's own `visual.onnx` and `textual.onnx`."""
+    return model_path is not None and all(
+        Path(model_path, file).is_file() for file in (_VISUAL, _TEXTUAL)
+    )
 
 
-def _built(name: str, model_path: str | Path | None) -> tuple[ModelCard, bytes, bytes]:
-    """The card of a model, and its two towers as serialised graphs."""
+def _graphs(name: str, model_path: str | Path | None) -> tuple[ModelCard, Iterable[str | bytes]]:
+    """A card, and the image and the text tower: paths of graphs, or graphs in memory."""
+    if model_path is not None and has_graphs(model_path):
+        paths = [str(Path(model_path, file)) for file in (_VISUAL, _TEXTUAL)]
+        return zoo.resolve(name, model_path), paths
+    card, tensors = load_checkpoint(name, model_path)
+    return card, _built(card, tensors)
+
+
+def _built(card: ModelCard, tensors: weights.Tensors) -> Iterator[bytes]:
+    """Each graph when it is asked for: with its weights in it, it is large."""
     try:
         from clip_server.models import graph
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
 
-    card, tensors = load_checkpoint(name, model_path)
     weights.check(tensors, graph.tensor_shapes(card.config))
-    visual = graph.build_visual(card.config, tensors, card.image).SerializeToString()
-    textual = graph.build_textual(card.config, tensors).SerializeToString()
-    return card, visual, textual
+    yield graph.build_visual(card.config, tensors, card.image).SerializeToString()
+    yield graph.build_textual(card.config, tensors).SerializeToString()
 
 
 class _Tower:
@@ -157,6 +163,8 @@ class _Sessions:
                 f"onnxruntime could not start {provider}: check that the CUDA and cuDNN "
                 "libraries it was built for are installed"
             )
+        # onnxruntime keeps the graph, with all its weights, for a retry on another provider.
+        session._model_bytes = None
         return _Tower(session)
 
 

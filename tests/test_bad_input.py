@@ -1,0 +1,170 @@
+"""Bad input: a clear answer for that item, its neighbours encoded, the server alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from conftest import SAMPLES, Server, Start, flow
+
+from clip_client import Client
+from clip_client.errors import ClipError, ItemsError
+from clip_client.proto import clip_pb2 as pb
+
+INTERNALS = ("Traceback", 'File "', "/work", "site-packages", "Error(", "0x", ".py")
+
+
+@pytest.fixture(params=["grpc", "http", "websocket"])
+def client(request: pytest.FixtureRequest, onnx_server: Server) -> Iterator[Client]:
+    with Client(getattr(onnx_server, request.param)) as client:
+        yield client
+
+
+def bad_items(folder: Path) -> dict[str, object]:
+    cat = (SAMPLES / "cat.png").read_bytes()
+    text = folder / "notes.jpg"
+    text.write_text("these are my notes")
+    from io import BytesIO
+
+    from PIL import Image
+
+    jpeg = BytesIO()
+    Image.open(BytesIO(cat)).convert("RGB").save(jpeg, "JPEG")
+    bomb = BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    return {
+        "notes.jpg": text,
+        "truncated JPEG": jpeg.getvalue()[: len(jpeg.getvalue()) // 2],
+        "empty string": "",
+        "spaces": " \n ",
+        "empty bytes": b"",
+        "missing file": folder / "nowhere.png",
+        "large": b"\xff\xd8" + bytes(40 << 20),
+        "bomb": bomb.getvalue(),
+        "half a surrogate pair": "\ud83d",
+        "a data URI of nonsense": "data:image/png;base64,AAAA",
+    }
+
+
+def test_each_bad_item_fails_alone(client: Client, tmp_path: Path) -> None:
+    bad = bad_items(tmp_path)
+    items: list[object] = ["a cat"]
+    for item in bad.values():
+        items += [item, SAMPLES / "cat.png"]
+    embeddings, errors = client.encode(items, on_item_error="return")
+    assert [error.index for error in errors] == list(range(1, len(items), 2))
+    for name, error in zip(bad, errors, strict=True):
+        assert len(error.message) > 10, name
+        assert not any(word in error.message for word in INTERNALS), (name, error.message)
+    assert np.isnan(embeddings[1::2]).all()
+    assert np.isfinite(embeddings[::2]).all()
+    # The same neighbours alone give the same vectors.
+    again = client.encode(["a cat", SAMPLES / "cat.png"])
+    np.testing.assert_allclose(embeddings[[0, 2]], again, rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(ItemsError) as raised:
+        client.encode(items)
+    assert len(raised.value.errors) == len(bad)
+
+
+def test_two_hundred_megabytes(client: Client) -> None:
+    embeddings, errors = client.encode(
+        ["a cat", b"\xff\xd8" + bytes(200 << 20), "a dog"], on_item_error="return"
+    )
+    assert [error.index for error in errors] == [1]
+    assert "MiB" in errors[0].message
+    assert np.isfinite(embeddings[[0, 2]]).all()
+    assert len(client.encode(["still here"])) == 1
+
+
+def test_too_many_items_in_a_message(onnx_server: Server) -> None:
+    request = pb.EncodeRequest(items=[pb.Item(text="a")] * 10_001)
+    with grpc.insecure_channel(onnx_server.grpc.removeprefix("grpc://")) as channel:
+        call = channel.unary_unary(
+            "/clip.v1.Clip/Encode",
+            request_serializer=pb.EncodeRequest.SerializeToString,
+            response_deserializer=pb.EncodeResponse.FromString,
+        )
+        with pytest.raises(grpc.RpcError) as raised:
+            call(request)
+        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "10,000" in raised.value.details()
+        assert call(pb.EncodeRequest(items=[pb.Item(text="a")])).count == 1
+
+
+def test_the_server_opens_no_addresses(onnx_server: Server) -> None:
+    uris = ["file:///etc/hostname", "/etc/hostname", "http://127.0.0.1/x.png", "ftp://x/y"]
+    answer = httpx.post(
+        f"{onnx_server.http}/encode", json={"data": [{"uri": uri} for uri in uris]}
+    ).json()
+    for each in answer["data"]:
+        assert "only data: URIs" in each["error"]
+
+
+@pytest.mark.parametrize("frame", [b"\xff\xff\xff", "text", b""])
+def test_nonsense_on_a_websocket(onnx_server: Server, frame: bytes | str) -> None:
+    from websockets.sync.client import connect
+
+    with connect(onnx_server.websocket, proxy=None) as socket:
+        socket.send(frame)
+        answer = socket.recv()
+        assert isinstance(answer, bytes)
+        response = pb.Response.FromString(answer)
+        assert response.error.code == pb.Error.INVALID_ARGUMENT
+        # The connection lives on.
+        socket.send(pb.Request(id=7, info=pb.InfoRequest()).SerializeToString())
+        answer = socket.recv()
+        assert isinstance(answer, bytes)
+        assert pb.Response.FromString(answer).info.dim == 256
+
+
+def test_rank_with_bad_candidates(client: Client) -> None:
+    with pytest.raises(ClipError, match="empty text"):
+        client.rank("", ["a cat"])
+    with pytest.raises(ItemsError) as raised:
+        client.rank(SAMPLES / "cat.png", ["a cat", b"not a picture", "a dog"])
+    assert [error.index for error in raised.value.errors] == [1]
+
+
+def test_a_model_that_fails_on_a_batch(start: Start, tmp_path: Path) -> None:
+    """A graph that takes one text only: the others' requests go on."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    def graph(name: str, kind: int, shape: list[object]) -> None:
+        # Gather at a place that only exists for long enough inputs.
+        nodes = [
+            helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", ["f"], ["flat"]),
+            helper.make_node("Slice", ["flat", "a", "b", "axis"], ["cut"]),
+            helper.make_node("Reshape", ["cut", "to"], ["embedding"]),
+        ]
+        constants = {"a": [0], "b": [256], "axis": [1], "to": [-1, 256]}
+        initializers = [
+            helper.make_tensor(key, TensorProto.INT64, [len(value)], value)
+            for key, value in constants.items()
+        ]
+        made = helper.make_graph(
+            nodes,
+            name,
+            [helper.make_tensor_value_info("x", kind, shape)],
+            [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", 256])],
+            initializers,
+        )
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)])
+        model.ir_version = 8
+        onnx.save(model, tmp_path / f"{name}.onnx")
+
+    graph("visual", TensorProto.UINT8, ["N", 3, 64, 64])
+    graph("textual", TensorProto.INT32, ["N", "L"])  # shorter than 256 ids: it fails
+    server = start(flow("onnx", model_path=str(tmp_path)))
+    with Client(server.grpc) as client:
+        embeddings, errors = client.encode(["a cat", SAMPLES / "cat.png"], on_item_error="return")
+    server.stop()
+    assert [error.index for error in errors] == [0]
+    assert "the model failed" in errors[0].message
+    assert np.isfinite(embeddings[1]).all()

@@ -1,0 +1,211 @@
+"""What else a server, or a proxy before it, may answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import grpc
+import pytest
+from fake_server import FakeServer
+from websockets.sync.server import ServerConnection, serve
+
+from clip_client import (
+    AuthenticationError,
+    Client,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    OverloadedError,
+    ServerError,
+)
+from clip_client.proto import clip_pb2
+
+PROTOBUF = "application/x-protobuf"
+
+
+@contextmanager
+def http(status: int, content_type: str, body: bytes) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-type", content_type)
+            self.send_header("location", "https://elsewhere/")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type", "body", "kind", "message"),
+    [
+        (502, "text/html", b"<h1>Bad Gateway</h1>", ServerError, "status 502: <h1>Bad"),
+        (503, "text/plain", b"", ServerError, "status 503$"),
+        (429, "text/plain", b"slow down", OverloadedError, "status 429: slow down"),
+        (413, "text/plain", b"\xff\xfe", OverloadedError, "status 413"),
+        (401, "", b"who are you?", AuthenticationError, "who are you?"),
+        (404, "text/html", b"none", ServerError, "is this the address of a CLIP server"),
+        (301, "text/html", b"moved", ServerError, "status 301: moved"),
+        (500, PROTOBUF, b"\xff\xff", ServerError, "status 500"),
+        (400, "application/json", b'{"error": "x"}', ServerError, "status 400"),
+        (
+            429,
+            "application/json",
+            b'{"error": {"code": "RESOURCE_EXHAUSTED", "message": "full"}}',
+            OverloadedError,
+            "^full$",
+        ),
+        (
+            403,
+            f"{PROTOBUF}; charset=x",
+            clip_pb2.Error(code=clip_pb2.Error.UNAUTHENTICATED, message="no").SerializeToString(),
+            AuthenticationError,
+            "^no$",
+        ),
+        (200, "text/html", b"<h1>Welcome</h1>", ServerError, "not with a clip.v1 message"),
+        (200, PROTOBUF, b"\xff\xff", ServerError, "not with a clip.v1 message"),
+        (200, PROTOBUF, b"", ServerError, "the answer to 1 items holds 0 x 0"),
+    ],
+)
+def test_http_answers(
+    status: int, content_type: str, body: bytes, kind: type[ServerError], message: str
+) -> None:
+    with (
+        http(status, content_type, body) as address,
+        Client(address) as client,
+        pytest.raises(ServerError, match=message) as caught,
+    ):
+        client.encode(["a"])
+    assert type(caught.value) is kind
+
+
+def test_a_path_before_the_routes() -> None:
+    with (
+        http(404, "text/plain", b"") as address,
+        Client(f"{address}/clip/") as client,
+        pytest.raises(ServerError, match="/clip/encode answered with status 404"),
+    ):
+        client.encode(["a"])
+
+
+@contextmanager
+def websocket(handle: Callable[[ServerConnection], None]) -> Iterator[str]:
+    with serve(handle, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("frame", ["text", b"\xff\xff"])
+def test_websocket_frames_that_are_none_of_ours(frame: str | bytes) -> None:
+    def handle(socket: ServerConnection) -> None:
+        socket.recv()
+        socket.send(frame)
+
+    with (
+        websocket(handle) as address,
+        Client(address) as client,
+        pytest.raises(ServerError, match=r"no clip\.v1\.Response"),
+    ):
+        client.encode(["a"])
+
+
+def test_an_error_that_names_no_request_is_about_all() -> None:
+    def handle(socket: ServerConnection) -> None:
+        socket.recv()
+        error = clip_pb2.Error(code=clip_pb2.Error.RESOURCE_EXHAUSTED, message="too long a frame")
+        socket.send(clip_pb2.Response(error=error).SerializeToString())
+
+    with (
+        websocket(handle) as address,
+        Client(address) as client,
+        pytest.raises(OverloadedError, match="too long a frame"),
+    ):
+        client.encode(["a", "b"], batch_size=1)
+
+
+def test_a_closed_websocket_says_why() -> None:
+    def handle(socket: ServerConnection) -> None:
+        socket.recv()
+        socket.close(1009, "frame too large")
+
+    with (
+        websocket(handle) as address,
+        Client(address) as client,
+        pytest.raises(ConnectionFailedError, match=r"1009 .*frame too large"),
+    ):
+        client.encode(["a"])
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
+        (grpc.StatusCode.UNIMPLEMENTED, ServerError),
+        (grpc.StatusCode.UNAVAILABLE, ConnectionFailedError),
+    ],
+)
+def test_grpc_statuses(code: grpc.StatusCode, kind: type[Exception]) -> None:
+    with FakeServer("grpc") as server, Client(server.address) as client:
+
+        def abort(_: Any, context: grpc.ServicerContext) -> Any:
+            context.abort(code, "because")
+
+        server._each = abort  # type: ignore[method-assign]
+        with pytest.raises(kind, match="because"):
+            client.encode(["a"])
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        clip_pb2.EncodeResponse(count=1, dim=4, embeddings=bytes(15)),
+        clip_pb2.EncodeResponse(count=2, dim=4, embeddings=bytes(32)),
+        clip_pb2.EncodeResponse(
+            count=1, dim=4, embeddings=bytes(16), errors=[clip_pb2.ItemError(index=9)]
+        ),
+    ],
+)
+def test_answers_that_do_not_fit(response: clip_pb2.EncodeResponse) -> None:
+    with FakeServer("ws") as server, Client(server.address) as client:
+
+        def answer(request: clip_pb2.Request) -> clip_pb2.Response:
+            return clip_pb2.Response(id=request.id, encode=response)
+
+        server.answer = answer  # type: ignore[method-assign]
+        with pytest.raises(ServerError, match="the answer to 1 items holds"):
+            client.encode(["a"])
+
+
+def test_a_request_that_times_out_hurts_no_other() -> None:
+    with FakeServer("grpc") as server, Client(server.address) as client:
+        answer, late = server.answer, threading.Event()
+
+        def answer_late(request: clip_pb2.Request) -> clip_pb2.Response:
+            if request.encode.items[0].text == "late":
+                late.wait()
+            return answer(request)
+
+        server.answer = answer_late  # type: ignore[method-assign]
+        with ThreadPoolExecutor(2) as pool:
+            fails = pool.submit(client.encode, ["late"], timeout=0.3)
+            works = pool.submit(client.encode, ["a", "b"], batch_size=1)
+            assert len(works.result()) == 2
+            with pytest.raises(DeadlineExceededError):
+                fails.result()
+        late.set()
+        assert len(client.encode(["c"])) == 1
+        assert server.connections == 1

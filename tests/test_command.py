@@ -1,0 +1,313 @@
+"""The command: starts soon, says what is wrong, leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import Server, Start, flow, free_ports
+
+from clip_client import Client
+from clip_server.__main__ import main
+
+GONE_SECONDS = 10
+
+
+def run(
+    *arguments: str, stdin: str | None = None, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The command, for cases in which it ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "clip_server", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+Refused = Callable[[dict[str, Any]], str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """What the command says of a flow it does not start: one message, no traceback."""
+
+    def refused(spec: dict[str, Any]) -> str:
+        monkeypatch.setattr("sys.stdin", StringIO(yaml.safe_dump(spec)))
+        assert main(["-i"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("clip_server: ")
+        assert "Traceback" not in said
+        return said
+
+    return refused
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def listens(process: psutil.Process, ports: list[int]) -> bool:
+    return any(
+        connection.laddr.port in ports
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    )
+
+
+def assert_gone(family: list[psutil.Process], ports: list[int]) -> None:
+    deadline = time.monotonic() + GONE_SECONDS
+    _, alive = psutil.wait_procs(family, timeout=GONE_SECONDS)
+    assert not alive
+    while any(map(is_listening, ports)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_no_hub_reachable(tmp_path: Path) -> None:
+    """The hub is a port nobody listens on; the cache is empty."""
+    started = time.monotonic()
+    done = run(
+        "onnx-flow.yml",
+        HF_ENDPOINT=f"http://127.0.0.1:{free_ports(1)[0]}",
+        HF_HOME=str(tmp_path),
+        CLIP_MODEL="ViT-B-32::openai",
+    )
+    assert done.returncode == 1
+    assert time.monotonic() - started < 30
+    for word in ("open_clip_model.safetensors", "127.0.0.1", str(tmp_path), "embedded"):
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_is_said_at_once(refused: Refused, tmp_path: Path) -> None:
+    assert "named 'ViT-B/23'" in refused(flow(name="ViT-B/23"))
+    message = refused(flow(minibatchsize=3))
+    assert "'minibatchsize'" in message
+    assert "minibatch_size" in message
+    assert "access_paths" in refused(flow(access_paths="@x"))
+    assert "num_worker_preprocess" in refused(flow(num_worker_preprocess=0))
+    assert "device 'cuda' cannot be used" in refused(flow(device="cuda"))
+    assert "fp32" in refused(flow(dtype="fp5"))
+    assert "no checkpoint" in refused(flow(model_path=str(tmp_path / "nowhere")))
+    spec = flow()
+    spec["with"]["protocol"] = ["grpc", "smtp", "http"]
+    assert "smtp" in refused(spec)
+    spec["with"]["protocol"] = ["grpc"]
+    assert "one port for each protocol" in refused(spec)
+    assert "no executors" in refused({"jtype": "Flow"})
+    done = run("nowhere.yml")
+    assert done.returncode == 1
+    assert "onnx-flow.yml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use(refused: Refused) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        spec = flow()
+        spec["with"]["port"][1] = taken.getsockname()[1]
+        assert str(taken.getsockname()[1]) in refused(spec)
+
+
+def test_a_missing_extra(tmp_path: Path) -> None:
+    """An import that is made to fail, as where the package is not installed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nfor name in os.environ['MISSING'].split(): sys.modules[name] = None\n"
+    )
+
+    def without(name: str) -> str:
+        spec = yaml.safe_dump(flow())
+        done = run("-i", stdin=spec, PYTHONPATH=str(tmp_path), MISSING=name)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "pip install 'clip-server[onnx]'" in without("onnxruntime")
+    assert "pip install 'clip-server[onnx]'" in without("jina")
+
+
+def test_without_torch(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    server = start(flow("onnx"), PYTHONPATH=str(tmp_path))
+    with Client(server.grpc) as client:
+        assert client.encode(["a cat"]).shape == (1, 256)
+    server.stop()
+
+
+def test_the_welcome(onnx_server: Server) -> None:
+    output = onnx_server.output()
+    assert re.search(r"ready in \d+\.\d s", output)
+    for word in ("emoji-small::embedded", "256", "onnx", "cpu", *onnx_server.addresses):
+        assert word in output
+    # Bound to loopback, so nothing is said of other networks.
+    assert "network" not in output
+
+
+def test_only_loopback_where_told(onnx_server: Server) -> None:
+    for process in onnx_server.family():
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip.removeprefix("::ffff:") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end(start: Start, number: signal.Signals) -> None:
+    server = start(flow())
+    family = server.family()
+    assert len(family) >= 3
+    server.process.send_signal(number)
+    assert server.process.wait(GONE_SECONDS) == 0
+    assert_gone(family, server.ports)
+    assert "Traceback" not in server.output()
+
+
+def test_what_is_under_way_is_finished(start: Start) -> None:
+    server = start(flow())
+    family = server.family()
+    results: list[int] = []
+    with Client(server.grpc) as client:
+        client.encode(["warm"])
+
+        def work() -> None:
+            results.append(len(client.encode([f"text {i}" for i in range(400)], batch_size=400)))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(30)
+    assert results == [400]
+    assert_gone(family, server.ports)
+
+
+def test_killed(start: Start) -> None:
+    server = start(flow())
+    family = server.family()
+    server.process.kill()
+    server.process.wait()
+    assert_gone(family, server.ports)
+
+
+def test_ended_while_starting(start: Start) -> None:
+    server = start(flow(), wait=False)
+    time.sleep(2.5)
+    family = server.family()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(GONE_SECONDS)
+    assert_gone(family, server.ports)
+
+
+def test_replicas(start: Start) -> None:
+    spec = flow()
+    spec["executors"][0]["uses"]["replicas"] = 2  # where clip-as-service's pages show it
+    server = start(spec)
+    assert "replicas stands under uses:" in server.output()
+    assert len(server.family()) == 4  # the command, the gateway, two encoders
+    with Client(server.grpc) as client:
+        expected = client.encode(["a cat"])
+        victim = next(p for p in server.family()[1:] if not listens(p, server.ports))
+        victim.kill()
+        while victim.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        for _ in range(10):
+            assert (client.encode(["a cat"]) == expected).all()
+    family = server.family()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(GONE_SECONDS) == 0
+    assert_gone(family, server.ports)
+    assert "ended by itself" in server.output()
+
+
+def test_the_only_encoder_dies(start: Start) -> None:
+    server = start(flow())
+    family = server.family()
+    next(p for p in family[1:] if not listens(p, server.ports)).kill()
+    assert server.process.wait(30) == 1
+    assert_gone(family, server.ports)
+
+
+@pytest.mark.parametrize("module", ["executors/clip_onnx.py", "clip_server.executors.clip_onnx"])
+def test_a_flow_of_clip_as_service(start: Start, module: str) -> None:
+    """As its users wrote it; the port alone is gRPC's."""
+    port = free_ports(1)[0]
+    spec = yaml.safe_load(f"""
+jtype: Flow
+version: '1'
+with:
+  port: {port}
+executors:
+  - name: clip_o
+    uses:
+      jtype: CLIPEncoder
+      with:
+        name: embedded
+        traversal_paths: '@r'
+      metas:
+        py_modules:
+          - {module}
+    timeout_ready: 3000000
+    replicas: 1
+""")
+    server = start(spec)
+    assert "rename it" in server.output()
+    with Client(f"grpc://127.0.0.1:{port}") as client:
+        assert client.encode(["a cat"]).shape == (1, 256)
+    server.stop()
+
+
+def test_the_model_by_environment(start: Start) -> None:
+    from importlib import resources
+
+    for name in ("onnx-flow.yml", "torch-flow.yml"):
+        spec = yaml.safe_load(resources.files("clip_server.flows").joinpath(name).read_text())
+        assert spec["executors"][0]["uses"]["with"]["name"] == "${{ ENV.CLIP_MODEL }}"
+    spec = flow()
+    spec["executors"][0]["uses"]["with"]["name"] = "${{ ENV.CLIP_MODEL }}"
+    server = start(spec, CLIP_MODEL="embedded")
+    assert "emoji-small::embedded" in server.output()
+    server.stop()
+
+
+def test_nothing_calls_home(start: Start, tmp_path: Path) -> None:
+    """Every name the server looks up and every address it calls is this machine's own."""
+    calls = tmp_path / "calls"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import sys
+def watch(event, args):
+    if event in ("socket.getaddrinfo", "socket.connect", "socket.gethostbyname"):
+        with open({str(calls)!r}, "a") as file:
+            file.write(f"{{event}} {{args[0] if event != 'socket.connect' else args[1]}}\\n")
+sys.addaudithook(watch)
+"""
+    )
+    server = start(flow(), PYTHONPATH=str(tmp_path))
+    with Client(server.http) as client:
+        client.encode(["a cat"])
+    server.stop()
+    lines = calls.read_text().splitlines()
+    # One is Jina's look at the machine's own outgoing address: a datagram socket that sends
+    # nothing.
+    outside = [
+        line for line in lines
+        if not re.search(r"127\.0\.0\.1|localhost|None|10\.255\.255\.255|^\S+ /|0\.0\.0\.0", line)
+    ]  # fmt: skip
+    assert outside == []

@@ -1,0 +1,155 @@
+"""What curl users send and get."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from conftest import SAMPLES, Server, Start, flow
+
+from clip_client import Client
+from clip_client.proto import clip_pb2 as pb
+
+CAT = (SAMPLES / "cat.png").read_bytes()
+CAT_URI = "data:image/png;base64," + base64.b64encode(CAT).decode()
+PROTOBUF = {"content-type": "application/x-protobuf"}
+
+
+@pytest.fixture
+def http(onnx_server: Server) -> Any:
+    with httpx.Client(base_url=onnx_server.http, timeout=60) as http:
+        yield http
+
+
+def test_encode(http: httpx.Client, onnx_server: Server) -> None:
+    data = [{"text": "a cat", "id": "x"}, {"uri": CAT_URI}, "a dog",
+            {"blob": base64.b64encode(CAT).decode()}]  # fmt: skip
+    answer = http.post("/encode", json={"data": data}).json()["data"]
+    assert answer[0]["id"] == "x"
+    assert answer[0]["text"] == "a cat"
+    with Client(onnx_server.grpc) as client:
+        expected = client.encode(["a cat", CAT, "a dog", CAT])
+    found = np.array([each["embedding"] for each in answer], np.float32)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_clip_as_services_own_body(http: httpx.Client) -> None:
+    body = {"data": [{"text": "hi"}], "execEndpoint": "/", "parameters": {"normalize": True}}
+    embedding = http.post("/post", json=body).json()["data"][0]["embedding"]
+    assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-5)
+    refused = http.post("/post", json={**body, "execEndpoint": "/index"})
+    assert refused.status_code == 400
+    assert "/encode" in refused.json()["error"]["message"]
+
+
+def test_rank(http: httpx.Client) -> None:
+    matches = [{"text": "a car"}, {"text": "a cat"}, {"text": ""}]
+    body = {"data": [{"uri": CAT_URI, "matches": matches}]}
+    ranked = http.post("/rank", json=body).json()["data"][0]["matches"]
+    assert [each["text"] for each in ranked] == ["a cat", "a car", ""]
+    scores = [each["scores"]["clip_score"]["value"] for each in ranked[:2]]
+    assert sum(scores) == pytest.approx(1, abs=1e-5)
+    assert scores == sorted(scores, reverse=True)
+    assert "empty text" in ranked[2]["error"]
+    again = http.post("/post", json={**body, "execEndpoint": "/rank"})
+    assert again.json()["data"][0]["matches"][0]["text"] == "a cat"
+
+
+def test_more_than_a_hundred_come_back_whole(http: httpx.Client) -> None:
+    data = [{"text": f"number {i}"} for i in range(250)]
+    data[17] = {"uri": "file:///etc/hostname"}
+    answer = http.post("/encode", json={"data": data}).json()["data"]
+    assert len(answer) == 250
+    assert [i for i, each in enumerate(answer) if "embedding" not in each] == [17]
+
+
+def test_base64_embeddings(http: httpx.Client) -> None:
+    body = {"data": ["a cat"], "parameters": {"encoding_format": "base64"}}
+    packed = http.post("/encode", json=body).json()["data"][0]["embedding"]
+    floats = http.post("/encode", json={"data": ["a cat"]}).json()["data"][0]["embedding"]
+    np.testing.assert_allclose(
+        np.frombuffer(base64.b64decode(packed), "<f4"), floats, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_protobuf(http: httpx.Client) -> None:
+    body = pb.EncodeRequest(items=[pb.Item(text="a cat"), pb.Item(image=b"no")])
+    answer = http.post("/encode", content=body.SerializeToString(), headers=PROTOBUF)
+    response = pb.EncodeResponse.FromString(answer.content)
+    assert (response.count, response.dim) == (2, 256)
+    assert [error.index for error in response.errors] == [1]
+    refused = http.post("/encode", content=b"\xff\xff\xff", headers=PROTOBUF)
+    assert refused.status_code == 400
+    assert pb.Error.FromString(refused.content).code == pb.Error.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'{"data": 7}', '"data" is not a list'),
+        (b"{}", '"data" is not a list'),
+        (b'{"data": ["a"], "parameters": 3}', '"parameters" is not an object'),
+        (b'{"data": ["a"], "parameters": {"minibatch_size": "many"}}', "minibatch_size"),
+    ],
+)
+def test_bodies_that_are_refused(http: httpx.Client, body: bytes, says: str) -> None:
+    answer = http.post("/encode", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "INVALID_ARGUMENT"
+    assert says in answer.json()["error"]["message"]
+
+
+def test_odd_entries_fail_alone(http: httpx.Client) -> None:
+    data: list[Any] = [None, 3, {}, {"blob": "%%%"}, {"text": 5}, "fine"]
+    answer = http.post("/encode", json={"data": data}).json()["data"]
+    assert ["embedding" in each for each in answer] == [False] * 5 + [True]
+
+
+def test_a_body_over_the_limit(http: httpx.Client) -> None:
+    def endless() -> Any:
+        for _ in range(140):
+            yield bytes(1 << 20)
+
+    try:
+        answer = http.post("/encode", content=endless())
+        assert answer.status_code == 413
+        assert "128 MiB" in answer.json()["error"]["message"]
+    except httpx.WriteError:
+        pass  # the server hung up while the rest was under way, as it may
+    assert http.get("/livez").status_code == 200
+
+
+def test_other_pages(http: httpx.Client) -> None:
+    assert "POST /encode" in http.get("/").json()["endpoints"]
+    assert http.get("/livez").json() == {"status": "alive"}
+    assert http.get("/readyz").json() == {"status": "ready"}
+    info = http.get("/info").json()
+    assert info["model"] == "emoji-small::embedded"
+    assert info["dim"] == 256
+    lost = http.get("/status")
+    assert lost.status_code == 404
+    assert "POST /encode" in lost.json()["error"]["message"]
+    assert http.get("/encode").status_code == 405
+    # Nothing on the page of another site may read the answers unless the flow says so.
+    assert "access-control-allow-origin" not in http.get("/info").headers
+
+
+def test_cors_and_one_protocol(start: Start) -> None:
+    spec = flow("onnx")
+    port = spec["with"]["port"][1]
+    spec["with"] = {"protocol": "http", "port": port, "cors": True}
+    server = start(spec)
+    assert "0.0.0.0" in server.output()
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/encode",
+        json={"data": ["a"]},
+        headers={"origin": "http://example.org"},
+    )
+    assert answer.headers["access-control-allow-origin"] == "*"
+    server.stop()
