@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -56,6 +57,8 @@ class Address:
     def unreachable(self, reason: object) -> ConnectionFailedError:
         """The error for a server that could not be reached, with what to look at."""
         detail = str(reason).strip() or type(reason).__name__
+        if isinstance(reason, OSError) and (reason.errno or 0) > 0:
+            detail = os.strerror(reason.errno)
         return ConnectionFailedError(
             f"no server answered at {self} ({detail}). Is it running there "
             f"(python -m clip_server), and does that port speak {self.scheme}://?"

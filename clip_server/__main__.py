@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = flows.prepare(flows.parse(text), options.host)
         return _run(spec, started)
     except ConfigurationError as error:
-        print(f"clip_server: {error}", file=sys.stderr)
+        _warn(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -113,21 +113,25 @@ def _run(spec: dict[str, Any], started: float) -> int:
 
 def _watch(flow: Any, stop: threading.Event) -> int:
     """Waits until told to end (0), or until what is left of the flow cannot serve (1)."""
-    said: set[str] = set()
-    while not stop.wait(_WATCH_SECONDS):
+    dead: set[str] = set()
+    told = False
+    while not told:
+        told = stop.wait(_WATCH_SECONDS)
         for deployment in flow._deployment_nodes.values():
             pods = list(_pods(deployment))
-            dead = [pod for pod in pods if not pod.worker.is_alive()]
-            for pod in dead:
-                # Jina would wait for a word from it when the flow ends.
-                pod.is_shutdown.set()
-                if pod.name not in said:
-                    said.add(pod.name)
-                    code = pod.worker.exitcode
-                    print(f"clip_server: {pod.name} ended by itself ({code})", file=sys.stderr)
-            if pods and len(dead) == len(pods):
+            for pod in pods:
+                if not pod.worker.is_alive() and pod.name not in dead:
+                    dead.add(pod.name)
+                    # Jina would wait for its word when the flow ends.
+                    pod.is_shutdown.set()
+                    _warn(f"{pod.name} ended by itself (exit code {pod.worker.exitcode})")
+            if pods and all(pod.name in dead for pod in pods):
                 return 1
     return 0
+
+
+def _warn(message: str) -> None:
+    print(f"clip_server: {message}", file=sys.stderr, flush=True)
 
 
 def _pods(deployment: Any) -> Iterator[Any]:

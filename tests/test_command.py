@@ -46,13 +46,13 @@ Refused = Callable[[dict[str, Any]], str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
     """What the command says of a flow it does not start: one message, no traceback."""
 
     def refused(spec: dict[str, Any]) -> str:
         monkeypatch.setattr("sys.stdin", StringIO(yaml.safe_dump(spec)))
         assert main(["-i"]) == 1
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert said.startswith("clip_server: ")
         assert "Traceback" not in said
         return said

@@ -46,7 +46,7 @@ class HttpTransport:
             async with self._free:
                 reply = await self._http.send(self._build(kind, request))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._address.unreachable(error) from None
+            raise self._address.unreachable(_root(error)) from None
         except httpx.TransportError as error:
             reason = f"the connection broke: {error or type(error).__name__}"
             raise ConnectionLostError(str(self._address.unreachable(reason))) from None
@@ -84,3 +84,10 @@ class HttpTransport:
     def _is_protobuf(reply: httpx.Response) -> bool:
         content_type: str = reply.headers.get("content-type", "")
         return content_type.partition(";")[0].strip() == _PROTOBUF
+
+
+def _root(error: BaseException) -> BaseException:
+    """What httpx's "All connection attempts failed" was made of."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
