@@ -57,7 +57,7 @@ class Address:
     def unreachable(self, reason: object) -> ConnectionFailedError:
         """The error for a server that could not be reached, with what to look at."""
         detail = str(reason).strip() or type(reason).__name__
-        if isinstance(reason, OSError) and (reason.errno or 0) > 0:
+        if isinstance(reason, ConnectionError) and reason.errno:
             detail = os.strerror(reason.errno)
         return ConnectionFailedError(
             f"no server answered at {self} ({detail}). Is it running there "

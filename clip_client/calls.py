@@ -95,16 +95,16 @@ def rank(
     timeout: seconds that one request may take; None: for ever.
     """
     _check_item_error(on_item_error)
-    if candidates is None:
-        documents = _listed(query)
-        groups = [(document, list(document.matches)) for document in documents]
-    else:
+    documents = _listed(query) if candidates is None else []
+    groups = [(document, list(document.matches)) for document in documents]
+    if candidates is not None:
         groups = [(query, _listed(candidates))]
     rankings, failures = yield from _ranked(server, groups, timeout)
-    result: Any = rankings[0] if candidates is not None else query
-    if candidates is None:
-        for document, ranking in zip(documents, rankings, strict=True):
-            order_matches(document, ranking)
+    for document, ranking in zip(documents, rankings, strict=False):
+        order_matches(document, ranking)
+    result: Any = documents if isinstance(query, Iterator) else query
+    if candidates is not None:
+        result = rankings[0]
     total = sum(len(matches) for _, matches in groups)
     return _finish(result, failures, total, on_item_error)
 

@@ -38,6 +38,8 @@ Item: TypeAlias = str | bytes | ItemError
 TOKENIZE_CHUNK = 64
 # Batches' worth of ready texts among which like lengths are looked for.
 LENGTH_WINDOW = 8
+# Tokens of padding that cost less than a batch of their own.
+SHORT = 8
 # Batches' worth of decoded pictures that may wait for the device: enough to keep it busy, and
 # a bound on memory however large a request is.
 DECODED_AHEAD = 4
@@ -217,10 +219,9 @@ class Engine:
 
     def _advance(self) -> None:
         """Starts whatever can be started now; called after every change."""
-        texts_ahead = LENGTH_WINDOW * self._minibatch_size
         pictures_ahead = DECODED_AHEAD * self._minibatch_size
         while self._preparing < self._workers:
-            if self._texts and len(self._ready_texts) < texts_ahead:
+            if self._texts:  # all of them: tokens are small, and a late one is not held up
                 self._prepare(self._texts, TOKENIZE_CHUNK, self._tokenizer.encode)
             elif self._pictures and len(self._ready_pictures) < pictures_ahead:
                 self._prepare(self._pictures, 1, self._transform)
@@ -283,16 +284,22 @@ class Engine:
         return first + self._ready_pictures.take(first[0].job.minibatch_size - 1)
 
     def _next_texts(self) -> list[_Entry]:
-        """The text whose turn it is, with those of the nearest lengths: a batch is as long as
-        its longest text, so unlike lengths would pay for each other's padding."""
+        """The text whose turn it is, with those of like lengths: a batch is as long as its
+        longest text, so unlike ones would pay for each other's padding."""
         window = self._ready_texts.take(LENGTH_WINDOW * self._minibatch_size)
         first = window[0]
-        by_likeness = sorted(window, key=lambda e: abs(len(e.content) - len(first.content)))
-        batch = by_likeness[: first.job.minibatch_size]
-        chosen = {id(entry) for entry in batch}
-        for entry in window:
-            if id(entry) not in chosen:
-                self._ready_texts.push(entry)
+        length = len(first.content)
+        by_likeness = sorted(window, key=lambda entry: abs(len(entry.content) - length))
+        batch = [
+            entry
+            for entry in by_likeness[: first.job.minibatch_size]
+            if _are_alike(len(entry.content), length)
+        ]
+        chosen = set(map(id, batch))
+        rest = [entry for entry in window if id(entry) not in chosen]
+        # The job that had its turn goes to the end of the line.
+        for entry in sorted(rest, key=lambda entry: entry.job is first.job):
+            self._ready_texts.push(entry)
         return batch
 
     def _encode_pictures(self, pixels: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
@@ -300,6 +307,11 @@ class Engine:
 
     def _encode_texts(self, tokens: list[NDArray[np.int32]]) -> NDArray[np.float32]:
         return self.runtime.encode_text(pad(tokens, self.card.text))
+
+
+def _are_alike(a: int, b: int) -> bool:
+    """Whether two lengths belong in one batch: a batch more costs less than such padding."""
+    return max(a, b) <= 2 * min(a, b) + SHORT
 
 
 def _attempt(prepare: Callable[[Any], Any], content: Any) -> Any:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import queue
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -37,8 +40,10 @@ def vector(content: str | bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
 class FakeServer:
     """Serves one scheme. The public attributes are the switches, and what it saw."""
 
-    def __init__(self, scheme: str, port: int = 0) -> None:
+    def __init__(self, scheme: str, port: int = 0, tls: tuple[Path, Path] | None = None) -> None:
         self.scheme = scheme
+        # The files of a private key and its certificate.
+        self._tls = tls
         self.requests: list[Any] = []
         self.connections = 0
         self.in_flight = 0
@@ -95,6 +100,13 @@ class FakeServer:
             self.requests.append(request.encode)
         return clip_pb2.Response(id=request.id, encode=_encoded(request.encode))
 
+    def _context(self) -> ssl.SSLContext | None:
+        if not self._tls:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._tls[1], self._tls[0])
+        return context
+
     def admits(self, header: str | None) -> bool:
         return self.credential is None or header == f"Bearer {self.credential}"
 
@@ -134,14 +146,17 @@ class FakeServer:
         }
         generic = grpc.method_handlers_generic_handler("clip.v1.Clip", handlers)
         server.add_generic_rpc_handlers((generic,))
-        bound = server.add_insecure_port(f"127.0.0.1:{port}")
+        address = f"127.0.0.1:{port}"
+        if self._tls:
+            pair = (self._tls[0].read_bytes(), self._tls[1].read_bytes())
+            bound = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            bound = server.add_insecure_port(address)
         server.start()
         return bound, lambda: server.stop(None).wait()
 
     def _each(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """Answers as they are ready, in any order."""
-        import queue
-
         answers: queue.Queue[clip_pb2.Response | None] = queue.Queue()
 
         def read() -> None:
@@ -184,7 +199,9 @@ class FakeServer:
                 return None
             return socket.respond(401, "the credential is wrong")
 
-        server = serve(handle, "127.0.0.1", port, process_request=check, max_size=None)
+        server = serve(
+            handle, "127.0.0.1", port, process_request=check, max_size=None, ssl=self._context()
+        )
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def stop() -> None:
@@ -245,6 +262,8 @@ class FakeServer:
                 pass
 
         server = Server(("127.0.0.1", port), Handler)
+        if context := self._context():
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
         def stop() -> None:

@@ -595,6 +595,7 @@ def test_rank_documents(grpc_client: Client) -> None:
     assert failed.tags == {}
     assert given[1].matches[0].scores["clip_score"].value == pytest.approx(1)
     assert given[0].embedding is None
+    assert grpc_client.rank(iter(given[1:])) == given[1:]
 
 
 def test_classify(client: Client) -> None:

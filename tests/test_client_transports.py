@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from fake_server import FakeServer
+from fake_server import SCHEMES, FakeServer
 from websockets.sync.server import ServerConnection, serve
 
 from clip_client import (
@@ -97,6 +100,34 @@ def test_a_path_before_the_routes() -> None:
         pytest.raises(ServerError, match="/clip/encode answered with status 404"),
     ):
         client.encode(["a"])
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate")
+    key, file = (tmp_path_factory.mktemp("tls") / name for name in ("key.pem", "cert.pem"))
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost")
+    command = (openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject)
+    subprocess.run([*command, "-keyout", key, "-out", file], check=True, capture_output=True)
+    return key, file
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tls(scheme: str, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeServer(scheme, tls=certificate) as server:
+        secure = f"{scheme}s://127.0.0.1:{server.port}"
+        with (
+            Client(secure) as client,
+            pytest.raises(ConnectionFailedError, match=r"(?i)certif|ssl"),
+        ):
+            client.encode(["a"])
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
+        with Client(secure) as client:
+            assert len(client.encode(["a"])) == 1
+        with Client(server.address) as client, pytest.raises(ConnectionFailedError):
+            client.encode(["a"])
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ TEMPLATES = (
 MONO_WEIGHT = 0.1
 FLAG_WEIGHT = 0.2
 PER_CONCEPT = 2
+QUEUE = 3072
+REFRESH = 50  # steps between refreshments of the text bank
 THREADS = 2  # each with its share of the batch: less waiting than threads within operations
 
 
@@ -125,30 +128,57 @@ def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
 
 
 class Learner(nn.Module):
-    """The model with one learnable proxy per concept (training only)."""
+    """The model, with what only training needs.
 
-    def __init__(self, concepts: int) -> None:
-        """Build a fresh model and its proxies."""
+    That is one learnable proxy per concept, a bank with the text embedding of every
+    concept's label, and a queue of the latest image embeddings. With them each step
+    tells its pictures and texts apart from all concepts, not only from those of the batch.
+    """
+
+    bank: Tensor
+    queue: Tensor
+    queue_concepts: Tensor
+
+    def __init__(self, concepts: list[Concept]) -> None:
+        """Build a fresh model, its proxies, an empty bank and an empty queue."""
         super().__init__()
+        width = MODEL_CFG["embed_dim"]
         self.clip = build_model()
-        self.proxies = nn.Parameter(torch.randn(concepts, MODEL_CFG["embed_dim"]) * 0.05)
+        self.proxies = nn.Parameter(torch.randn(len(concepts), width) * 0.05)
+        self.register_buffer("bank", torch.zeros(len(concepts), width), persistent=False)
+        self.register_buffer("queue", torch.zeros(QUEUE, width), persistent=False)
+        self.register_buffer("queue_concepts", torch.full((QUEUE,), -1), persistent=False)
+        self.tokens = build_tokenizer()([c.label for c in concepts])
+
+    @torch.no_grad()
+    def refresh_bank(self) -> None:
+        """Encode all labels anew, texts of like length together."""
+        lengths = (self.tokens != 0).sum(1)
+        for part in torch.split(lengths.argsort(), 128):
+            cut = self.tokens[part, : int(lengths[part].max())]
+            self.bank[part] = encode_text(self.clip, cut)
+
+    @torch.no_grad()
+    def remember(self, image: Tensor, concepts: Tensor) -> None:
+        """Put image embeddings into the queue in place of the oldest."""
+        self.queue = torch.cat([image, self.queue])[:QUEUE]
+        self.queue_concepts = torch.cat([concepts, self.queue_concepts])[:QUEUE]
 
     def forward(self, images: Tensor, chosen: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, and the share of pictures whose concept's proxy is the nearest."""
+        """Loss, and the embeddings of the pictures."""
         image = F.normalize(self.clip.visual(images), dim=-1)
         text = encode_text(self.clip, tokens)
         proxies = F.normalize(self.proxies, dim=-1)
         scale = self.clip.logit_scale.clamp(max=math.log(60)).exp()
         target = chosen.repeat(PER_CONCEPT)
-        by_image, by_text = scale * image @ proxies.T, scale * text @ proxies.T
-        loss = F.cross_entropy(by_image, target, label_smoothing=0.02)
-        loss = loss + 0.5 * F.cross_entropy(by_text, chosen, label_smoothing=0.02)
-        cross = scale * image @ text.T
-        own = torch.arange(len(chosen)).repeat(PER_CONCEPT)
-        loss = loss + 0.5 * F.cross_entropy(cross, own)
-        wanted = F.one_hot(own, len(chosen)).T.float() / PER_CONCEPT
-        loss = loss + 0.5 * F.cross_entropy(cross.T, wanted)
-        return loss, (by_image.argmax(1) == target).float().mean()
+        loss = 0.5 * F.cross_entropy(scale * image @ proxies.T, target)
+        loss = loss + 0.3 * F.cross_entropy(scale * text @ proxies.T, chosen)
+        texts = self.bank.index_copy(0, chosen, text)
+        loss = loss + F.cross_entropy(scale * image @ texts.T, target, label_smoothing=0.02)
+        pictures = torch.cat([image, self.queue])
+        same = chosen.unsqueeze(1) == torch.cat([target, self.queue_concepts]).unsqueeze(0)
+        wanted = same.float() / same.sum(1, keepdim=True)
+        return loss + 0.7 * F.cross_entropy(scale * text @ pictures.T, wanted), image.detach()
 
 
 def optimiser(learner: Learner, lr: float) -> torch.optim.AdamW:
@@ -209,8 +239,9 @@ class Run:
         self.concepts = load_concepts()
         drawings = load_drawings(self.concepts, {HELD_OUT, *args.leave_out})
         self.batches = Batches(self.concepts, drawings, args.batch // THREADS)
+        self.lock = Lock()
         self.pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
-        self.learner = Learner(len(self.concepts))
+        self.learner = Learner(self.concepts)
         self.learner.to(memory_format=torch.channels_last)
         self.optimiser = optimiser(self.learner, args.lr)
         self.average = Average(self.learner.clip)
@@ -220,7 +251,10 @@ class Run:
     def _resume(self) -> None:
         saved: dict[str, Any] = torch.load(self.args.checkpoint, weights_only=True)
         self.learner.load_state_dict(saved["learner"])
+        bases = [group["base"] for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(saved["optimiser"])
+        for group, base in zip(self.optimiser.param_groups, bases, strict=True):
+            group["base"] = base
         self.average.state = saved["average"]
         self.step, self.spent = saved["step"], saved["spent"]
         print(f"going on at step {self.step}, {self.spent / 60:.1f} minutes in", flush=True)
@@ -245,6 +279,8 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * factor
         self.optimiser.zero_grad(set_to_none=True)
+        if self.step % REFRESH == 0 or not self.learner.bank.any():
+            self.learner.refresh_bank()
         strength = min(self.args.strength, 0.3 + 2 * progress)
         parts = list(self.pool.map(self._share, [strength] * THREADS))
         nn.utils.clip_grad_norm_(self.learner.parameters(), 5.0)
@@ -257,9 +293,14 @@ class Run:
 
     def _share(self, strength: float) -> tuple[float, float]:
         """One thread's share of a step: its own small batch, gradients added up."""
-        loss, right = self.learner(*self.batches.draw(strength))
+        images, chosen, tokens = self.batches.draw(strength)
+        loss, image = self.learner(images, chosen, tokens)
         (loss / THREADS).backward()
-        return loss.item(), right.item()
+        target = chosen.repeat(PER_CONCEPT)
+        with self.lock:
+            self.learner.remember(image, target)
+        right = (image @ self.learner.bank.T).argmax(1) == target
+        return loss.item(), right.float().mean().item()
 
     def report(self, recent: list[tuple[float, float]], seconds: float) -> None:
         """Log losses, speed and the held-out retrieval of the average."""

@@ -7,6 +7,8 @@ come inside it, so a status is always about the connection.
 from __future__ import annotations
 
 import os
+import ssl
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -45,6 +47,12 @@ def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
     return Multiplexer(open_link)
 
 
+def _credentials() -> grpc.ChannelCredentials:
+    """With the roots that https and wss use, SSL_CERT_FILE included, not gRPC's own."""
+    roots = ssl.get_default_verify_paths().cafile
+    return grpc.ssl_channel_credentials(Path(roots).read_bytes() if roots else None)
+
+
 def _refuse_after_fork() -> None:
     # The library's threads do not come along, and a call in the child would wait for ever.
     global _process
@@ -60,7 +68,7 @@ class _StreamLink:
     def __init__(self, address: Address, headers: dict[str, str]) -> None:
         self._address = address
         self._channel = (
-            grpc.aio.secure_channel(address.target, grpc.ssl_channel_credentials(), _OPTIONS)
+            grpc.aio.secure_channel(address.target, _credentials(), _OPTIONS)
             if address.secure
             else grpc.aio.insecure_channel(address.target, _OPTIONS)
         )

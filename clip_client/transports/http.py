@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 
 import httpx
 from google.protobuf.message import DecodeError
@@ -31,6 +32,7 @@ class HttpTransport:
         self._http = httpx.AsyncClient(
             base_url=str(address),
             headers={**headers, "accept": _PROTOBUF},
+            verify=ssl.create_default_context() if address.secure else False,
             # The whole exchange has its own deadline, above the transports.
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None),
