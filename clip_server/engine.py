@@ -119,6 +119,11 @@ class _FairQueue:
     def discard(self, job: _Job) -> None:
         self._length -= len(self._jobs.pop(job, ()))
 
+    def end_turn(self, job: _Job) -> None:
+        """Puts a job at the end of the line."""
+        if job in self._jobs:
+            self._jobs[job] = self._jobs.pop(job)
+
     def take(self, count: int) -> list[_Entry]:
         """Up to `count` entries, one of each job in turn."""
         taken: list[_Entry] = []
@@ -296,10 +301,10 @@ class Engine:
             if _are_alike(len(entry.content), length)
         ]
         chosen = set(map(id, batch))
-        rest = [entry for entry in window if id(entry) not in chosen]
-        # The job that had its turn goes to the end of the line.
-        for entry in sorted(rest, key=lambda entry: entry.job is first.job):
-            self._ready_texts.push(entry)
+        for entry in window:
+            if id(entry) not in chosen:
+                self._ready_texts.push(entry)
+        self._ready_texts.end_turn(first.job)
         return batch
 
     def _encode_pictures(self, pixels: list[NDArray[np.uint8]]) -> NDArray[np.float32]:

@@ -15,8 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clip_server.errors import ConfigurationError
 
 DEFAULT_FLOW = "torch-flow.yml"
@@ -59,6 +57,8 @@ def parse(text: str) -> dict[str, Any]:
     """
     # The built-in flows take the model's name from here.
     os.environ.setdefault("CLIP_MODEL", DEFAULT_MODEL)
+    # Here, since without the server's extra neither is installed, and the command says so.
+    import yaml
     from jina.jaml import JAML
 
     try:

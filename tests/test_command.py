@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import yaml
 from conftest import Server, Start, flow, free_ports
 
 from clip_client import Client
+from clip_client.errors import ClipError
 from clip_server.__main__ import main
 
 GONE_SECONDS = 10
@@ -186,22 +188,36 @@ def test_told_to_end(start: Start, number: signal.Signals) -> None:
 
 
 def test_what_is_under_way_is_finished(start: Start) -> None:
+    """Over each transport; and a client that never stops sending keeps nothing alive."""
     server = start(flow())
     family = server.family()
     results: list[int] = []
-    with Client(server.grpc) as client:
+
+    def large(client: Client) -> None:
+        texts = [f"text {i}" for i in range(600)]
+        results.append(len(client.encode(texts, batch_size=600)))
+
+    def endless(client: Client) -> None:
+        with contextlib.suppress(ClipError):
+            while True:
+                client.encode(["again"])
+
+    clients = [Client(address) for address in server.addresses]
+    for client in clients:
         client.encode(["warm"])
-
-        def work() -> None:
-            results.append(len(client.encode([f"text {i}" for i in range(400)], batch_size=400)))
-
-        thread = threading.Thread(target=work)
+    threads = [threading.Thread(target=large, args=[client]) for client in clients]
+    restless = Client(server.grpc)
+    threads.append(threading.Thread(target=endless, args=[restless]))
+    for thread in threads:
         thread.start()
-        time.sleep(0.05)
-        server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGTERM)
+    for thread in threads:
         thread.join(30)
-    assert results == [400]
     assert_gone(family, server.ports)
+    assert results == [600] * 3
+    for client in [*clients, restless]:
+        client.close()
 
 
 def test_killed(start: Start) -> None:

@@ -39,8 +39,8 @@ TEMPLATES = (
 MONO_WEIGHT = 0.1
 FLAG_WEIGHT = 0.2
 PER_CONCEPT = 2
-QUEUE = 3072
-REFRESH = 50  # steps between refreshments of the text bank
+QUEUE = 1024
+REFRESH = 25  # steps between refreshments of the text bank
 THREADS = 2  # each with its share of the batch: less waiting than threads within operations
 
 

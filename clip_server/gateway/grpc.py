@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -13,11 +13,10 @@ from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
-from clip_server.gateway.streams import answer_all
+from clip_server.gateway.streams import Call, Streams
 from clip_server.service import FAILED
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
-Call = Callable[[pb.Request], Awaitable[pb.Response]]
 
 
 class GrpcListener(Listener):
@@ -26,7 +25,8 @@ class GrpcListener(Listener):
     async def start(self) -> None:
         """See Listener."""
         self._server = grpc.aio.server(options=list(self._options().items()))
-        self._server.add_generic_rpc_handlers((_clip_handlers(self.call),))
+        self._streams = Streams(self.call)
+        self._server.add_generic_rpc_handlers((_clip_handlers(self.call, self._streams),))
         _add_jina(self._server, JinaDoor(self.jina))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -58,10 +58,11 @@ class GrpcListener(Listener):
     async def stop(self) -> None:
         """See Listener."""
         await self._health.enter_graceful_shutdown()
+        self._streams.drain()
         await self._server.stop(grace=GRACE_SECONDS)
 
 
-def _clip_handlers(call: Call) -> grpc.GenericRpcHandler:
+def _clip_handlers(call: Call, streams: Streams) -> grpc.GenericRpcHandler:
     def unary(kind: str) -> grpc.RpcMethodHandler[Any, Any]:
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             response = await call(pb.Request(**{kind: request}))
@@ -80,7 +81,7 @@ def _clip_handlers(call: Call) -> grpc.GenericRpcHandler:
     async def stream(
         requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        await answer_all(requests, call, context.write)
+        await streams.answer(requests, context.write)
 
     return grpc.method_handlers_generic_handler(
         _SERVICE,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_client.proto import clip_pb2 as pb
+from clip_server.gateway.streams import Call
 from clip_server.service import Limits
 
 # What is under way when the server is told to end has this long to finish.
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Listener(ABC):
 
     host: str
     port: int
-    call: Callable[[pb.Request], Awaitable[pb.Response]]
+    call: Call
     jina: Any
     limits: Limits
     args: Namespace

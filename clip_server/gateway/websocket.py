@@ -11,7 +11,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
-from clip_server.gateway.streams import answer_all
+from clip_server.gateway.streams import Streams
 
 
 class WebSocketListener(Listener):
@@ -21,6 +21,7 @@ class WebSocketListener(Listener):
 
     async def start(self) -> None:
         """See Listener."""
+        self._streams = Streams(self.call)
         context = None
         if self.tls is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -39,11 +40,12 @@ class WebSocketListener(Listener):
             await connection.send(message)
 
         with contextlib.suppress(ConnectionClosed):
-            await answer_all(_messages(connection), self.call, send)
+            await self._streams.answer(_messages(connection), send)
 
     async def stop(self) -> None:
         """See Listener."""
-        self._server.close()
+        self._streams.drain()
+        self._server.close(close_connections=False)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._server.wait_closed(), GRACE_SECONDS)
 
