@@ -3,9 +3,6 @@
 # docker run -e CLIP_MODEL=ViT-B-32::openai ... clip-server torch-flow.yml
 FROM python:3.12-slim AS build
 ARG EXTRA=onnx
-# Jina has no wheel for Python 3.12; its sdist compiles.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
 RUN python -m venv /venv \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -10,12 +12,17 @@ import sys
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent() -> None:
-    """Makes this process get SIGTERM when its parent ends, however that ends (Linux only).
+def follow_parent() -> None:
+    """Leaves it to the parent when this process ends. Call it in the event loop's thread.
 
-    Jina's own clean-up runs in the parent, so a parent that is killed would leave its
-    children behind, holding their ports.
+    A terminal's Ctrl-C reaches every process at once; the parent alone heeds it, and ends the
+    others in an order in which nothing under way is lost. And when the parent itself ends,
+    however that happens, this process gets SIGTERM (on Linux): Jina's own clean-up runs in the
+    parent, so one that is killed would leave its children behind, holding their ports.
     """
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "linux":
         return
     parent = os.getppid()

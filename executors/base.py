@@ -21,7 +21,7 @@ from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart, Frame
 from clip_server.models import zoo
 from clip_server.models.image import ImageTransform
-from clip_server.process import end_with_parent
+from clip_server.process import follow_parent
 from clip_server.runtimes.base import Runtime
 from clip_server.service import Service
 
@@ -102,7 +102,7 @@ class BaseCLIPEncoder(Executor):
     def __init__(self, **arguments: Any) -> None:
         jina_arguments = {k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS}
         super().__init__(**jina_arguments)
-        end_with_parent()
+        follow_parent()
         try:
             self.parameters = EncoderParameters.parse(
                 {k: v for k, v in arguments.items() if k not in _JINA_ARGUMENTS}

@@ -132,6 +132,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env={**os.environ, **environment},
+                start_new_session=True,  # a process group of its own, for Ctrl-C
             )
         server = Server(process, log, ports if isinstance(ports, list) else [ports])
         servers.append(server)

@@ -141,14 +141,15 @@ def test_a_missing_extra(tmp_path: Path) -> None:
         "import os, sys\nfor name in os.environ['MISSING'].split(): sys.modules[name] = None\n"
     )
 
-    def without(name: str) -> str:
-        spec = yaml.safe_dump(flow())
+    def without(name: str, runtime: str = "onnx") -> str:
+        spec = yaml.safe_dump(flow(runtime))
         done = run("-i", stdin=spec, PYTHONPATH=str(tmp_path), MISSING=name)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         return done.stderr
 
     assert "pip install 'clip-server[onnx]'" in without("onnxruntime")
+    assert "pip install 'clip-server[torch]'" in without("torch", "torch")
     assert "pip install 'clip-server[onnx]'" in without("jina")
 
 
@@ -176,18 +177,18 @@ def test_only_loopback_where_told(onnx_server: Server) -> None:
                 assert connection.laddr.ip.removeprefix("::ffff:") == "127.0.0.1"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end(start: Start, number: signal.Signals) -> None:
-    server = start(flow())
-    family = server.family()
-    assert len(family) >= 3
-    server.process.send_signal(number)
-    assert server.process.wait(GONE_SECONDS) == 0
-    assert_gone(family, server.ports)
-    assert "Traceback" not in server.output()
+def tell(server: Server) -> None:
+    """What a supervisor does."""
+    server.process.send_signal(signal.SIGTERM)
 
 
-def test_what_is_under_way_is_finished(start: Start) -> None:
+def press_ctrl_c(server: Server) -> None:
+    """What a terminal does: every process of the group gets it."""
+    os.killpg(server.process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("end", [tell, press_ctrl_c])
+def test_what_is_under_way_is_finished(start: Start, end: Callable[[Server], None]) -> None:
     """Over each transport; and a client that never stops sending keeps nothing alive."""
     server = start(flow())
     family = server.family()
@@ -211,11 +212,13 @@ def test_what_is_under_way_is_finished(start: Start) -> None:
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    server.process.send_signal(signal.SIGTERM)
+    end(server)
     for thread in threads:
         thread.join(30)
+    assert server.process.wait(GONE_SECONDS) == 0
     assert_gone(family, server.ports)
     assert results == [600] * 3
+    assert "Traceback" not in server.output()
     for client in [*clients, restless]:
         client.close()
 

@@ -14,7 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,6 @@ TEMPLATES = (
 MONO_WEIGHT = 0.1
 FLAG_WEIGHT = 0.2
 PER_CONCEPT = 2
-QUEUE = 1024
 REFRESH = 25  # steps between refreshments of the text bank
 THREADS = 2  # each with its share of the batch: less waiting than threads within operations
 
@@ -130,24 +128,20 @@ def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
 class Learner(nn.Module):
     """The model, with what only training needs.
 
-    That is one learnable proxy per concept, a bank with the text embedding of every
-    concept's label, and a queue of the latest image embeddings. With them each step
-    tells its pictures and texts apart from all concepts, not only from those of the batch.
+    That is one learnable proxy per concept, and a bank with the text embedding of every
+    concept's label. With them each step tells its pictures and texts apart from all
+    concepts, not only from those of the batch.
     """
 
     bank: Tensor
-    queue: Tensor
-    queue_concepts: Tensor
 
     def __init__(self, concepts: list[Concept]) -> None:
-        """Build a fresh model, its proxies, an empty bank and an empty queue."""
+        """Build a fresh model, its proxies, and an empty bank."""
         super().__init__()
         width = MODEL_CFG["embed_dim"]
         self.clip = build_model()
         self.proxies = nn.Parameter(torch.randn(len(concepts), width) * 0.05)
         self.register_buffer("bank", torch.zeros(len(concepts), width), persistent=False)
-        self.register_buffer("queue", torch.zeros(QUEUE, width), persistent=False)
-        self.register_buffer("queue_concepts", torch.full((QUEUE,), -1), persistent=False)
         self.tokens = build_tokenizer()([c.label for c in concepts])
 
     @torch.no_grad()
@@ -158,12 +152,6 @@ class Learner(nn.Module):
             cut = self.tokens[part, : int(lengths[part].max())]
             self.bank[part] = encode_text(self.clip, cut)
 
-    @torch.no_grad()
-    def remember(self, image: Tensor, concepts: Tensor) -> None:
-        """Put image embeddings into the queue in place of the oldest."""
-        self.queue = torch.cat([image, self.queue])[:QUEUE]
-        self.queue_concepts = torch.cat([concepts, self.queue_concepts])[:QUEUE]
-
     def forward(self, images: Tensor, chosen: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and the embeddings of the pictures."""
         image = F.normalize(self.clip.visual(images), dim=-1)
@@ -171,14 +159,16 @@ class Learner(nn.Module):
         proxies = F.normalize(self.proxies, dim=-1)
         scale = self.clip.logit_scale.clamp(max=math.log(60)).exp()
         target = chosen.repeat(PER_CONCEPT)
-        loss = 0.5 * F.cross_entropy(scale * image @ proxies.T, target)
-        loss = loss + 0.3 * F.cross_entropy(scale * text @ proxies.T, chosen)
-        texts = self.bank.index_copy(0, chosen, text)
-        loss = loss + F.cross_entropy(scale * image @ texts.T, target, label_smoothing=0.02)
-        pictures = torch.cat([image, self.queue])
-        same = chosen.unsqueeze(1) == torch.cat([target, self.queue_concepts]).unsqueeze(0)
-        wanted = same.float() / same.sum(1, keepdim=True)
-        return loss + 0.7 * F.cross_entropy(scale * text @ pictures.T, wanted), image.detach()
+        loss = F.cross_entropy(scale * image @ proxies.T, target, label_smoothing=0.02)
+        loss = loss + 0.5 * F.cross_entropy(scale * text @ proxies.T, chosen, label_smoothing=0.02)
+        # No gradient for the texts here, nor a fresh embedding for the right one: it would
+        # differ from the stale wrong ones, and be learned to differ.
+        loss = loss + F.cross_entropy(scale * image @ self.bank.T, target)
+        cross = scale * image @ text.T
+        own = torch.arange(len(chosen)).repeat(PER_CONCEPT)
+        wanted = F.one_hot(own, len(chosen)).T.float() / PER_CONCEPT
+        loss = loss + 0.5 * F.cross_entropy(cross, own) + 0.5 * F.cross_entropy(cross.T, wanted)
+        return loss, image.detach()
 
 
 def optimiser(learner: Learner, lr: float) -> torch.optim.AdamW:
@@ -239,7 +229,6 @@ class Run:
         self.concepts = load_concepts()
         drawings = load_drawings(self.concepts, {HELD_OUT, *args.leave_out})
         self.batches = Batches(self.concepts, drawings, args.batch // THREADS)
-        self.lock = Lock()
         self.pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
         self.learner = Learner(self.concepts)
         self.learner.to(memory_format=torch.channels_last)
@@ -297,8 +286,6 @@ class Run:
         loss, image = self.learner(images, chosen, tokens)
         (loss / THREADS).backward()
         target = chosen.repeat(PER_CONCEPT)
-        with self.lock:
-            self.learner.remember(image, target)
         right = (image @ self.learner.bank.T).argmax(1) == target
         return loss.item(), right.float().mean().item()
 

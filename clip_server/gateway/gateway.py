@@ -16,7 +16,7 @@ from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
 from clip_server.gateway.listener import Listener, Tls
 from clip_server.gateway.websocket import WebSocketListener
-from clip_server.process import end_with_parent
+from clip_server.process import follow_parent
 from clip_server.service import Limits
 
 LISTENERS: dict[str, type[Listener]] = {
@@ -31,7 +31,7 @@ class ClipGateway(BaseServer, BaseGateway):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        end_with_parent()
+        follow_parent()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         deployments = replica_addresses(json.loads(args.deployments_addresses))
