@@ -23,6 +23,10 @@ from clip_client.results import Label, Latency, Ranking, cosines, probabilities
 
 TIMEOUT = 300.0
 PREFETCH = 8
+# What users of clip-as-service may still pass: another name of a parameter, and one that asks
+# for what is always so, that a picture's content does not come back.
+_OTHER_NAMES = {"batch_size": "minibatch_size"}
+_NEEDLESS = {"drop_image_content"}
 
 
 def encode(
@@ -199,11 +203,16 @@ def _encoding(
 
 def _options(parameters: Mapping[str, Any]) -> clip_pb2.Options:
     known = clip_pb2.Options.DESCRIPTOR.fields_by_name
-    unknown = [name for name in parameters if name not in known]
+    given = {
+        _OTHER_NAMES.get(name, name): value
+        for name, value in parameters.items()
+        if name not in _NEEDLESS
+    }
+    unknown = [name for name in given if name not in known]
     if unknown:
         raise InvalidInputError(f"no parameter is named {unknown[0]!r}; there are {list(known)}")
     try:
-        return clip_pb2.Options(**parameters)
+        return clip_pb2.Options(**given)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"parameters: {error}") from None
 

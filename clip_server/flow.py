@@ -26,7 +26,16 @@ LOOPBACK = "127.0.0.1"
 _EXECUTORS = "clip_server.executors."
 _EXTRAS = {"clip_onnx": "onnx", "clip_torch": "torch"}
 # Written under `with:`, meant for the gateway.
-_GATEWAY_KEYS = ("port", "protocol", "host", "cors", "prefetch", "ssl_keyfile", "ssl_certfile")
+_GATEWAY_KEYS = (
+    "port",
+    "protocol",
+    "host",
+    "cors",
+    "prefetch",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "max_request_bytes",
+)
 _PROTOCOLS = {"grpcs": "grpc", "https": "http", "ws": "websocket", "wss": "websocket"}
 
 
@@ -132,6 +141,8 @@ def _prepare_gateway(gateway: dict[str, Any]) -> dict[str, Any]:
         # Jina would try a call again that was only slow.
         "retries": 0,
     }  # fmt: skip
+    if "max_request_bytes" in gateway:
+        ours["uses_with"] = {"max_request_bytes": int(gateway.pop("max_request_bytes"))}
     return {"host": ALL_INTERFACES, **ours, **gateway, "protocol": protocols, "port": ports}
 
 

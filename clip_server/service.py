@@ -24,15 +24,13 @@ FAILED = "the server failed on this request; its log says why"
 
 @dataclass(frozen=True)
 class Limits:
-    """The most a request may bring.
+    """The most a request may bring. The bytes of a whole message are the gateway's to bound.
 
     max_item_bytes: of one text or encoded picture.
-    max_request_bytes: of one message or HTTP body.
     max_request_items: of one message or HTTP body.
     """
 
     max_item_bytes: int = 32 << 20
-    max_request_bytes: int = 128 << 20
     max_request_items: int = 10_000
 
 
@@ -114,7 +112,6 @@ class Service:
             logit_scale=card.logit_scale,
             version=__version__,
             max_item_bytes=self.limits.max_item_bytes,
-            max_request_bytes=self.limits.max_request_bytes,
             max_request_items=self.limits.max_request_items,
         )
 
@@ -123,8 +120,7 @@ class Service:
         if count > most:
             raise RequestError(
                 f"{count:,} items in one request; the server takes at most {most:,}: send them "
-                "in several requests, as the client does by itself",
-                "RESOURCE_EXHAUSTED",
+                "in several requests, as the client does by itself"
             )
 
     def to_item(self, item: pb.Item) -> Item:

@@ -20,10 +20,10 @@ from clip_server.engine import Engine, Item
 from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart, Frame
 from clip_server.models import zoo
-from clip_server.models.image import ImageTransform
+from clip_server.models.image import MAX_PIXELS, ImageTransform
 from clip_server.process import follow_parent
 from clip_server.runtimes.base import Runtime
-from clip_server.service import Service
+from clip_server.service import Limits, Service
 
 # What Jina itself passes to an executor, besides its parameters.
 _JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
@@ -43,6 +43,8 @@ class EncoderParameters:
     access_paths: which documents are encoded: `@r` those sent, `@c` their chunks, `@m` their
         matches, several as `@r,c`.
     exact: pictures are decoded at full size, equal to open_clip's own to the pixel.
+    max_item_bytes, max_request_items, max_pixels: limits on a text or encoded picture, on a
+        request, and on a decoded picture.
     """
 
     name: str = "ViT-B-32::openai"
@@ -54,6 +56,9 @@ class EncoderParameters:
     minibatch_size: int = 32
     access_paths: str = "@r"
     exact: bool = False
+    max_item_bytes: int = Limits.max_item_bytes
+    max_request_items: int = Limits.max_request_items
+    max_pixels: int = MAX_PIXELS
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> "EncoderParameters":
@@ -73,10 +78,10 @@ class EncoderParameters:
                 f"known are {', '.join(known)}"
             )
         parameters = cls(**values)
-        for field in ("num_worker_preprocess", "minibatch_size"):
-            value = getattr(parameters, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{field}: {value!r} is not a whole number above 0")
+        for field in fields(cls):
+            value = getattr(parameters, field.name)
+            if type(field.default) is int and (type(value) is not int or value < 1):
+                raise ConfigurationError(f"{field.name}: {value!r} is not a whole number above 0")
         parse_access_paths(parameters.access_paths)
         return parameters
 
@@ -114,9 +119,14 @@ class BaseCLIPEncoder(Executor):
             runtime,
             minibatch_size=self.parameters.minibatch_size,
             num_worker_preprocess=self.parameters.num_worker_preprocess,
-            transform=ImageTransform(runtime.card.image, exact=self.parameters.exact),
+            transform=ImageTransform(
+                runtime.card.image, self.parameters.exact, self.parameters.max_pixels
+            ),
         )
-        self.service = Service(self.engine)
+        self.service = Service(
+            self.engine,
+            Limits(self.parameters.max_item_bytes, self.parameters.max_request_items),
+        )
 
     @classmethod
     def prepare(cls, given: Mapping[str, Any]) -> None:

@@ -295,6 +295,9 @@ def test_parameters(grpc_server: FakeServer, grpc_client: Client) -> None:
     options = grpc_server.requests[0].options
     assert options.normalize
     assert options.minibatch_size == 16
+    # As users of clip-as-service pass them.
+    grpc_client.encode(["a"], parameters={"batch_size": 8, "drop_image_content": True})
+    assert grpc_server.requests[1].options.minibatch_size == 8
     for wrong in ({"normalise": True}, {"minibatch_size": -1}, {"minibatch_size": "x"}):
         with pytest.raises(InvalidInputError, match="parameter"):
             grpc_client.encode(["a"], parameters=wrong)

@@ -140,10 +140,10 @@ def test_other_pages(http: httpx.Client) -> None:
     assert "access-control-allow-origin" not in http.get("/info").headers
 
 
-def test_cors_and_one_protocol(start: Start) -> None:
-    spec = flow("onnx")
+def test_cors_one_protocol_and_limits(start: Start) -> None:
+    spec = flow("onnx", max_item_bytes=100, max_request_items=3)
     port = spec["with"]["port"][1]
-    spec["with"] = {"protocol": "http", "port": port, "cors": True}
+    spec["with"] = {"protocol": "http", "port": port, "cors": True, "max_request_bytes": 1000}
     server = start(spec)
     assert "0.0.0.0" in server.output()
     answer = httpx.post(
@@ -152,4 +152,12 @@ def test_cors_and_one_protocol(start: Start) -> None:
         headers={"origin": "http://example.org"},
     )
     assert answer.headers["access-control-allow-origin"] == "*"
+    url = f"http://127.0.0.1:{port}"
+    info = httpx.get(f"{url}/info").json()
+    assert info["max_request_bytes"] == 1000
+    assert httpx.post(f"{url}/encode", json={"data": ["a" * 1000]}).status_code == 413
+    assert httpx.post(f"{url}/encode", json={"data": ["a"] * 4}).status_code == 400
+    (one, other) = httpx.post(f"{url}/encode", json={"data": ["a " * 99, "b"]}).json()["data"]
+    assert "at most" in one["error"]
+    assert "embedding" in other
     server.stop()

@@ -10,6 +10,7 @@ from typing import Any
 from jina.serve.runtimes.gateway.gateway import BaseGateway
 from jina.serve.runtimes.servers import BaseServer
 
+from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.encoder import Encoder, replica_addresses
 from clip_server.gateway.grpc import GrpcListener
@@ -17,7 +18,6 @@ from clip_server.gateway.http import HttpListener
 from clip_server.gateway.listener import Listener, Tls
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.process import follow_parent
-from clip_server.service import Limits
 
 LISTENERS: dict[str, type[Listener]] = {
     "grpc": GrpcListener,
@@ -27,22 +27,26 @@ LISTENERS: dict[str, type[Listener]] = {
 
 
 class ClipGateway(BaseServer, BaseGateway):
-    """Serves clip.v1 on every protocol and port that the flow names."""
+    """Serves clip.v1 on every protocol and port that the flow names.
 
-    def __init__(self, **arguments: Any) -> None:
+    max_request_bytes: of one message or HTTP body.
+    """
+
+    def __init__(self, max_request_bytes: int = 128 << 20, **arguments: Any) -> None:
         super().__init__(**arguments)
         follow_parent()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         deployments = replica_addresses(json.loads(args.deployments_addresses))
         self.encoder = Encoder(deployments, timeout)
+        self._max_request_bytes = max_request_bytes
         self.listeners = [
             LISTENERS[str(protocol).lower()](
                 host=self.host,
                 port=port,
-                call=self.encoder.call,
+                call=self._call,
                 jina=self._request_handler,
-                limits=Limits(),
+                max_request_bytes=max_request_bytes,
                 args=args,
                 tls=_tls(args),
             )
@@ -50,6 +54,12 @@ class ClipGateway(BaseServer, BaseGateway):
         ]
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()
+
+    async def _call(self, request: pb.Request) -> pb.Response:
+        response = await self.encoder.call(request)
+        if response.HasField("info"):
+            response.info.max_request_bytes = self._max_request_bytes
+        return response
 
     async def setup_server(self) -> None:
         """Opens the ports once the encoder answers."""

@@ -41,7 +41,7 @@ class GrpcListener(Listener):
     def _options(self) -> dict[str, Any]:
         return {
             "grpc.max_send_message_length": -1,
-            "grpc.max_receive_message_length": self.limits.max_request_bytes,
+            "grpc.max_receive_message_length": self.max_request_bytes,
             "grpc.http2.max_ping_strikes": 0,  # an idle client may ping as often as it likes
             "grpc.so_reuseport": 0,  # a second server on the port is an error, not a lottery
             **(self.args.grpc_server_options or {}),

@@ -132,7 +132,7 @@ class HttpListener(Listener):
         raise RequestError(f"execEndpoint {endpoint!r}: the allowed are /, /encode and /rank")
 
     async def _body(self, request: Request) -> bytes:
-        most = self.limits.max_request_bytes
+        most = self.max_request_bytes
         chunks: list[bytes] = []
         size = int(request.headers.get("content-length") or 0)
         if size <= most:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.gateway.streams import Call
-from clip_server.service import Limits
 
 # What is under way when the server is told to end has this long to finish.
 GRACE_SECONDS = 8.0
@@ -29,6 +28,7 @@ class Listener(ABC):
 
     call: answers a clip.v1 request; what goes wrong is in the response.
     jina: Jina's own handler of requests.
+    max_request_bytes: of one message or HTTP body.
     args: the gateway's arguments as Jina parsed them.
     """
 
@@ -36,7 +36,7 @@ class Listener(ABC):
     port: int
     call: Call
     jina: Any
-    limits: Limits
+    max_request_bytes: int
     args: Namespace
     tls: Tls | None = None
 

@@ -31,7 +31,7 @@ class WebSocketListener(Listener):
             self.host,
             self.port,
             ssl=context,
-            max_size=self.limits.max_request_bytes,
+            max_size=self.max_request_bytes,
             compression=None,  # pictures and floats do not compress; trying costs the CPU
         )
 
