@@ -31,12 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stay_silent()
     started = time.perf_counter()
     try:
-        _require_jina()
-        text = sys.stdin.read() if options.stdin else flows.read(options.flow)
-        spec = flows.prepare(flows.parse(text), options.host)
-        return _run(spec, started)
+        spec = flows.load(sys.stdin.read() if options.stdin else flows.read(options.flow))
+        _import_jina(without_torch=flows.has_only_encoders(spec))
+        return _run(flows.prepare(flows.expand(spec), options.host), started)
     except ConfigurationError as error:
         _warn(str(error))
+        return 1
+    except ModuleNotFoundError as error:
+        _warn(
+            f"the server needs the package {error.name}: "
+            "pip install 'clip-server[onnx]', or [torch], [onnx-gpu]"
+        )
         return 1
     except KeyboardInterrupt:
         return 130
@@ -60,16 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require_jina() -> None:
+def _import_jina(without_torch: bool) -> None:
+    """Imports Jina, and keeps it quiet."""
     warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
     os.environ.setdefault("JINA_LOG_LEVEL", "ERROR")
+    # docarray imports torch wherever it is installed, which takes more than a second, in order
+    # to offer torch tensors in documents. Ours have none.
+    hidden = without_torch and "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         import jina.orchestrate.orchestrator as orchestrator
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"the server needs the package {error.name}: "
-            "pip install 'clip-server[onnx]', or [torch], [onnx-gpu]"
-        ) from None
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     # Jina asks three services on the internet for this machine's public address.
     orchestrator.get_public_ip = lambda *_, **__: None
 

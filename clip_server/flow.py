@@ -58,17 +58,13 @@ def read(name: str) -> str:
     )
 
 
-def parse(text: str) -> dict[str, Any]:
-    """A flow's YAML as a dict, its variables replaced by the environment's.
+def load(text: str) -> dict[str, Any]:
+    """A flow's YAML as a dict.
 
     Raises:
         ConfigurationError: it is not YAML, or not a flow.
     """
-    # The built-in flows take the model's name from here.
-    os.environ.setdefault("CLIP_MODEL", DEFAULT_MODEL)
-    # Here, since without the server's extra neither is installed, and the command says so.
-    import yaml
-    from jina.jaml import JAML
+    import yaml  # here, since the base install, which is the client's, has none
 
     try:
         spec = yaml.safe_load(text)
@@ -76,7 +72,25 @@ def parse(text: str) -> dict[str, Any]:
         raise ConfigurationError(f"the flow is not YAML: {error}") from None
     if not isinstance(spec, dict) or not spec.get("executors"):
         raise ConfigurationError("the flow has no executors: see docs/flows.md for an example")
-    expanded: dict[str, Any] = JAML.expand_dict(spec)
+    return spec
+
+
+def has_only_encoders(spec: Mapping[str, Any]) -> bool:
+    """Whether every executor of a flow is one of ours."""
+    return all(
+        (modules := _modules(executor))
+        and all(_module(each).startswith(_EXECUTORS) for each in modules)
+        for executor in spec["executors"]
+    )
+
+
+def expand(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A flow with its variables replaced by the environment's."""
+    # The built-in flows take the model's name from here.
+    os.environ.setdefault("CLIP_MODEL", DEFAULT_MODEL)
+    from jina.jaml import JAML
+
+    expanded: dict[str, Any] = JAML.expand_dict(dict(spec))
     return expanded
 
 
@@ -175,12 +189,18 @@ def _prepare_executor(executor: dict[str, Any]) -> dict[str, Any]:
     # call would then fail.
     executor.setdefault("grpc_server_options", {"grpc.http2.max_ping_strikes": 0})
     metas = uses["metas"] = dict(uses.get("metas") or {})
-    modules = _as_list(metas.get("py_modules") or executor.get("py_modules"))
-    metas["py_modules"] = [_module(each) for each in modules]
+    metas["py_modules"] = [_module(each) for each in _modules(executor)]
     for module in metas["py_modules"]:
         if module.startswith(_EXECUTORS):
             _check_encoder(module, uses.get("with") or {})
     return executor
+
+
+def _modules(executor: Mapping[str, Any]) -> list[str]:
+    """The `py_modules` of an executor, wherever they stand."""
+    uses = executor.get("uses")
+    metas = (uses.get("metas") if isinstance(uses, dict) else None) or {}
+    return _as_list(metas.get("py_modules") or executor.get("py_modules"))
 
 
 def _module(name: str) -> str:

