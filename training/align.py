@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.augment import augment
-from training.concepts import FLAG_GROUP, Concept, load_concepts
+from training.concepts import Concept, load_concepts
 from training.evaluate import evaluate, image_features
 from training.export import averaged_model
 from training.fetch import CACHE
@@ -39,7 +39,7 @@ class Pictures:
         """Encode every drawing ``rounds`` times."""
         data = load_drawings(concepts, {HELD_OUT})
         rows = [(int(r), i) for i, own in enumerate(data.by_concept) for r in own]
-        rows = [(r, i) for r, i in rows if not data.mono[r] and concepts[i].group != FLAG_GROUP]
+        rows = [(r, i) for r, i in rows if not data.mono[r]]
         with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = np.array_split(np.array(rows), THREADS * 8)
             jobs = [(part, 0.1 + 0.3 * k) for k in range(rounds) for part in parts]
