@@ -20,11 +20,19 @@ from training.model import MODEL_CFG, PREPROCESS_CFG, build_model
 MAX_BYTES = 20_000_000
 
 
-def averaged_model(checkpoint: Path) -> CLIP:
-    """The model with the moving average of the weights in a checkpoint."""
-    saved = torch.load(checkpoint, weights_only=True)
+def averaged_model(*checkpoints: Path) -> CLIP:
+    """The model with the moving average of the weights in a checkpoint, or with the mean of
+    those in several that were fitted from the same start (Wortsman et al. 2022, "Model soups").
+    """
+    states = [torch.load(path, weights_only=True)["average"] for path in checkpoints]
+    mean = {
+        name: torch.stack([state[name] for state in states]).mean(0)
+        if value.is_floating_point()
+        else value
+        for name, value in states[0].items()
+    }
     model = build_model()
-    model.load_state_dict(saved["average"])
+    model.load_state_dict(mean)
     return model.eval()
 
 
@@ -52,10 +60,15 @@ def export(model: CLIP, folder: Path = EXPORTED) -> int:
 def main() -> None:
     """Export the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=CACHE / "aligned.pt")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=[CACHE / "aligned_0.pt", CACHE / "aligned_1.pt"],
+    )
     parser.add_argument("--out", type=Path, default=EXPORTED)
     args = parser.parse_args()
-    size = export(averaged_model(args.checkpoint), args.out)
+    size = export(averaged_model(*args.checkpoint), args.out)
     print(f"{args.out}: {size / 1e6:.1f} MB")
 
 

@@ -24,11 +24,11 @@ from training.render import render_svg
 
 QUERIES = (
     "a smiling cat",
-    "something sweet to eat",
-    "a train",
-    "a musical instrument",
+    "a red heart",
     "a flower",
-    "snow in winter",
+    "a moon",
+    "a clock",
+    "an umbrella",
 )
 SHOWN = 6
 TILE, GAP, LABEL = 88, 12, 250
