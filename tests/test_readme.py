@@ -80,5 +80,8 @@ def test_yaml() -> None:
 
 
 def test_links() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", README, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)#]+)\)", prose)
+    assert "docs/embedded-model.md" in links
+    for link in links:
         assert link.startswith("http") or (ROOT / link).exists(), link
