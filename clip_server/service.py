@@ -6,7 +6,7 @@ import base64
 import binascii
 import logging
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,19 @@ class Limits:
 
     max_item_bytes: int = 32 << 20
     max_request_items: int = 10_000
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Candidates by how well they go with a query.
+
+    matches: best first, without those that failed.
+    errors: why these did, by the candidate's index.
+    """
+
+    matches: list[pb.Match]
+    errors: dict[int, str]
+    timings: pb.Timings
 
 
 class Service:
@@ -79,24 +92,32 @@ class Service:
             timings=_timings(encoded),
         )
 
-    async def _rank(self, request: pb.RankRequest) -> pb.RankResponse:
-        self._check_count(len(request.candidates) + 1)
-        encoded = await self.engine.encode(
-            [self.to_item(request.query), *map(self.to_item, request.candidates)]
-        )
+    async def rank(self, query: Item, candidates: Sequence[Item]) -> Ranked:
+        """Scores each candidate against the query. Raises RequestError where the query fails."""
+        encoded = await self.engine.encode([query, *candidates])
         if 0 in encoded.errors:
             raise RequestError(f"the query cannot be encoded: {encoded.errors[0]}")
-        good = [i for i in range(len(request.candidates)) if i + 1 not in encoded.errors]
-        embeddings = encoded.embeddings
-        cosines = rank.cosine(embeddings[0], embeddings[[i + 1 for i in good]])
+        good = [i for i in range(len(candidates)) if i + 1 not in encoded.errors]
+        cosines = rank.cosine(encoded.embeddings[0], encoded.embeddings[[i + 1 for i in good]])
         probabilities = rank.softmax(cosines, self.engine.card.logit_scale)
-        return pb.RankResponse(
+        return Ranked(
             matches=[
                 pb.Match(index=good[i], probability=probabilities[i], cosine=cosines[i])
                 for i in np.argsort(-cosines, kind="stable")
             ],
-            errors=_item_errors((index - 1, why) for index, why in encoded.errors.items()),
+            errors={index - 1: why for index, why in encoded.errors.items()},
             timings=_timings(encoded),
+        )
+
+    async def _rank(self, request: pb.RankRequest) -> pb.RankResponse:
+        self._check_count(len(request.candidates) + 1)
+        ranked = await self.rank(
+            self.to_item(request.query), [self.to_item(each) for each in request.candidates]
+        )
+        return pb.RankResponse(
+            matches=ranked.matches,
+            errors=_item_errors(ranked.errors.items()),
+            timings=ranked.timings,
         )
 
     def _info(self) -> pb.InfoResponse:

@@ -187,21 +187,21 @@ class BaseCLIPEncoder(Executor):
         return docs
 
     async def _rank_one(self, doc: ClipDoc) -> None:
-        matches = list(doc.matches or [])
-        encoded = await self.engine.encode([self._item(each) for each in (doc, *matches)])
-        doc.error = encoded.errors.get(0)
-        for index, match in enumerate(matches, 1):
-            match.error = encoded.errors.get(index)
-        if doc.error:
+        candidates = list(doc.matches or [])
+        try:
+            ranked = await self.service.rank(self._item(doc), [*map(self._item, candidates)])
+        except RequestError as error:
+            doc.error = str(error)
             return
-        good = [i for i, match in enumerate(matches, 1) if not match.error]
-        cosines = rank.cosine(encoded.embeddings[0], encoded.embeddings[good])
-        probabilities = rank.softmax(cosines, self.engine.card.logit_scale)
-        for i, probability, cosine in zip(good, probabilities, cosines, strict=True):
-            scores = {"clip_score": float(probability), "clip_score_cosine": float(cosine)}
-            matches[i - 1].scores = scores
-        matches.sort(key=lambda match: -match.scores.get("clip_score", -1.0))
-        doc.matches = DocList[ClipMatch](matches)
+        for match in ranked.matches:
+            candidates[match.index].scores = {
+                "clip_score": match.probability,
+                "clip_score_cosine": match.cosine,
+            }
+        for index, why in ranked.errors.items():
+            candidates[index].error = why
+        order = [*(match.index for match in ranked.matches), *ranked.errors]
+        doc.matches = DocList[ClipMatch](candidates[index] for index in order)
 
     def _item(self, doc: ClipPart) -> Item:
         if doc.text:
