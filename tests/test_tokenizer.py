@@ -139,3 +139,19 @@ def test_needs_neither_torch_nor_ftfy_for_ascii() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == f"[{START}, 320, 2368, {END}]", done.stderr
+
+
+def test_long_ascii_texts_equal_open_clip() -> None:
+    """Where only the beginning of a text is looked at, and where that is not enough."""
+    open_clip = pytest.importorskip("open_clip")
+    texts = [
+        "a cat on a mat, isn't it? " * 500,
+        "a" * 3000 + " cat",
+        ("x" * 100 + " ") * 60,
+        "pneumonoultramicroscopicsilicovolcanoconiosis " * 200,
+    ]
+    tokenizer = Tokenizer(SPEC)
+    for text, expected in zip(texts, open_clip.tokenize(texts).numpy(), strict=True):
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == expected[: len(ids)].tolist()
+        assert not expected[len(ids) :].any()
