@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from clip_client.transports import opener
 from clip_client.transports.base import ConnectionLostError, Transport
 
 _READERS = 8
+_MOST_MILLISECONDS = 2**32 - 1
 
 
 class Connection:
@@ -56,8 +58,9 @@ class Connection:
     async def _exchange(
         self, request: clip_pb2.Request, timeout: float | None
     ) -> clip_pb2.Response:
+        request.timeout = min(round(1000 * timeout), _MOST_MILLISECONDS) if timeout else 0
         try:
-            response = await asyncio.wait_for(self._attempt(request), timeout)
+            response = await asyncio.wait_for(self._accepted(request), timeout)
         except asyncio.TimeoutError:
             raise DeadlineExceededError(
                 f"{self.address} did not answer within {timeout:g} s (see `timeout`)"
@@ -66,6 +69,15 @@ class Connection:
             code = clip_pb2.Error.Code.Name(response.error.code)
             raise server_error(code, response.error.message)
         return response
+
+    async def _accepted(self, request: clip_pb2.Request) -> clip_pb2.Response:
+        """The answer, tried again as long as the server is full."""
+        while True:
+            response = await self._attempt(request)
+            if not response.HasField("error") or not response.error.retry_after:
+                return response
+            # Spread out, or all that were refused at once would be back at once.
+            await asyncio.sleep(response.error.retry_after / 1000 * random.uniform(0.5, 1.5))
 
     async def _attempt(self, request: clip_pb2.Request) -> clip_pb2.Response:
         transport = self._open()

@@ -34,8 +34,15 @@ class ItemError(ClipServerError):
 
 
 class RequestError(ClipServerError):
-    """A request that cannot be served. `code` is a name in clip.v1's `Error.Code`."""
+    """A request that cannot be served.
 
-    def __init__(self, message: str, code: str = "INVALID_ARGUMENT") -> None:
+    code: a name in clip.v1's `Error.Code`.
+    retry_after: seconds after which trying again may help; 0: it will not.
+    """
+
+    def __init__(
+        self, message: str, code: str = "INVALID_ARGUMENT", retry_after: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after = retry_after

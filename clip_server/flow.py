@@ -35,7 +35,9 @@ _GATEWAY_KEYS = (
     "ssl_keyfile",
     "ssl_certfile",
     "max_request_bytes",
+    "max_queued_bytes",
 )
+_GATEWAY_PARAMETERS = ("max_request_bytes", "max_queued_bytes")
 _PROTOCOLS = {"grpcs": "grpc", "https": "http", "ws": "websocket", "wss": "websocket"}
 
 
@@ -155,8 +157,9 @@ def _prepare_gateway(gateway: dict[str, Any]) -> dict[str, Any]:
         # Jina would try a call again that was only slow.
         "retries": 0,
     }  # fmt: skip
-    if "max_request_bytes" in gateway:
-        ours["uses_with"] = {"max_request_bytes": int(gateway.pop("max_request_bytes"))}
+    given = {key: int(gateway.pop(key)) for key in _GATEWAY_PARAMETERS if key in gateway}
+    if given:
+        ours["uses_with"] = given
     return {"host": ALL_INTERFACES, **ours, **gateway, "protocol": protocols, "port": ports}
 
 

@@ -7,7 +7,7 @@ import binascii
 import logging
 import urllib.parse
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -40,11 +40,12 @@ class Ranked:
 
     matches: best first, without those that failed.
     errors: why these did, by the candidate's index.
+    encoded: the query and the candidates.
     """
 
     matches: list[pb.Match]
     errors: dict[int, str]
-    timings: pb.Timings
+    encoded: Encoded
 
 
 class Service:
@@ -60,12 +61,15 @@ class Service:
         response = pb.Response(id=request.id)
         try:
             kind = request.WhichOneof("body")
+            timeout = request.timeout / 1e3 or None
             if kind == "encode":
-                response.encode.CopyFrom(await self._encode(request.encode))
+                await self._encode(request.encode, timeout, response.encode)
             elif kind == "rank":
-                response.rank.CopyFrom(await self._rank(request.rank))
+                await self._rank(request.rank, timeout, response.rank)
             elif kind == "info":
                 response.info.CopyFrom(self._info())
+            elif kind == "metrics":
+                response.metrics.values.update(self._metrics())
             else:
                 raise RequestError("an empty request: it holds one of encode, rank or info")
         except RequestError as error:
@@ -75,26 +79,31 @@ class Service:
             return error_response(request.id, RequestError(FAILED, "INTERNAL"))
         return response
 
-    async def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
+    async def _encode(
+        self, request: pb.EncodeRequest, timeout: float | None, response: pb.EncodeResponse
+    ) -> None:
         self._check_count(len(request.items))
         encoded = await self.engine.encode(
             [self.to_item(item) for item in request.items],
             minibatch_size=request.options.minibatch_size,
+            timeout=timeout,
         )
         embeddings = encoded.embeddings
         if request.options.normalize:
             embeddings = rank.normalize(embeddings)
-        return pb.EncodeResponse(
-            embeddings=embeddings.astype("<f4", copy=False).tobytes(),
-            count=embeddings.shape[0],
-            dim=embeddings.shape[1],
-            errors=_item_errors(encoded.errors.items()),
-            timings=_timings(encoded),
-        )
+        response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
+        response.count, response.dim = embeddings.shape
+        response.errors.extend(_item_errors(encoded.errors.items()))
+        _set_timings(response.timings, encoded)
 
-    async def rank(self, query: Item, candidates: Sequence[Item]) -> Ranked:
-        """Scores each candidate against the query. Raises RequestError where the query fails."""
-        encoded = await self.engine.encode([query, *candidates])
+    async def rank(
+        self, query: Item, candidates: Sequence[Item], timeout: float | None = None
+    ) -> Ranked:
+        """Scores each candidate against the query.
+
+        Raises RequestError where the query fails, or as `Engine.encode`.
+        """
+        encoded = await self.engine.encode([query, *candidates], timeout=timeout)
         if 0 in encoded.errors:
             raise RequestError(f"the query cannot be encoded: {encoded.errors[0]}")
         good = [i for i in range(len(candidates)) if i + 1 not in encoded.errors]
@@ -106,19 +115,27 @@ class Service:
                 for i in np.argsort(-cosines, kind="stable")
             ],
             errors={index - 1: why for index, why in encoded.errors.items()},
-            timings=_timings(encoded),
+            encoded=encoded,
         )
 
-    async def _rank(self, request: pb.RankRequest) -> pb.RankResponse:
+    async def _rank(
+        self, request: pb.RankRequest, timeout: float | None, response: pb.RankResponse
+    ) -> None:
         self._check_count(len(request.candidates) + 1)
-        ranked = await self.rank(
-            self.to_item(request.query), [self.to_item(each) for each in request.candidates]
-        )
-        return pb.RankResponse(
-            matches=ranked.matches,
-            errors=_item_errors(ranked.errors.items()),
-            timings=ranked.timings,
-        )
+        candidates = [self.to_item(each) for each in request.candidates]
+        ranked = await self.rank(self.to_item(request.query), candidates, timeout)
+        response.matches.extend(ranked.matches)
+        response.errors.extend(_item_errors(ranked.errors.items()))
+        _set_timings(response.timings, ranked.encoded)
+
+    def _metrics(self) -> dict[str, float]:
+        engine = self.engine
+        return {
+            **asdict(engine.metrics),
+            "cache_hits": engine.cache.hits,
+            "cache_misses": engine.cache.misses,
+            "cache_bytes": engine.cache.bytes,
+        }
 
     def _info(self) -> pb.InfoResponse:
         runtime, card = self.engine.runtime, self.engine.card
@@ -170,7 +187,9 @@ class Service:
 
 def error_response(request_id: int, error: RequestError) -> pb.Response:
     """A response that carries `error`."""
-    return pb.Response(id=request_id, error=pb.Error(code=error.code, message=str(error)))
+    retry_after = round(error.retry_after * 1e3)
+    detail = pb.Error(code=error.code, message=str(error), retry_after=retry_after)
+    return pb.Response(id=request_id, error=detail)
 
 
 def read_uri(uri: str) -> str | bytes:
@@ -207,6 +226,9 @@ def _item_errors(errors: Iterable[tuple[int, str]]) -> list[pb.ItemError]:
     return [pb.ItemError(index=index, message=message) for index, message in errors]
 
 
-def _timings(encoded: Encoded) -> pb.Timings:
-    total, preprocess = encoded.total_seconds * 1e3, encoded.preprocess_seconds * 1e3
-    return pb.Timings(total=total, preprocess=preprocess, inference=max(0.0, total - preprocess))
+def _set_timings(timings: pb.Timings, encoded: Encoded) -> None:
+    timings.total, timings.preprocess = (
+        encoded.total_seconds * 1e3,
+        encoded.preprocess_seconds * 1e3,
+    )
+    timings.inference = timings.total - timings.preprocess

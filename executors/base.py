@@ -11,19 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import grpc
 from docarray import DocList
 from jina import Executor, requests
+from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server import rank
-from clip_server.engine import Engine, Item
+from clip_server.engine import MAX_QUEUED_ITEMS, Engine, Item
 from clip_server.errors import ConfigurationError, ItemError, RequestError
-from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart, Frame
+from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart
+from clip_server.handlers import clip_handlers
 from clip_server.models import zoo
 from clip_server.models.image import MAX_PIXELS, ImageTransform
 from clip_server.process import follow_parent
 from clip_server.runtimes.base import Runtime
 from clip_server.service import Limits, Service
+from clip_server.streams import Streams
 
 # What Jina itself passes to an executor, besides its parameters.
 _JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
@@ -45,6 +49,8 @@ class EncoderParameters:
     exact: pictures are decoded at full size, equal to open_clip's own to the pixel.
     max_item_bytes, max_request_items, max_pixels: limits on a text or encoded picture, on a
         request, and on a decoded picture.
+    max_queued_items: while so many are under way, further requests are refused.
+    cache_bytes: of embeddings kept to answer the same items again; 0: none.
     """
 
     name: str = "ViT-B-32::openai"
@@ -59,6 +65,8 @@ class EncoderParameters:
     max_item_bytes: int = Limits.max_item_bytes
     max_request_items: int = Limits.max_request_items
     max_pixels: int = MAX_PIXELS
+    max_queued_items: int = MAX_QUEUED_ITEMS
+    cache_bytes: int = 0
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> "EncoderParameters":
@@ -80,8 +88,11 @@ class EncoderParameters:
         parameters = cls(**values)
         for field in fields(cls):
             value = getattr(parameters, field.name)
-            if type(field.default) is int and (type(value) is not int or value < 1):
-                raise ConfigurationError(f"{field.name}: {value!r} is not a whole number above 0")
+            least = min(1, field.default) if type(field.default) is int else None
+            if least is not None and (type(value) is not int or value < least):
+                raise ConfigurationError(
+                    f"{field.name}: {value!r} is not a whole number from {least}"
+                )
         parse_access_paths(parameters.access_paths)
         return parameters
 
@@ -122,6 +133,8 @@ class BaseCLIPEncoder(Executor):
             transform=ImageTransform(
                 runtime.card.image, self.parameters.exact, self.parameters.max_pixels
             ),
+            max_queued_items=self.parameters.max_queued_items,
+            cache_bytes=self.parameters.cache_bytes,
         )
         self.service = Service(
             self.engine,
@@ -150,14 +163,6 @@ class BaseCLIPEncoder(Executor):
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         return max(1, (cores or 1) // max(1, getattr(self.runtime_args, "replicas", 1)))
-
-    @requests(on="/clip.v1")
-    async def clip_v1(self, docs: DocList[Frame], **_: Any) -> DocList[Frame]:
-        """Serialized clip.v1 requests in, responses out, in their order."""
-        responses = await asyncio.gather(
-            *(self.service.handle(pb.Request.FromString(frame.payload)) for frame in docs)
-        )
-        return DocList[Frame](Frame(payload=each.SerializeToString()) for each in responses)
 
     @requests(on=["/", "/encode"])
     async def encode(
@@ -246,6 +251,35 @@ class RequestParameters:
             )
         except (ConfigurationError, TypeError, ValueError) as error:
             raise RequestError(f"parameters: {error}") from None
+
+
+class _ClipCalls(grpc.aio.ServerInterceptor):
+    """Answers the calls of clip.v1 on a server that has no handlers of its own for them."""
+
+    def __init__(self, service: Service) -> None:
+        # Only the gateway comes this way, and bounds what it lets in.
+        self._handlers = clip_handlers(service.handle, Streams(service.handle, sys.maxsize))
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """The handler of a call."""
+        ours = self._handlers.service(handler_call_details)
+        return ours or await continuation(handler_call_details)
+
+
+_setup_server = GRPCServer.setup_server
+
+
+async def _setup_with_clip(server: GRPCServer) -> None:
+    """Jina's own set-up, with clip.v1 on the same port: a call through Jina's protocol costs
+    several times as much, and has one answer for all that is in it."""
+    executor = getattr(server._request_handler, "_executor", None)
+    if isinstance(executor, BaseCLIPEncoder):
+        others = server.grpc_tracing_server_interceptors or []
+        server.grpc_tracing_server_interceptors = [*others, _ClipCalls(executor.service)]
+    await _setup_server(server)
+
+
+GRPCServer.setup_server = _setup_with_clip
 
 
 def _descend(docs: DocList[ClipDoc], path: str) -> list[ClipPart]:

@@ -44,9 +44,3 @@ class ClipDoc(ClipPart):
 
     chunks: DocList[ClipChunk] = DocList[ClipChunk]()
     matches: DocList[ClipMatch] = DocList[ClipMatch]()
-
-
-class Frame(BaseDoc):
-    """A clip.v1 message between gateway and encoder, serialized."""
-
-    payload: bytes

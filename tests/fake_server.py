@@ -12,7 +12,7 @@ import queue
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,6 +45,8 @@ class FakeServer:
         # The files of a private key and its certificate.
         self._tls = tls
         self.requests: list[Any] = []
+        # Ids of requests that were given up.
+        self.cancelled: list[int] = []
         self.connections = 0
         self.in_flight = 0
         self.most_in_flight = 0
@@ -138,7 +140,7 @@ class FakeServer:
 
         handlers = {
             "Stream": grpc.stream_stream_rpc_method_handler(
-                stream, clip_pb2.Request.FromString, clip_pb2.Response.SerializeToString
+                stream, clip_pb2.Requests.FromString, clip_pb2.Responses.SerializeToString
             ),
             "Info": grpc.unary_unary_rpc_method_handler(
                 info, clip_pb2.InfoRequest.FromString, clip_pb2.InfoResponse.SerializeToString
@@ -162,7 +164,7 @@ class FakeServer:
         def read() -> None:
             with ThreadPoolExecutor(32) as pool:
                 try:
-                    for request in requests:
+                    for request in self._wanted(requests):
                         pool.submit(lambda one: answers.put(self.answer(one)), request)
                 except grpc.RpcError:
                     pass
@@ -172,7 +174,16 @@ class FakeServer:
         while (response := answers.get()) is not None:
             if self.drop():
                 context.abort(grpc.StatusCode.UNAVAILABLE, "dropped")
-            yield response
+            yield clip_pb2.Responses(responses=[response])
+
+    def _wanted(self, messages: Iterable[Any]) -> Iterator[Any]:
+        """The requests in messages, and a note of those given up."""
+        for message in messages:
+            for request in message.requests:
+                if request.HasField("cancel"):
+                    self.cancelled.append(request.id)
+                else:
+                    yield request
 
     def _start_ws(self, port: int) -> tuple[int, Any]:
         open_sockets: list[ServerConnection] = []
@@ -182,17 +193,18 @@ class FakeServer:
             open_sockets.append(socket)
             lock = threading.Lock()
 
-            def reply(frame: bytes) -> None:
-                response = self.answer(clip_pb2.Request.FromString(frame))
+            def reply(request: Any) -> None:
+                response = self.answer(request)
                 if self.drop():
                     socket.socket.shutdown(2)
                     return
                 with lock:
-                    socket.send(response.SerializeToString())
+                    socket.send(clip_pb2.Responses(responses=[response]).SerializeToString())
 
+            messages = (clip_pb2.Requests.FromString(bytes(frame)) for frame in socket)
             with ThreadPoolExecutor(32) as pool:
-                for frame in socket:
-                    pool.submit(reply, bytes(frame))
+                for request in self._wanted(messages):
+                    pool.submit(reply, request)
 
         def check(socket: ServerConnection, request: Any) -> Any:
             if self.admits(request.headers.get("authorization")):

@@ -113,13 +113,14 @@ def test_nonsense_on_a_websocket(onnx_server: Server, frame: bytes | str) -> Non
         socket.send(frame)
         answer = socket.recv()
         assert isinstance(answer, bytes)
-        response = pb.Response.FromString(answer)
+        (response,) = pb.Responses.FromString(answer).responses
         assert response.error.code == pb.Error.INVALID_ARGUMENT
         # The connection lives on.
-        socket.send(pb.Request(id=7, info=pb.InfoRequest()).SerializeToString())
+        request = pb.Request(id=7, info=pb.InfoRequest())
+        socket.send(pb.Requests(requests=[request]).SerializeToString())
         answer = socket.recv()
         assert isinstance(answer, bytes)
-        assert pb.Response.FromString(answer).info.dim == 256
+        assert pb.Responses.FromString(answer).responses[0].info.dim == 256
 
 
 def test_rank_with_bad_candidates(client: Client) -> None:

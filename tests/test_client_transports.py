@@ -158,7 +158,8 @@ def test_an_error_that_names_no_request_is_about_all() -> None:
     def handle(socket: ServerConnection) -> None:
         socket.recv()
         error = clip_pb2.Error(code=clip_pb2.Error.RESOURCE_EXHAUSTED, message="too long a frame")
-        socket.send(clip_pb2.Response(error=error).SerializeToString())
+        response = clip_pb2.Response(error=error)
+        socket.send(clip_pb2.Responses(responses=[response]).SerializeToString())
 
     with (
         websocket(handle) as address,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_server.engine import Engine
-from clip_server.errors import ItemError
+from clip_server.errors import ItemError, RequestError
 from clip_server.models import zoo
 from clip_server.models.tokenizer import Tokenizer
 
@@ -24,9 +24,9 @@ class CountingRuntime:
 
     name, device, dtype = "counting", "cpu", "fp32"
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, seconds: float = 0.0, concurrent: bool = False) -> None:
         self.card = zoo.resolve("embedded")
-        self.seconds = seconds
+        self.seconds, self.concurrent = seconds, concurrent
         self.texts: list[tuple[int, ...]] = []
         self.images: list[tuple[int, ...]] = []
 
@@ -51,10 +51,13 @@ def picture(grey: int) -> bytes:
 
 
 def run(
-    work: Callable[[Engine, CountingRuntime], Any], seconds: float = 0.0, **options: Any
+    work: Callable[[Engine, CountingRuntime], Any],
+    seconds: float = 0.0,
+    concurrent: bool = False,
+    **options: Any,
 ) -> Any:
     async def main() -> Any:
-        runtime = CountingRuntime(seconds)
+        runtime = CountingRuntime(seconds, concurrent)
         engine = Engine(runtime, **options)
         try:
             return await asyncio.wait_for(work(engine, runtime), 60)
@@ -107,10 +110,10 @@ def test_requests_share_batches_and_none_is_too_large() -> None:
 
 def test_a_request_may_ask_for_smaller_batches() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        await engine.encode(["text"] * 20, minibatch_size=4)
+        await engine.encode([f"text {i}" for i in range(20)], minibatch_size=4)
         assert max(shape[0] for shape in runtime.texts) == 4
         runtime.texts.clear()
-        await engine.encode(["text"] * 200, minibatch_size=100)
+        await engine.encode([f"text {i}" for i in range(200)], minibatch_size=100)
         assert max(shape[0] for shape in runtime.texts) == 8
 
     run(work, seconds=0.01, minibatch_size=8)
@@ -120,7 +123,7 @@ def test_like_lengths_go_together() -> None:
     """Each batch is as long as its longest text: long ones do not hold short ones up."""
 
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        texts = ["word " * 60 if i % 4 == 0 else "word" for i in range(128)]
+        texts = [f"{i} " + "word " * 60 if i % 4 == 0 else f"{i}" for i in range(128)]
         await engine.encode(texts)
         positions = sum(rows * length for rows, length in runtime.texts)
         padded = 128 * 62
@@ -129,17 +132,167 @@ def test_like_lengths_go_together() -> None:
     run(work, seconds=0.02)
 
 
-def test_a_small_request_does_not_wait_for_a_large_one() -> None:
+def numbered(count: int, word: str = "number") -> list[str]:
+    return [f"{word} {i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("requests", [1, 40])
+def test_a_small_request_does_not_wait_for_large_ones(requests: int) -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        large = asyncio.create_task(engine.encode([f"number {i}" for i in range(4000)]))
-        await asyncio.sleep(0.2)
+        large = [
+            asyncio.create_task(engine.encode(numbered(4000 // requests, f"bulk {i}")))
+            for i in range(requests)
+        ]
+        await asyncio.sleep(0.3)
         before = len(runtime.texts)
         await engine.encode(["quick"])
-        assert len(runtime.texts) - before <= 3  # the one under way, its own, one to spare
-        assert not large.done()
-        await large
+        # The one under way, perhaps one of the oldest's, and its own.
+        assert len(runtime.texts) - before <= 3
+        assert not all(task.done() for task in large)
+        await asyncio.gather(*large)
 
     run(work, seconds=0.02)
+
+
+def test_the_oldest_request_does_not_wait_for_small_ones_for_ever() -> None:
+    async def work(engine: Engine, _: CountingRuntime) -> None:
+        large = asyncio.create_task(engine.encode(["word " * 50 + str(i) for i in range(200)]))
+        await asyncio.sleep(0.05)
+        for i in range(1000):
+            await asyncio.gather(*(engine.encode([f"{i} {k}"]) for k in range(3)))
+            if large.done():
+                return
+        pytest.fail("only small requests were served")
+
+    run(work, seconds=0.005)
+
+
+def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        large = asyncio.create_task(engine.encode([picture(i) for i in range(64)]))
+        while not engine.metrics.batches:
+            await asyncio.sleep(0.01)
+        runtime.seconds = 0.0
+        quick = await engine.encode(["quick", picture(77)])
+        assert not quick.errors
+        assert engine.metrics.express_batches == 2
+        assert not large.done()
+        assert not (await large).errors
+
+    run(work, seconds=1.0, concurrent=True)
+
+
+def test_what_is_under_way_is_not_computed_again() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        same = [*numbered(40), *numbered(40), picture(3), picture(3)]
+        results = await asyncio.gather(*(engine.encode(same) for _ in range(5)))
+        assert sum(shape[0] for shape in runtime.texts) == 40
+        assert sum(shape[0] for shape in runtime.images) == 1
+        assert engine.metrics.duplicate_items == 5 * len(same) - 41
+        for result in results:
+            assert np.array_equal(result.embeddings, results[0].embeddings)
+            assert np.array_equal(result.embeddings[:40], result.embeddings[40:80])
+        # Pictures of one length and with one end, but not the same.
+        first, second = picture(10), picture(11)
+        encoded = await engine.encode([first + b"0" * 300, second + b"0" * 300])
+        assert encoded.embeddings[0][0] == 10
+        assert encoded.embeddings[1][0] == 11
+
+    run(work, seconds=0.05)
+
+
+def test_a_shared_item_outlives_the_request_that_came_first() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        texts = numbered(200)
+        first = asyncio.create_task(engine.encode(texts))
+        second = asyncio.create_task(engine.encode(texts[150:]))
+        await asyncio.sleep(0.03)
+        first.cancel()
+        encoded = await second
+        assert not encoded.errors
+        assert np.isfinite(encoded.embeddings).all()
+        computed = sum(shape[0] for shape in runtime.texts)
+        assert computed < 150
+        assert not engine._under_way
+
+    run(work, seconds=0.02)
+
+
+def test_a_small_request_does_not_wait_in_the_line_of_the_same_item() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        large = asyncio.create_task(engine.encode(numbered(4000)))
+        await asyncio.sleep(0.3)
+        before = len(runtime.texts)
+        await engine.encode(["number 3999"])
+        assert len(runtime.texts) - before <= 3
+        assert not (await large).errors
+        assert sum(shape[0] for shape in runtime.texts) == 4000
+
+    run(work, seconds=0.02)
+
+
+def test_a_bad_item_that_is_shared_fails_everywhere() -> None:
+    async def work(engine: Engine, _: CountingRuntime) -> None:
+        results = await asyncio.gather(*(engine.encode([b"nonsense", "good"]) for _ in range(3)))
+        assert all(set(result.errors) == {0} for result in results)
+
+    run(work)
+
+
+def test_what_is_too_late_is_given_up() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        with pytest.raises(RequestError, match="time was over") as raised:
+            await engine.encode(numbered(4000), timeout=0.1)
+        assert raised.value.code == "DEADLINE_EXCEEDED"
+        begun = len(runtime.texts)
+        assert not (await engine.encode(["next"], timeout=60)).errors
+        assert len(runtime.texts) <= begun + 2
+        assert engine.metrics.expired_requests == 1
+        assert engine.metrics.open_items == 0
+
+    run(work, seconds=0.02)
+
+
+def test_what_is_too_much_is_refused() -> None:
+    async def work(engine: Engine, _: CountingRuntime) -> None:
+        # An idle engine takes any request.
+        under_way = asyncio.create_task(engine.encode(numbered(150)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(RequestError, match="server is full: 150 items") as raised:
+            await engine.encode(["one more"])
+        assert raised.value.code == "RESOURCE_EXHAUSTED"
+        assert raised.value.retry_after > 0
+        assert not (await under_way).errors
+        assert not (await engine.encode(["one more"])).errors
+
+    run(work, seconds=0.02, max_queued_items=100)
+
+
+def test_cache() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        items = [*numbered(20), picture(5)]
+        first = await engine.encode(items)
+        again = await engine.encode(items)
+        assert np.array_equal(first.embeddings, again.embeddings)
+        assert sum(shape[0] for shape in runtime.texts) == 20
+        assert (engine.cache.hits, engine.cache.misses) == (21, 21)
+        await engine.encode(numbered(1000, "other"))
+        assert 0 < engine.cache.bytes <= engine.cache.max_bytes
+        # The least recently used is gone.
+        await engine.encode(["number 0"])
+        assert engine.cache.hits == 21
+
+    run(work, cache_bytes=100_000)
+
+
+def test_no_cache_unless_asked_for() -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        await engine.encode(["text"])
+        await engine.encode(["text"])
+        assert len(runtime.texts) == 2
+        assert engine.cache.bytes == 0
+
+    run(work)
 
 
 def test_what_is_cancelled_is_not_computed() -> None:

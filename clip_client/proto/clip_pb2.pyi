@@ -127,8 +127,25 @@ class InfoResponse(_message.Message):
     max_request_items: int
     def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ...) -> None: ...
 
+class MetricsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetricsResponse(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.ScalarMap[str, float]
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
 class Error(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "retry_after")
     class Code(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         UNKNOWN: _ClassVar[Error.Code]
@@ -147,32 +164,58 @@ class Error(_message.Message):
     INTERNAL: Error.Code
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_FIELD_NUMBER: _ClassVar[int]
     code: Error.Code
     message: str
-    def __init__(self, code: _Optional[_Union[Error.Code, str]] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after: int
+    def __init__(self, code: _Optional[_Union[Error.Code, str]] = ..., message: _Optional[str] = ..., retry_after: _Optional[int] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "encode", "rank", "info")
+    __slots__ = ("id", "encode", "rank", "info", "cancel", "metrics", "timeout")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     id: int
     encode: EncodeRequest
     rank: RankRequest
     info: InfoRequest
-    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ..., rank: _Optional[_Union[RankRequest, _Mapping]] = ..., info: _Optional[_Union[InfoRequest, _Mapping]] = ...) -> None: ...
+    cancel: Cancel
+    metrics: MetricsRequest
+    timeout: int
+    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ..., rank: _Optional[_Union[RankRequest, _Mapping]] = ..., info: _Optional[_Union[InfoRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., metrics: _Optional[_Union[MetricsRequest, _Mapping]] = ..., timeout: _Optional[int] = ...) -> None: ...
 
 class Response(_message.Message):
-    __slots__ = ("id", "encode", "rank", "info", "error")
+    __slots__ = ("id", "encode", "rank", "info", "error", "metrics")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     id: int
     encode: EncodeResponse
     rank: RankResponse
     info: InfoResponse
     error: Error
-    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., rank: _Optional[_Union[RankResponse, _Mapping]] = ..., info: _Optional[_Union[InfoResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    metrics: MetricsResponse
+    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., rank: _Optional[_Union[RankResponse, _Mapping]] = ..., info: _Optional[_Union[InfoResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., metrics: _Optional[_Union[MetricsResponse, _Mapping]] = ...) -> None: ...
+
+class Requests(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[Request]
+    def __init__(self, requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ...) -> None: ...
+
+class Responses(_message.Message):
+    __slots__ = ("responses",)
+    RESPONSES_FIELD_NUMBER: _ClassVar[int]
+    responses: _containers.RepeatedCompositeFieldContainer[Response]
+    def __init__(self, responses: _Optional[_Iterable[_Union[Response, _Mapping]]] = ...) -> None: ...

@@ -75,22 +75,22 @@ class _StreamLink:
         self._metadata = tuple(headers.items())
         stream = self._channel.stream_stream(
             _STREAM,
-            request_serializer=clip_pb2.Request.SerializeToString,
-            response_deserializer=clip_pb2.Response.FromString,
+            request_serializer=clip_pb2.Requests.SerializeToString,
+            response_deserializer=clip_pb2.Responses.FromString,
         )
         self._call = stream(metadata=self._metadata)
 
-    async def write(self, request: clip_pb2.Request) -> None:
-        await self._call.write(request)
+    async def write(self, requests: clip_pb2.Requests) -> None:
+        await self._call.write(requests)
 
-    async def read(self) -> clip_pb2.Response:
+    async def read(self) -> clip_pb2.Responses:
         try:
-            response = await self._call.read()
+            responses = await self._call.read()
         except grpc.aio.AioRpcError as error:
             hidden = error.details() == "Internal error from Core"
             raise (await self._hidden_error() if hidden else self._error(error)) from None
-        if isinstance(response, clip_pb2.Response):
-            return response
+        if isinstance(responses, clip_pb2.Responses):
+            return responses
         raise self._address.unreachable("the server ended the stream")
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""WebSocket: each binary frame out is one request, each binary frame in one response."""
+"""WebSocket: each binary frame out is some requests, each binary frame in some responses."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class _SocketLink:
         self._address = address
         self._socket = socket
 
-    async def write(self, request: clip_pb2.Request) -> None:
-        await self._socket.send(request.SerializeToString())
+    async def write(self, requests: clip_pb2.Requests) -> None:
+        await self._socket.send(requests.SerializeToString())
 
-    async def read(self) -> clip_pb2.Response:
+    async def read(self) -> clip_pb2.Responses:
         try:
             frame = await self._socket.recv()
         except ConnectionClosed as error:
             raise self._address.unreachable(f"the connection broke: {error}") from None
         try:
             if isinstance(frame, bytes):
-                return clip_pb2.Response.FromString(frame)
+                return clip_pb2.Responses.FromString(frame)
         except DecodeError:
             pass
-        raise server_error("UNKNOWN", f"{self._address} sent a frame that is no clip.v1.Response")
+        raise server_error("UNKNOWN", f"{self._address} sent a frame that is no clip.v1.Responses")
 
     async def close(self) -> None:
         await self._socket.close()

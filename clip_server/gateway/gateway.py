@@ -30,21 +30,28 @@ class ClipGateway(BaseServer, BaseGateway):
     """Serves clip.v1 on every protocol and port that the flow names.
 
     max_request_bytes: of one message or HTTP body.
+    max_queued_bytes: of requests under way; while there are so many, more are refused.
     """
 
-    def __init__(self, max_request_bytes: int = 128 << 20, **arguments: Any) -> None:
+    def __init__(
+        self,
+        max_request_bytes: int = 128 << 20,
+        max_queued_bytes: int = 1 << 30,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
         follow_parent()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         deployments = replica_addresses(json.loads(args.deployments_addresses))
-        self.encoder = Encoder(deployments, timeout)
+        self.encoder = Encoder(deployments, timeout, max_queued_bytes)
         self._max_request_bytes = max_request_bytes
         self.listeners = [
             LISTENERS[str(protocol).lower()](
                 host=self.host,
                 port=port,
                 call=self._call,
+                metrics=self.encoder.metrics,
                 jina=self._request_handler,
                 max_request_bytes=max_request_bytes,
                 args=args,

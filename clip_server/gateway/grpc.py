@@ -11,12 +11,10 @@ from grpc_reflection.v1alpha import reflection
 from jina.proto import jina_pb2, jina_pb2_grpc
 from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
 
-from clip_client.proto import clip_pb2 as pb
-from clip_server.gateway.listener import GRACE_SECONDS, Listener
-from clip_server.gateway.streams import Call, Streams
+from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
+from clip_server.handlers import SERVICE, clip_handlers
 from clip_server.service import FAILED
-
-_SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
+from clip_server.streams import Streams
 
 
 class GrpcListener(Listener):
@@ -25,17 +23,17 @@ class GrpcListener(Listener):
     async def start(self) -> None:
         """See Listener."""
         self._server = grpc.aio.server(options=list(self._options().items()))
-        self._streams = Streams(self.call)
-        self._server.add_generic_rpc_handlers((_clip_handlers(self.call, self._streams),))
+        self._streams = Streams(self.call, IN_FLIGHT)
+        self._server.add_generic_rpc_handlers((clip_handlers(self.call, self._streams),))
         _add_jina(self._server, JinaDoor(self.jina))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         self._bind()
         await self._server.start()
-        for name in ("", _SERVICE, *_jina_services()):
+        for name in ("", SERVICE, *_jina_services()):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def _options(self) -> dict[str, Any]:
@@ -60,39 +58,6 @@ class GrpcListener(Listener):
         await self._health.enter_graceful_shutdown()
         self._streams.drain()
         await self._server.stop(grace=GRACE_SECONDS)
-
-
-def _clip_handlers(call: Call, streams: Streams) -> grpc.GenericRpcHandler:
-    def unary(kind: str) -> grpc.RpcMethodHandler[Any, Any]:
-        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            response = await call(pb.Request(**{kind: request}))
-            if response.HasField("error"):
-                code = pb.Error.Code.Name(response.error.code)
-                await context.abort(grpc.StatusCode[code], response.error.message)
-            return getattr(response, kind)
-
-        name = kind.capitalize()
-        return grpc.unary_unary_rpc_method_handler(
-            answer,
-            request_deserializer=getattr(pb, f"{name}Request").FromString,
-            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
-        )
-
-    async def stream(
-        requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> None:
-        await streams.answer(requests, context.write)
-
-    return grpc.method_handlers_generic_handler(
-        _SERVICE,
-        {
-            "Encode": unary("encode"),
-            "Rank": unary("rank"),
-            "Info": unary("info"),
-            # Serialized on both sides: the envelope is the stream's own affair.
-            "Stream": grpc.stream_stream_rpc_method_handler(stream),
-        },
-    )
 
 
 class JinaDoor:

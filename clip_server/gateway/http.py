@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ from starlette.routing import Route
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
-from clip_server.service import FAILED
+from clip_server.gateway.metrics import exposition
+from clip_server.service import FAILED, error_response
 
 PROTOBUF = "application/x-protobuf"
 _STATUS = {
@@ -73,6 +75,7 @@ class HttpListener(Listener):
             Route("/rank", self._rank, methods=["POST"]),
             Route("/post", self._post, methods=["POST"]),
             Route("/info", self._info),
+            Route("/metrics", self._metrics),
             Route("/livez", self._live),
             Route("/readyz", self._ready),
         ]
@@ -103,8 +106,12 @@ class HttpListener(Listener):
             return _error(503, "UNAVAILABLE", response.error.message)
         return _json({"status": "ready"})
 
+    async def _metrics(self, _: Request) -> Response:
+        text = exposition(await self.metrics())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
     async def _info(self, request: Request) -> Response:
-        info = await self._answer("info", pb.InfoRequest())
+        info = await self._answer("info", pb.InfoRequest(), request)
         if PROTOBUF in request.headers.get("accept", ""):
             return Response(info.SerializeToString(), media_type=PROTOBUF)
         return _json({field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields})
@@ -112,23 +119,23 @@ class HttpListener(Listener):
     async def _encode(self, request: Request) -> Response:
         body = await self._body(request)
         if _is_protobuf(request):
-            return await self._answer_protobuf("encode", pb.EncodeRequest, body)
-        return await self._encode_json(_parse(body))
+            return await self._answer_protobuf("encode", pb.EncodeRequest, body, request)
+        return await self._encode_json(_parse(body), request)
 
     async def _rank(self, request: Request) -> Response:
         body = await self._body(request)
         if _is_protobuf(request):
-            return await self._answer_protobuf("rank", pb.RankRequest, body)
-        return await self._rank_json(_parse(body))
+            return await self._answer_protobuf("rank", pb.RankRequest, body, request)
+        return await self._rank_json(_parse(body), request)
 
     async def _post(self, request: Request) -> Response:
         """Jina's own route, which names the endpoint in the body."""
         body = _parse(await self._body(request))
         endpoint = body.get("execEndpoint", body.get("exec_endpoint", "/"))
         if endpoint in ("/", "/encode"):
-            return await self._encode_json(body)
+            return await self._encode_json(body, request)
         if endpoint == "/rank":
-            return await self._rank_json(body)
+            return await self._rank_json(body, request)
         raise RequestError(f"execEndpoint {endpoint!r}: the allowed are /, /encode and /rank")
 
     async def _body(self, request: Request) -> bytes:
@@ -149,22 +156,35 @@ class HttpListener(Listener):
             )
         return b"".join(chunks)
 
-    async def _answer(self, kind: str, message: Any) -> Any:
-        response = await self.call(pb.Request(**{kind: message}))
+    async def _answer(self, kind: str, message: Any, asked_in: Request) -> Any:
+        """The answer to `message`, given up when the client goes away."""
+        answering = asyncio.ensure_future(self.call(pb.Request(**{kind: message})))
+        leaving = asyncio.ensure_future(_disconnect(asked_in))
+        try:
+            await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ClientDisconnect
+            response = answering.result()
+        finally:
+            answering.cancel()
+            leaving.cancel()
         if response.HasField("error"):
             error = response.error
-            raise RequestError(error.message, pb.Error.Code.Name(error.code))
+            code = pb.Error.Code.Name(error.code)
+            raise RequestError(error.message, code, error.retry_after / 1e3)
         return getattr(response, kind)
 
-    async def _answer_protobuf(self, kind: str, form: type[Message], body: bytes) -> Response:
+    async def _answer_protobuf(
+        self, kind: str, form: type[Message], body: bytes, asked_in: Request
+    ) -> Response:
         try:
             message = form.FromString(body)
         except DecodeError:
             raise RequestError(f"the body is not a serialized {form.__name__}") from None
-        answer = await self._answer(kind, message)
+        answer = await self._answer(kind, message, asked_in)
         return Response(answer.SerializeToString(), media_type=PROTOBUF)
 
-    async def _encode_json(self, body: Mapping[str, Any]) -> Response:
+    async def _encode_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
         docs = _docs(body)
         parameters = _parameters(body)
         options = pb.Options(
@@ -172,7 +192,7 @@ class HttpListener(Listener):
             minibatch_size=_size(parameters),
         )
         request = pb.EncodeRequest(items=[_item(doc) for doc in docs], options=options)
-        answer = await self._answer("encode", request)
+        answer = await self._answer("encode", request, asked_in)
         embeddings = np.frombuffer(answer.embeddings, "<f4").reshape(answer.count, answer.dim)
         errors = {error.index: error.message for error in answer.errors}
         as_base64 = parameters.get("encoding_format") == "base64"
@@ -189,18 +209,18 @@ class HttpListener(Listener):
             data.append(result)
         return _json({"data": data})
 
-    async def _rank_json(self, body: Mapping[str, Any]) -> Response:
-        docs = _docs(body)
-        return _json({"data": await asyncio.gather(*map(self._rank_doc, docs))})
+    async def _rank_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
+        ranked = await asyncio.gather(*(self._rank_doc(doc, asked_in) for doc in _docs(body)))
+        return _json({"data": ranked})
 
-    async def _rank_doc(self, doc: Any) -> dict[str, Any]:
+    async def _rank_doc(self, doc: Any, asked_in: Request) -> dict[str, Any]:
         matches = doc.get("matches") if isinstance(doc, Mapping) else None
         if not isinstance(matches, list):
             raise RequestError(
                 'to rank, each entry of data has "matches", a list of what to rank for it'
             )
         request = pb.RankRequest(query=_item(doc), candidates=[_item(each) for each in matches])
-        answer = await self._answer("rank", request)
+        answer = await self._answer("rank", request, asked_in)
         ranked = [
             {
                 **_echo(matches[match.index], drop_content=False),
@@ -229,6 +249,7 @@ _ENDPOINTS = {
     "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
     "POST /rank": '{"data": [{"uri": "data:...", "matches": [{"text": "a cat"}]}]}',
     "GET /info": "the model and the limits",
+    "GET /metrics": "what the encoders have done, for Prometheus",
     "GET /livez": "whether the process runs",
     "GET /readyz": "whether it encodes",
 }
@@ -297,6 +318,12 @@ def _echo(doc: Any, drop_content: bool) -> dict[str, Any]:
     return kept
 
 
+async def _disconnect(request: Request) -> None:
+    """Returns when the client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass  # a body that no one asked for
+
+
 def _is_protobuf(request: Request) -> bool:
     return request.headers.get("content-type", "").split(";")[0].strip() == PROTOBUF
 
@@ -316,12 +343,12 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, BodyTooLargeError):
         status = _TOO_LARGE
     if _is_protobuf(request):
-        body = pb.Error(code=error.code, message=str(error)).SerializeToString()
+        body = error_response(0, error).error.SerializeToString()
         response = Response(body, status, media_type=PROTOBUF)
     else:
         response = _error(status, error.code, str(error))
-    if status == 429:
-        response.headers["Retry-After"] = "1"
+    if error.retry_after:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
     if status == _TOO_LARGE:
         response.headers["Connection"] = "close"  # the rest of the body is not read
     return response

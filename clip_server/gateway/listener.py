@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_server.gateway.streams import Call
+from clip_server.streams import Call
 
 # What is under way when the server is told to end has this long to finish.
 GRACE_SECONDS = 8.0
+# Requests of one connection that may be under way before more are read.
+IN_FLIGHT = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Listener(ABC):
     """One protocol on one port.
 
     call: answers a clip.v1 request; what goes wrong is in the response.
+    metrics: what each replica of the encoder has done.
     jina: Jina's own handler of requests.
     max_request_bytes: of one message or HTTP body.
     args: the gateway's arguments as Jina parsed them.
@@ -35,6 +39,7 @@ class Listener(ABC):
     host: str
     port: int
     call: Call
+    metrics: Callable[[], Awaitable[dict[str, dict[str, float]]]]
     jina: Any
     max_request_bytes: int
     args: Namespace

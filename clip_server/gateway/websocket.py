@@ -1,4 +1,4 @@
-"""The WebSocket port: each binary frame a clip.v1 Request, answered by a Response."""
+"""The WebSocket port: each binary frame in is clip.v1 Requests, each one out Responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from clip_server.gateway.listener import GRACE_SECONDS, Listener
-from clip_server.gateway.streams import Streams
+from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
+from clip_server.streams import Streams
 
 
 class WebSocketListener(Listener):
@@ -21,7 +21,7 @@ class WebSocketListener(Listener):
 
     async def start(self) -> None:
         """See Listener."""
-        self._streams = Streams(self.call)
+        self._streams = Streams(self.call, IN_FLIGHT)
         context = None
         if self.tls is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -14,16 +14,18 @@ from clip_server.models.card import ModelCard
 
 
 class Runtime(Protocol):
-    """A loaded model. Its methods are called from one thread at a time.
+    """A loaded model.
 
     name: `torch`, `onnx`, ... as shown to people.
     device: where it really runs, e.g. `cpu` or `cuda:0`.
     dtype: of the weights, e.g. `fp32`.
+    concurrent: whether two threads may call its methods at once, and both get on.
     """
 
     name: str
     device: str
     dtype: str
+    concurrent: bool
     card: ModelCard
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

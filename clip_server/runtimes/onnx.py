@@ -38,6 +38,7 @@ class OnnxRuntime:
 
     def __init__(self, card: ModelCard, visual: _Tower, textual: _Tower, device: str) -> None:
         self.card, self.device = card, device
+        self.concurrent = device == "cpu"
         self._visual, self._textual = visual, textual
 
     @classmethod

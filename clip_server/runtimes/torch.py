@@ -36,6 +36,7 @@ class TorchRuntime:
         self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, dtype: str
     ) -> None:
         self.card, self.device, self.dtype = card, device, dtype
+        self.concurrent = device == "cpu"
         self._visual, self._textual = visual, textual
 
     @classmethod

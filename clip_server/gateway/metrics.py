@@ -1,0 +1,37 @@
+"""What the encoders have done, in Prometheus's text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+# What goes down as well as up; all others only count.
+_GAUGES = {"open_items", "cache_bytes"}
+
+
+class _Replicas(Collector):
+    """A collector over what the replicas have told."""
+
+    def __init__(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        self._values = values
+
+    def collect(self) -> Iterator[Metric]:
+        """A family for each name, a sample for each replica."""
+        names = sorted({name for values in self._values.values() for name in values})
+        for name in names:
+            kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
+            words = name.replace("_", " ")
+            family = kind(f"clip_{name}", f"{words} of an encoder", labels=["replica"])
+            for replica, values in self._values.items():
+                family.add_metric([replica], values.get(name, 0.0))
+            yield family
+
+
+def exposition(values: Mapping[str, Mapping[str, float]]) -> bytes:
+    """The metrics of each replica, by its address and their names."""
+    registry = CollectorRegistry()
+    registry.register(_Replicas(values))
+    return generate_latest(registry)

@@ -1,0 +1,148 @@
+"""The server's side of clip.v1's `Stream`: many requests under way on one connection.
+
+Gateway and encoder both serve it, on gRPC streams and WebSockets. Messages carry whatever
+requests or responses were ready to go when the one before had gone: without a timer, the more
+there is to do, the less each costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+from google.protobuf.message import DecodeError
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.service import error_response
+
+Call = Callable[[pb.Request], Awaitable[pb.Response]]
+Send = Callable[[bytes], Awaitable[None]]
+# A message is closed once it has so many bytes: larger ones were slower.
+_MESSAGE_BYTES = 3_000_000
+
+
+class Streams:
+    """The connections of one listener that carry many requests at once.
+
+    call: answers a request; what goes wrong is in the response.
+    in_flight: requests of one connection that may be under way before the next message is
+        read.
+    """
+
+    def __init__(self, call: Call, in_flight: int) -> None:
+        self._call = call
+        self._in_flight = in_flight
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def drain(self) -> None:
+        """Reads no further requests; what is under way is still answered."""
+        for reader in self._readers:
+            reader.cancel()
+
+    async def answer(self, messages: AsyncIterator[bytes], send: Send) -> None:
+        """Answers serialized `Requests` as they come, each request as soon as it is ready.
+
+        Cancelling, or a connection that breaks, cancels what is under way.
+        """
+        connection = _Connection(self._call, self._in_flight)
+        reader = asyncio.create_task(connection.read(messages))
+        writer = asyncio.create_task(connection.write(send))
+        self._readers.add(reader)
+        try:
+            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():  # only because it failed
+                writer.result()
+            if not reader.cancelled():
+                reader.result()
+            await connection.finish()
+            await writer
+        finally:
+            self._readers.discard(reader)
+            await connection.cancel(reader, writer)
+
+
+class _Connection:
+    def __init__(self, call: Call, in_flight: int) -> None:
+        self._call = call
+        self._in_flight = in_flight
+        self._answered = asyncio.Event()
+        self._under_way: dict[int, asyncio.Task[None]] = {}
+        self._unnumbered = 0
+        self._outbox: list[pb.Response] = []
+        self._waiting = asyncio.Event()
+        self._finished = False
+
+    async def read(self, messages: AsyncIterator[bytes]) -> None:
+        async for message in messages:
+            for request in self._requests(message):  # all of them: none is lost at the end
+                if request.HasField("cancel"):
+                    self._give_up(request.id)
+                else:
+                    self._begin(request)
+            while len(self._under_way) >= self._in_flight:
+                self._answered.clear()
+                await self._answered.wait()
+
+    def _requests(self, message: bytes) -> Iterator[pb.Request]:
+        try:
+            requests = pb.Requests.FromString(message).requests
+        except DecodeError:
+            requests = None
+        if not requests:
+            self._put(error_response(0, RequestError("the message is no clip.v1 Requests")))
+        yield from requests or ()
+
+    def _begin(self, request: pb.Request) -> None:
+        key = request.id
+        if not key or key in self._under_way:  # it cannot be given up by its id
+            self._unnumbered -= 1
+            key = self._unnumbered
+        self._under_way[key] = asyncio.create_task(self._answer(key, request))
+
+    async def _answer(self, key: int, request: pb.Request) -> None:
+        try:
+            self._put(await self._call(request))
+        finally:
+            del self._under_way[key]
+            self._answered.set()
+
+    def _give_up(self, request_id: int) -> None:
+        if task := self._under_way.get(request_id):
+            task.cancel()
+
+    def _put(self, response: pb.Response) -> None:
+        self._outbox.append(response)
+        self._waiting.set()
+
+    async def write(self, send: Send) -> None:
+        """Sends what is put in the outbox until finished."""
+        while not self._finished or self._outbox:
+            await self._waiting.wait()
+            self._waiting.clear()
+            while self._outbox:
+                await send(_packed(self._outbox))
+
+    async def finish(self) -> None:
+        """Waits for what is under way; then the writer ends when all is sent."""
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        self._finished = True
+        self._waiting.set()
+
+    async def cancel(self, *others: asyncio.Task[None]) -> None:
+        """Ends everything."""
+        tasks = [*others, *self._under_way.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _packed(outbox: list[pb.Response]) -> bytes:
+    """Takes as many responses out of the outbox as one message holds."""
+    size = count = 0
+    while count < len(outbox) and (not count or size < _MESSAGE_BYTES):
+        size += outbox[count].ByteSize()
+        count += 1
+    message = pb.Responses(responses=outbox[:count]).SerializeToString()
+    del outbox[:count]
+    return message
