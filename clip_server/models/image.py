@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import cache
 from io import BytesIO
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from clip_server.errors import ItemError
 from clip_server.models.card import ImageSpec
 
-# What Pillow may open here: no format that runs programs (EPS) or holds documents (PDF).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
 MAX_PIXELS = 2**27
+# What may be opened, by Pillow's names and by people's: no format that runs programs (EPS),
+# holds documents (PDF), or wraps a picture whose size is not known beforehand (ICO, ICNS).
+_FORMATS = {
+    "JPEG": "JPEG",
+    "PNG": "PNG",
+    "WEBP": "WebP",
+    "GIF": "GIF",
+    "BMP": "BMP",
+    "TIFF": "TIFF",
+    "AVIF": "AVIF",
+    "HEIF": "HEIC",
+}
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Decoding smaller than this saves little, and shows most in models of small pictures.
 _LEAST_DRAFT = 448
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Beyond this the whole resized picture is not made to crop its centre, but the centre only.
 _MAX_RESIZED = 2**24
 # First bytes of what people send by mistake.
@@ -34,6 +46,16 @@ _MISTAKES = {
     b"\xff\xd8": "the start of a JPEG",
     b"\x89PNG": "the start of a PNG",
 }
+# What the container that begins with `ftyp` holds, by its brand; any other is video. HEIC and
+# AVIF may both be `mif1`.
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1"), "HEIF"),
+}
+
+Size: TypeAlias = tuple[int, int]
+# Left, top, right and bottom, in pixels and parts of them.
+Box: TypeAlias = tuple[float, float, float, float]
 
 
 class ImageTransform:
@@ -54,14 +76,10 @@ class ImageTransform:
         As in CLIP, the EXIF orientation is not applied and transparency is dropped.
 
         Raises:
-            ItemError: not a picture of a format in `FORMATS`, damaged, or too large.
+            ItemError: not a picture of a format in `readable_formats`, damaged, or too large.
         """
         image = self._open(data)
         try:
-            if not self.exact:
-                # Leaves at least twice the target, so that the resize still has to smooth.
-                least = max(2 * self.spec.size, _LEAST_DRAFT)
-                image.draft(None, (least, least))
             pixels = np.asarray(self._square(image))
         except Exception as error:  # on damaged data a decoder may raise anything
             raise _undecodable(image.format, error) from error
@@ -69,12 +87,12 @@ class ImageTransform:
 
     def _open(self, data: bytes) -> Image.Image:
         try:
-            image = Image.open(BytesIO(data), formats=FORMATS)
+            image = Image.open(BytesIO(data), formats=readable_formats())
+            width, height = _largest_part(image)
         except UnidentifiedImageError:
             raise _unreadable(data) from None
         except Exception as error:  # a header may be damaged in any way
             raise _undecodable("image", error) from error
-        width, height = image.size
         if width * height > self.max_pixels:
             raise ItemError(
                 f"the image has {width} x {height} = {width * height:,} pixels; "
@@ -86,28 +104,60 @@ class ImageTransform:
         """Resized and cropped in its own colour mode, then RGB, in open_clip's order."""
         size = self.spec.size
         width, height = image.size
+        box = self._decode(image)
+        if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
+            image = image.convert("RGB")  # the same pixels come of it, in less time
         if self.spec.resize == "squash":
-            return _rgb(self._resized(image, (size, size)))
+            return _rgb(self._resize(image, (size, size), box))
         # open_clip truncates the longer side, and rounds where the crop begins.
         short = min(width, height)
         wide, high = size * width // short, size * height // short
         left, top = round((wide - size) / 2), round((high - size) / 2)
         if wide * high <= _MAX_RESIZED:
-            image = self._resized(image, (wide, high))
-            image = image.crop((left, top, left + size, top + size))
-        else:
-            across, down = width / wide, height / high
-            box = (left * across, top * down, (left + size) * across, (top + size) * down)
-            image = self._resized(image, (size, size), box)
-        return _rgb(image)
+            image = self._resize(image, (wide, high), box)
+            return _rgb(image.crop((left, top, left + size, top + size)))
+        across, down = box[2] / wide, box[3] / high
+        centre = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return _rgb(self._resize(image, (size, size), centre))
 
-    def _resized(
-        self,
-        image: Image.Image,
-        size: tuple[int, int],
-        box: tuple[float, float, float, float] | None = None,
-    ) -> Image.Image:
+    def _decode(self, image: Image.Image) -> Box:
+        """Decodes a picture in place, a JPEG at a fraction of its size; where in it the
+        picture lies: an odd side ends within its last pixel."""
+        scaled = None
+        if not self.exact:
+            # Leaves at least twice the target, so that the resize still has to smooth.
+            least = max(2 * self.spec.size, _LEAST_DRAFT)
+            scaled = image.draft(None, (least, least))
+        image.load()
+        return scaled[1] if scaled else (0, 0, *image.size)
+
+    def _resize(self, image: Image.Image, size: Size, box: Box) -> Image.Image:
         return image.resize(size, _FILTERS[self.spec.interpolation], box)
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here: HEIC needs a package of its own."""
+    missing = set()
+    if not features.check("avif"):
+        missing.add("AVIF")
+    try:
+        import pillow_heif
+    except ImportError:
+        missing.add("HEIF")
+    else:
+        # The pool's threads are enough; a thumbnail in the file may differ from the picture.
+        pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False)
+    return tuple(name for name in _FORMATS if name not in missing)
+
+
+def _largest_part(image: Image.Image) -> Size:
+    """Of what is decoded at once: the picture, or a tile that a TIFF claims is larger."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.size
+    tags = image.tag_v2
+    tile = (tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0))
+    return max(image.size, tile, key=lambda size: size[0] * size[1])
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -117,9 +167,16 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _unreadable(data: bytes) -> ItemError:
+    kind = _container(data)
+    if kind in _FORMATS and kind not in readable_formats():
+        package = "'clip-server[heif]'" if kind == "HEIF" else "--upgrade pillow"
+        return ItemError(
+            f"the server cannot read {_FORMATS[kind]} images until, where it runs, you "
+            f"pip install {package}"
+        )
+    *names, last = (_FORMATS[name] for name in readable_formats())
     return ItemError(
-        f"{_described(data)} is not an image the server can read; "
-        "JPEG, PNG, WebP, GIF, BMP and TIFF are"
+        f"{_described(data)} is not an image the server can read; {', '.join(names)} and {last} are"
     )
 
 
@@ -130,10 +187,18 @@ def _described(data: bytes) -> str:
     for start, kind in _MISTAKES.items():
         if head.lstrip().lower().startswith(start.lower()):
             return kind
-    if b"ftyp" in head[4:8]:
-        return "a HEIC, AVIF or video file"
+    container = _container(data)
+    if container:
+        return f"the start of {_FORMATS[container]}" if container in _FORMATS else "a video file"
     printable = all(byte >= 0x20 or byte in b"\t\r\n" for byte in head)
     return "text" if printable else f"a file of {len(data):,} bytes"
+
+
+def _container(data: bytes) -> str | None:
+    """HEIF, AVIF or video: they share a container, whose brand tells them apart."""
+    if data[4:8] != b"ftyp":
+        return None
+    return _BRANDS.get(data[8:12], "video")
 
 
 def _undecodable(kind: str | None, error: Exception) -> ItemError:
