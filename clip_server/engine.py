@@ -40,6 +40,9 @@ Item: TypeAlias = str | bytes | ItemError
 
 # Texts tokenized in one call to the pool: about a millisecond of work.
 TOKENIZE_CHUNK = 128
+# A request of so many texts at most, each of ASCII and so many characters, is tokenized as it
+# arrives: handing the texts to the pool would cost more than the work, which is a millisecond.
+QUICK_TEXTS, QUICK_LENGTH = 128, 1024
 # Batches' worth of decoded pictures that may wait for the device: enough to keep it busy, and
 # a bound on memory however large a request is.
 DECODED_AHEAD = 4
@@ -212,7 +215,13 @@ class Engine:
             entry.add(job, index)
             return
         entry = self._under_way[fingerprint] = Entry(item, job, index)
-        (self._texts if isinstance(item, str) else self._pictures).push(entry)
+        if isinstance(item, bytes):
+            self._pictures.push(entry)
+        elif job.size <= QUICK_TEXTS and len(item) <= QUICK_LENGTH and item.isascii():
+            entry.prepare(self._tokenizer.encode(item))
+            self._ready_texts.push(entry)
+        else:
+            self._texts.push(entry)
 
     def _drop(self, job: Job) -> None:
         for queue in (self._texts, self._pictures, self._ready_texts, self._ready_pictures):

@@ -51,6 +51,7 @@ class WebSocketListener(Listener):
 
 
 async def _messages(connection: ServerConnection) -> AsyncIterator[bytes]:
-    async for message in connection:
+    while True:  # until the connection is closed, which gives up what is under way
+        message = await connection.recv()
         # A text frame is no clip.v1 message; empty bytes are refused as an empty request.
         yield message if isinstance(message, bytes) else b""

@@ -1,0 +1,45 @@
+"""An encoder whose model takes its time: a batch takes SECONDS, and embeds nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
+from clip_server.models import zoo
+
+SECONDS = 0.05
+
+
+class SlowRuntime:
+    """See `Runtime`."""
+
+    name, device, dtype, concurrent = "slow", "cpu", "fp32", False
+
+    def __init__(self) -> None:
+        self.card = zoo.resolve("embedded")
+
+    def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.encode_text(pixels)
+
+    def encode_text(self, tokens: NDArray[Any]) -> NDArray[np.float32]:
+        time.sleep(SECONDS)
+        return np.ones((len(tokens), self.card.dim), np.float32)
+
+
+class CLIPEncoder(BaseCLIPEncoder):
+    """See the module."""
+
+    @classmethod
+    def prepare(cls, given: Mapping[str, Any]) -> None:
+        """Nothing to fetch."""
+        del given
+
+    @classmethod
+    def build_runtime(cls, parameters: EncoderParameters, threads: int) -> SlowRuntime:
+        del parameters, threads
+        return SlowRuntime()

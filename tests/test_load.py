@@ -1,0 +1,214 @@
+"""A server that has more to do than it can: what it refuses, gives up, drops and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from conftest import Server, Start, flow
+from websockets.sync.client import connect
+
+from clip_client import Client
+from clip_client.errors import DeadlineExceededError
+from clip_client.proto import clip_pb2 as pb
+
+SLOW = str(Path(__file__).parent / "slow_executor.py")
+BATCH, SECONDS = 4, 0.05  # of the slow executor
+FULL = 200  # items
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def slow(start: Start) -> Server:
+    spec = flow(minibatch_size=BATCH, max_queued_items=FULL)
+    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
+    return start(spec)
+
+
+def texts(count: int) -> list[str]:
+    """Texts that no one has sent before."""
+    return [f"text {next(_numbers)}" for _ in range(count)]
+
+
+def metrics(server: Server) -> dict[str, float]:
+    answer = httpx.get(f"{server.http}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    found = re.findall(r'^clip_(\w+)\{replica="[\d.:]+"\} (\S+)$', answer.text, re.MULTILINE)
+    return {name.removesuffix("_total"): float(value) for name, value in found}
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holds()
+
+
+def is_idle(server: Server) -> bool:
+    return metrics(server)["open_items"] == 0
+
+
+def protobuf(count: int) -> bytes:
+    items = [pb.Item(text=text) for text in texts(count)]
+    return pb.EncodeRequest(items=items).SerializeToString()
+
+
+def test_a_full_server_refuses_and_says_when_to_try_again(slow: Server) -> None:
+    with ThreadPoolExecutor() as pool, httpx.Client(base_url=slow.http, timeout=60) as http:
+        first = pool.submit(
+            http.post, "/encode", json={"data": [{"text": text} for text in texts(FULL - 20)]}
+        )
+        assert eventually(lambda: metrics(slow)["open_items"] > 0)
+        refused = http.post("/encode", json={"data": [{"text": text} for text in texts(50)]})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "try again" in refused.json()["error"]["message"]
+        # What still fits is taken.
+        assert http.post("/encode", json={"data": texts(2)}).status_code == 200
+        with grpc.insecure_channel(slow.grpc.removeprefix("grpc://")) as channel:
+            encode = channel.unary_unary(
+                "/clip.v1.Clip/Encode", response_deserializer=pb.EncodeResponse.FromString
+            )
+            with pytest.raises(grpc.RpcError) as raised:
+                encode(protobuf(50))
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(raised.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+        assert first.result().status_code == 200
+        assert metrics(slow)["refused_requests"] == 2
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
+def test_the_client_comes_again(slow: Server, protocol: str) -> None:
+    refused = metrics(slow)["refused_requests"]
+    with Client(getattr(slow, protocol)) as client, ThreadPoolExecutor() as pool:
+        calls = [pool.submit(client.encode, texts(FULL // 2), batch_size=FULL) for _ in range(4)]
+        assert all(np.isfinite(call.result()).all() for call in calls)
+    assert metrics(slow)["refused_requests"] > refused
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "websocket"])
+def test_what_is_too_late_is_given_up(slow: Server, protocol: str) -> None:
+    before = metrics(slow)
+    with Client(getattr(slow, protocol)) as client, pytest.raises(DeadlineExceededError):
+        client.encode(texts(160), batch_size=160, timeout=0.3)
+    assert eventually(lambda: is_idle(slow), 2)
+    after = metrics(slow)
+    assert after["texts"] - before["texts"] < 80
+    ended = ("expired_requests", "cancelled_requests")
+    assert sum(after[name] - before[name] for name in ended) == 1
+
+
+def test_a_grpc_deadline_goes_along(slow: Server) -> None:
+    before = metrics(slow)["texts"]
+    with grpc.insecure_channel(slow.grpc.removeprefix("grpc://")) as channel:
+        encode = channel.unary_unary("/clip.v1.Clip/Encode")
+        with pytest.raises(grpc.RpcError) as raised:
+            encode(protobuf(160), timeout=0.3)
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert eventually(lambda: is_idle(slow), 2)
+    assert metrics(slow)["texts"] - before < 80
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
+def test_what_a_client_gives_up_is_dropped(slow: Server, protocol: str) -> None:
+    async def main() -> None:
+        client = Client(getattr(slow, protocol))
+        task = asyncio.create_task(client.aencode(texts(160), batch_size=160))
+        while is_idle(slow):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert eventually(lambda: is_idle(slow), 2)
+        # The connection serves on.
+        assert (await client.aencode(["next"])).shape == (1, 256)
+
+    before = metrics(slow)
+    asyncio.run(main())
+    after = metrics(slow)
+    assert after["cancelled_requests"] == before["cancelled_requests"] + 1
+    assert after["texts"] - before["texts"] < 80
+
+
+def test_a_client_that_vanishes_leaves_no_work_behind(slow: Server) -> None:
+    with connect(slow.websocket, proxy=None) as socket:
+        request = pb.Request(id=1, encode=pb.EncodeRequest.FromString(protobuf(160)))
+        socket.send(pb.Requests(requests=[request]).SerializeToString())
+        assert eventually(lambda: not is_idle(slow))
+    assert eventually(lambda: is_idle(slow), 2)
+
+
+def test_many_requests_in_one_message(slow: Server) -> None:
+    """Each has its own answer; the one that is cancelled has none."""
+    with connect(slow.websocket, proxy=None) as socket:
+        requests = [
+            pb.Request(id=number, encode=pb.EncodeRequest.FromString(protobuf(number)))
+            for number in range(1, 9)
+        ]
+        requests.append(pb.Request(id=8, cancel=pb.Cancel()))
+        requests.append(pb.Request(id=9, info=pb.InfoRequest()))
+        requests.append(pb.Request(id=10))
+        socket.send(pb.Requests(requests=requests).SerializeToString())
+        answers: dict[int, pb.Response] = {}
+        while len(answers) < 9:
+            message = socket.recv(30)
+            assert isinstance(message, bytes)
+            answers |= {each.id: each for each in pb.Responses.FromString(message).responses}
+    assert sorted(answers) == [1, 2, 3, 4, 5, 6, 7, 9, 10]
+    assert all(answers[number].encode.count == number for number in range(1, 8))
+    assert answers[9].info.runtime == "slow"
+    assert answers[10].error.code == pb.Error.INVALID_ARGUMENT
+
+
+def test_an_interactive_request_passes_a_bulk_one(slow: Server) -> None:
+    with Client(slow.grpc) as client, ThreadPoolExecutor() as pool:
+        bulk = pool.submit(client.encode, texts(180), batch_size=60)
+        assert eventually(lambda: not is_idle(slow))
+        started = time.monotonic()
+        client.encode(texts(1))
+        # Of 46 batches: what is under way, perhaps one of the oldest's, its own; and some slack.
+        assert time.monotonic() - started < 20 * SECONDS
+        assert not bulk.done()
+        assert np.isfinite(bulk.result()).all()
+
+
+def test_cache_and_duplicates_show_in_metrics(start: Start) -> None:
+    spec = flow(cache_bytes=1 << 20, minibatch_size=BATCH)
+    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
+    server = start(spec)
+    with Client(server.grpc) as client:
+        client.encode(["one", "two", "two"])
+        client.encode(["one", "two", "three"])
+    found = metrics(server)
+    assert (found["cache_hits"], found["cache_misses"]) == (2, 4)
+    assert found["cache_bytes"] > 0
+    assert found["duplicate_items"] == 1
+    assert found["texts"] == 3
+    server.stop()
+
+
+def test_a_gateway_that_holds_too_many_bytes_refuses(start: Start) -> None:
+    spec = flow(minibatch_size=BATCH)
+    spec["with"]["max_queued_bytes"] = 100_000
+    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
+    server = start(spec)
+    with ThreadPoolExecutor() as pool, httpx.Client(base_url=server.http, timeout=60) as http:
+        large = {"data": [{"text": text + " word" * 300} for text in texts(100)]}
+        # An idle server takes it.
+        first = pool.submit(http.post, "/encode", json=large)
+        assert eventually(lambda: not is_idle(server))
+        refused = http.post("/encode", json=large)
+        assert refused.status_code == 429
+        assert "MiB" in refused.json()["error"]["message"]
+        assert first.result().status_code == 200
+    server.stop()
