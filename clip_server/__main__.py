@@ -81,6 +81,12 @@ def _import_jina(without_torch: bool) -> None:
             del sys.modules["torch"]
     # Jina asks three services on the internet for this machine's public address.
     orchestrator.get_public_ip = lambda *_, **__: None
+    # The processes of the flow inherit it. It comes with Jina, though not on Windows, and serves
+    # a fifth to a third more requests.
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
 def _run(spec: dict[str, Any], started: float) -> int:
