@@ -123,7 +123,8 @@ class Engine:
         self.cache = Cache(cache_bytes)
         self._workers = num_worker_preprocess
         self._pool = ThreadPoolExecutor(num_worker_preprocess, "preprocess")
-        self._device = ThreadPoolExecutor(2, "device")
+        # Some frameworks want to be called from one and the same thread.
+        self._device = ThreadPoolExecutor(2 if runtime.concurrent else 1, "device")
         self._numbers = itertools.count()
         self._under_way: dict[Any, Entry] = {}  # by fingerprint
         self._texts, self._pictures = Queue(), Queue()  # waiting for the pool
@@ -236,27 +237,34 @@ class Engine:
 
     def _advance(self) -> None:
         """Starts whatever can be started now; called after every change."""
-        while self._preparing < self._workers and (self._texts or self._may_decode()):
+        while self._preparing < self._workers:
             if self._texts:  # all of them: tokens are small, and a late one is not held up
-                self._prepare(self._texts, TOKENIZE_CHUNK, self._tokenizer.encode)
+                leader = self._pool_turns.next(self._texts.jobs())
+                self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenizer.encode)
+            elif leader := self._next_to_decode():
+                self._prepare(self._pictures, 1, leader, self._transform)
             else:
-                self._prepare(self._pictures, 1, self._transform)
+                break
         ready = self._ready_texts or self._ready_pictures
         if ready and not self._main.busy:
             self._infer(self._main, self._next_batch())
         if ready and self._main.bulk and not self._express.busy and self.runtime.concurrent:
             self._infer(self._express, self._next_small_batch())
 
-    def _may_decode(self) -> bool:
-        """Whether a picture waits to be decoded, and there is room for it."""
-        if len(self._ready_pictures) < DECODED_AHEAD * self._minibatch_size:
-            return bool(self._pictures)
-        return any(job.size <= SMALL for job in self._pictures.jobs())
+    def _next_to_decode(self) -> Job | None:
+        """Whose picture is decoded next; for small requests there is always room."""
+        jobs = self._pictures.jobs()
+        if jobs and len(self._ready_pictures) < DECODED_AHEAD * self._minibatch_size:
+            return self._pool_turns.next(jobs)
+        smallest = min(jobs, key=by_size, default=None)
+        return smallest if smallest and smallest.size <= SMALL else None
 
-    def _prepare(self, queue: Queue, count: int, prepare: Callable[[Any], Any]) -> None:
+    def _prepare(
+        self, queue: Queue, count: int, leader: Job, prepare: Callable[[Any], Any]
+    ) -> None:
         """Tokenizes or decodes the next entries of `queue` in the pool."""
         ready = self._ready_texts if queue is self._texts else self._ready_pictures
-        entries = queue.take(count, self._pool_turns.next(queue.jobs()))
+        entries = queue.take(count, leader)
         self._preparing += 1
 
         def finish(future: asyncio.Future[list[Any]]) -> None:

@@ -196,9 +196,7 @@ class Queue:
                 taken.append(entry)
         if line:
             self._lines[job] = line
-        self._length -= len(taken)
-        if not self._length:
-            self._lines.clear()
+        self._shorten(len(taken))
         return taken
 
     def discard(self, job: Job) -> list[Entry]:
@@ -208,8 +206,13 @@ class Queue:
             if entry.queue is self and not entry.leave(job):
                 entry.queue = None
                 dropped.append(entry)
-        self._length -= len(dropped)
+        self._shorten(len(dropped))
         return dropped
+
+    def _shorten(self, count: int) -> None:
+        self._length -= count
+        if not self._length:  # what is left in the lines was taken with another's
+            self._lines.clear()
 
 
 class TextQueue:
