@@ -5,13 +5,14 @@ and pool early: the last block computes its query and its MLP for the one positi
 the embedding. They compute in float32, in standard operators; or their linear layers in int8
 (see `quantize`), with one operator that only onnxruntime on a CPU has.
 
-Within a tower activations are [B * L, W], so that every linear layer is one Gemm.
+Within a tower activations are [N, W], so that every linear layer is one Gemm; `layout` tells
+which of the B * L positions the N rows are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,13 @@ from onnx import TensorProto, helper
 from clip_server.errors import ConfigurationError
 from clip_server.models import quantize
 from clip_server.models.card import ImageSpec
+from clip_server.models.layout import Layout, of_first_positions, of_texts
 
 OPSET = 17
 IR_VERSION = 8  # the one that came with the opset
 # The domain of onnxruntime's own operators.
 _ONNXRUNTIME = "com.microsoft"
 _EPSILON = 1e-5
-_INT64_MAX = 2**63 - 1
 # The slope in QuickGELU, x * sigmoid(1.702 x).
 _QUICK_GELU = 1.702
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
@@ -462,8 +463,7 @@ def _vision_transformer(graph: _Graph, tower: _VisionTransformer, image: ImageSp
     states = graph.op("Reshape", states, graph.integers(-1, width), name="states.flat")
     states = graph.layer_norm(states, f"{prefix}ln_pre")
 
-    first = _picker_of_first(graph, length)
-    pooled = _blocks(graph, tower, states, graph.integers(length), first)
+    pooled = _blocks(graph, tower, states, of_first_positions(graph, length))
     pooled = graph.layer_norm(pooled, f"{prefix}ln_post")
     return graph.projection(pooled, f"{prefix}proj")
 
@@ -498,41 +498,21 @@ def _cropped(graph: _Graph, wanted: int, size: int) -> str:
 
 
 def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
-    length = graph.op("Shape", "tokens", name="length", start=1, end=2)
+    layout = of_texts(graph)
     table = graph.weight("token_embedding.weight")
-    states = graph.lookup("token_embedding", table, "tokens")
+    states = graph.lookup("token_embedding", table, layout.tokens)
     positions = graph.constant("positional_embedding", graph.weight("positional_embedding"))
-    positions = _head(graph, positions, length, axes=[0])
-    states = graph.op("Add", states, positions, name="tokens.placed")
-    states = graph.op("Reshape", states, graph.integers(-1, tower.width), name="states")
+    positions = graph.op("Gather", positions, layout.positions, name="positions.rows", axis=0)
+    states = graph.op("Add", states, positions, name="states")
 
     mask = np.triu(np.full((tower.context, tower.context), -np.inf, dtype=np.float32), k=1)
-    causal = _head(graph, graph.constant("causal_mask", mask), length, axes=[0, 1])
-    # The end token has the largest id of the vocabulary.
-    end = graph.op("ArgMax", "tokens", name="end", axis=1, keepdims=0)
-    rows = _first_rows(graph, length)
-    rows = graph.op("Add", rows, end, name="end.rows")
-    last = graph.op("Gather", causal, end, name="end.mask.rows", axis=0)
+    causal = _head(graph, graph.constant("causal_mask", mask), layout.length, axes=[0, 1])
+    last = graph.op("Gather", causal, layout.ends, name="end.mask.rows", axis=0)
     last = graph.op("Unsqueeze", last, graph.integers(1, 2), name="end.mask")
 
-    def ends(states: str) -> str:
-        """Every text's end token: [B * L, W] to [B, W]."""
-        return graph.op("Gather", states, rows, name=f"{states}.end", axis=0)
-
-    pooled = _blocks(graph, tower, states, length, ends, mask=causal, pooled_mask=last)
+    pooled = _blocks(graph, tower, states, layout, mask=causal, pooled_mask=last)
     pooled = graph.layer_norm(pooled, "ln_final")
     return graph.projection(pooled, "text_projection")
-
-
-def _picker_of_first(graph: _Graph, length: int) -> Callable[[str], str]:
-    """Picks every image's first position: [B * L, W] to [B, W]."""
-
-    def first(rows: str) -> str:
-        start, end, axis = graph.integers(0), graph.integers(_INT64_MAX), graph.integers(0)
-        step = graph.integers(length)
-        return graph.op("Slice", rows, start, end, axis, step, name=f"{rows}.first")
-
-    return first
 
 
 def _head(graph: _Graph, table: str, length: str, axes: Sequence[int]) -> str:
@@ -543,54 +523,47 @@ def _head(graph: _Graph, table: str, length: str, axes: Sequence[int]) -> str:
     return graph.op("Slice", table, starts, ends, graph.integers(*axes), name=f"{table}.head")
 
 
-def _first_rows(graph: _Graph, length: str) -> str:
-    """Where each text begins among the [B * L] rows: [B]."""
-    batch = graph.op("Shape", "tokens", name="batch", start=0, end=1)
-    batch, step = (graph.op("Squeeze", value, name=f"{value}.scalar") for value in (batch, length))
-    end = graph.op("Mul", batch, step, name="rows.count")
-    zero = graph.constant("zero", np.array(0, dtype=np.int64))
-    return graph.op("Range", zero, end, step, name="rows.first")
-
-
 def _blocks(
     graph: _Graph,
     tower: _Transformer,
     states: str,
-    length: str,
-    pick: Callable[[str], str],
+    layout: Layout,
     *,
     mask: str | None = None,
     pooled_mask: str | None = None,
 ) -> str:
-    """All blocks: states [B * L, W] to the picked ones, [B, W].
+    """All blocks: states [N, W] to the picked ones, [B, W].
 
     mask: added to the attention scores, [L, L]; pooled_mask: to those of the picked
         positions, [B, 1, 1, L].
     """
     for index in range(tower.layers - 1):
-        states = _block(graph, tower, tower.block(index), states, length, mask)
-    return _block(graph, tower, tower.block(tower.layers - 1), states, length, pooled_mask, pick)
+        states = _block(graph, tower, index, states, layout, mask)
+    return _block(graph, tower, tower.layers - 1, states, layout, pooled_mask, pool=True)
 
 
 def _block(
     graph: _Graph,
     tower: _Transformer,
-    prefix: str,
+    index: int,
     states: str,
-    length: str,
+    layout: Layout,
     mask: str | None,
-    pick: Callable[[str], str] | None = None,
+    pool: bool = False,
 ) -> str:
+    """One block: states [N, W] to the same, or only to the picked ones, [B, W]."""
+    prefix = tower.block(index)
     normed = graph.layer_norm(states, f"{prefix}ln_1")
     weight = graph.weight(f"{prefix}attn.in_proj_weight")
     bias = graph.weight(f"{prefix}attn.in_proj_bias")
     attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
-    if pick is None:
-        query, key, value = attention.project_all(normed, length)
+    if pool:
+        query, key, value = attention.project_picked(normed, layout)
+        attended = attention.attend(query, key, value, mask)
+        states = layout.pick(states)
     else:
-        query, key, value = attention.project_picked(pick(normed), normed, length)
-        states = pick(states)
-    attended = attention.attend(query, key, value, mask)
+        query, key, value = attention.project_all(normed, layout)
+        attended = layout.gather(attention.attend(query, key, value, mask))
     attended = graph.stored_linear(attended, f"{prefix}attn.out_proj")
     states = graph.op("Add", states, attended, name=f"{prefix}attended")
     hidden = graph.layer_norm(states, f"{prefix}ln_2")
@@ -618,20 +591,21 @@ class _Attention:
         scale[: self._width] = self._head_width**-0.5
         self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
 
-    def project_all(self, states: str, length: str) -> list[str]:
+    def project_all(self, states: str, layout: Layout) -> list[str]:
         """Query, key and value of every position, each [B, H, L, W / H]."""
         qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
-        return self._split(qkv, length, ("query", "key", "value"))
+        return self._split(layout.spread(qkv), layout.length, ("query", "key", "value"))
 
-    def project_picked(self, picked: str, states: str, length: str) -> list[str]:
+    def project_picked(self, states: str, layout: Layout) -> list[str]:
         """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
         width = self._width
         weight, bias = self._weight, self._bias
+        picked = layout.pick(states)
         query = self._graph.linear(picked, f"{self._prefix}.q", weight[:width], bias[:width])
         shape = self._graph.integers(-1, self._heads, 1, self._head_width)
         query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
         kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
-        return [query, *self._split(kv, length, ("key", "value"))]
+        return [query, *self._split(layout.spread(kv), layout.length, ("key", "value"))]
 
     def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
         """Attention of queries [B, H, Q, d] over [B, H, L, d]: [B * Q, W]."""
@@ -732,7 +706,6 @@ def _attention_pool(graph: _Graph, tower: _ResNet, states: str) -> str:
     weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
     bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
     attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
-    picked = _picker_of_first(graph, length)(states)
-    query, key, value = attention.project_picked(picked, states, graph.integers(length))
+    query, key, value = attention.project_picked(states, of_first_positions(graph, length))
     attended = attention.attend(query, key, value, mask=None)
     return graph.stored_linear(attended, f"{prefix}c_proj")

@@ -87,7 +87,11 @@ class OnnxRuntime:
         if isinstance(length := self._textual.shape[1], int):
             missing = length - tokens.shape[1]
             tokens = np.pad(tokens, ((0, 0), (0, missing)), constant_values=self.card.text.pad_id)
-        return self._textual.run(tokens)
+        # In order, as many neighbours as can be begin alike; see `layout.of_texts`.
+        order = np.lexsort(tokens.T[::-1])
+        embeddings = np.empty((len(tokens), self.card.dim), dtype=np.float32)
+        embeddings[order] = self._textual.run(tokens[order])
+        return embeddings
 
 
 def has_graphs(model_path: str | Path | None) -> bool:
