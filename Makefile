@@ -1,5 +1,5 @@
 # Two commands are all there is to know: `make serve` and `make test`. Both install what they
-# need into .venv first.
+# need into .venv first, and so do the others.
 PYTHON ?= python3
 FLOW ?= onnx-flow.yml
 EXTRAS := onnx,torch,test,dev
@@ -9,7 +9,7 @@ TYPED := build/typed
 
 export CLIP_MODEL ?= embedded
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint bench clean
 
 # The embedded model on ONNX Runtime, on this machine only. FLOW=my.yml CLIP_MODEL=ViT-B-32::openai
 serve: .venv/.serve
@@ -25,6 +25,11 @@ lint: .venv/.dev
 	ln -s $(CURDIR)/clip_client $(TYPED)/
 	ln -s $(CURDIR)/clip_server/* $(CURDIR)/executors $(CURDIR)/flows $(TYPED)/clip_server/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# Against infinity and clip-as-service, each in an environment of its own: an hour at the first
+# time. LEGS="texts --rounds 3" runs one leg, see docs/benchmarks.md.
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks $(LEGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -72,7 +72,7 @@ FRAMEWORKS = {
     "torch": ["clip_server.runtimes.torch"],
     "open_clip": ["clip_server.runtimes.torch"],
     "onnxruntime": ["clip_server.runtimes.onnx"],
-    "onnx": ["clip_server.models.graph"],
+    "onnx": ["clip_server.models.graph", "clip_server.models.layout"],
 }  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""Drives infinity over HTTP on connections kept open: `infinity_driver.py URL PHOTOS`."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from typing import Any
+
+import aiohttp
+import numpy as np
+import orjson
+from driver import Driver, Item
+
+
+class InfinityDriver(Driver):
+    def __init__(self, url: str, photo_folder: str) -> None:
+        super().__init__(photo_folder)
+        self.url = f"{url}/embeddings"
+        self.session = self.loop.run_until_complete(self._open())
+
+    async def _open(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    async def encode(self, items: list[Item]) -> Any:
+        body: dict[str, Any] = {"model": "clip", "input": items, "encoding_format": "base64"}
+        if isinstance(items[0], bytes):
+            uris = [f"data:image/jpeg;base64,{base64.b64encode(each).decode()}" for each in items]
+            body |= {"input": uris, "modality": "image"}
+        headers = {"Content-Type": "application/json"}
+        async with self.session.post(self.url, data=orjson.dumps(body), headers=headers) as answer:
+            answer.raise_for_status()
+            data = orjson.loads(await answer.read())["data"]
+        return [np.frombuffer(base64.b64decode(each["embedding"]), np.float32) for each in data]
+
+
+if __name__ == "__main__":
+    InfinityDriver(*sys.argv[1:]).serve()

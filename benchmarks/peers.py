@@ -1,0 +1,203 @@
+"""Who is measured: this server in several forms, its runtime alone, and the two peers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from benchmarks import environments, workload
+from benchmarks.processes import LOGS, Driver, NotAvailableError, Server
+from benchmarks.workload import CACHE, MODEL
+
+HERE = Path(__file__).parent
+DRIVERS = HERE / "drivers"
+VOCABULARY = HERE.parent / "clip_server" / "models" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+HOST = "127.0.0.1"
+SCHEMES = {"grpc": "grpc", "http": "http", "websocket": "ws"}
+
+OURS, INT8, RAW = "clip-server", "clip-server int8", "raw runtime"
+INFINITY, CLIP_AS_SERVICE = "infinity", "clip-as-service"
+EMBEDDED, NULL = "clip-server embedded", "clip-server null"
+
+# What is compared before anything is timed, and how near its vectors must be to ours.
+COMPARED = {"texts": 32, "photos": 8}
+LEAST_COSINE = {RAW: 0.9999, INT8: 0.97, INFINITY: 0.99, CLIP_AS_SERVICE: 0.99}
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server, and its address for each protocol."""
+
+    server: Server
+    addresses: dict[str, str]
+
+
+class Peers:
+    """Servers and drivers by name, each started when first asked for and kept until the end.
+
+    first_port: the first of those that the servers listen on, one after the other.
+    """
+
+    def __init__(self, first_port: int) -> None:
+        self._ports = itertools.count(first_port)
+        self._stack = ExitStack()
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.started = functools.cache(self._start)
+        self.driver = functools.cache(self._drive)
+        self._checked: set[str] = set()
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def available(self, *names: str) -> dict[str, Driver]:
+        """Drivers of those that run here and give our vectors; says which do not, and why."""
+        found = {}
+        for name in names:
+            try:
+                found[name] = self.driver(name)
+                self._check(name)
+            except NotAvailableError as error:
+                found.pop(name, None)
+                print(f"  {name}: not available: {error}", flush=True)
+        return found
+
+    def another(self, name: str) -> Driver:
+        """One more driver of a server, to be used beside the first."""
+        return self._drive(name)
+
+    def visitors(self, name: str, seconds: float) -> subprocess.Popen[str]:
+        """The crowd of drivers/visitors.py, at all protocols of a server."""
+        addresses = self.started(name).addresses.values()
+        command = [sys.executable, DRIVERS / "visitors.py", seconds, workload.photos(), *addresses]
+        crowd = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+        self._stack.callback(crowd.kill)
+        return crowd
+
+    def _check(self, name: str) -> None:
+        if name in self._checked or name not in LEAST_COSINE:
+            return
+        least = {
+            kind: _least_cosine(self.driver(OURS), self.driver(name), kind, count)
+            for kind, count in COMPARED.items()
+        }
+        shown = ", ".join(f"{kind} {cosine:.5f}" for kind, cosine in least.items())
+        if min(least.values()) < LEAST_COSINE[name]:
+            raise NotAvailableError(f"its vectors are not ours: least cosine {shown}")
+        print(f"  {name}: least cosine to {OURS}: {shown}", flush=True)
+        self._checked.add(name)
+
+    def _drive(self, name: str, protocol: str = "grpc") -> Driver:
+        interpreter, script, target = Path(sys.executable), "clip_server_driver.py", ""
+        if name == RAW:
+            script, target = "raw_driver.py", str(workload.checkpoint())
+        else:
+            target = self.started(name).addresses[protocol]
+        if name == INFINITY:
+            interpreter, script = environments.python("infinity"), "infinity_driver.py"
+        elif name == CLIP_AS_SERVICE:
+            interpreter = environments.python("clip_as_service")
+            script = "clip_as_service_driver.py"
+        driver = Driver(name, [interpreter, DRIVERS / script, target, workload.photos()])
+        self._stack.callback(driver.close)
+        return driver
+
+    def _start(self, name: str) -> Started:
+        print(f"  starting {name}", flush=True)
+        start = {INFINITY: self._infinity, CLIP_AS_SERVICE: self._clip_as_service}
+        started = start[name]() if name in start else self._clip_server(name)
+        self._stack.callback(started.server.close)
+        return started
+
+    def _clip_server(self, name: str) -> Started:
+        ports = dict(zip(SCHEMES, self._ports, strict=False))
+        listen = {"protocol": list(ports), "port": list(ports.values()), "host": HOST}
+        flow = _write_flow(name, listen, **_encoder(name))
+        command = [sys.executable, "-m", "clip_server", flow]
+        addresses = {each: f"{SCHEMES[each]}://{HOST}:{port}" for each, port in ports.items()}
+        return Started(Server(name, command, "clip_server: ready", {}), addresses)
+
+    def _infinity(self) -> Started:
+        python, port = environments.python("infinity"), str(next(self._ports))
+        model = _converted("infinity", "infinity_model.py", VOCABULARY)
+        command = [python.with_name("infinity_emb"), "v2"]
+        command += ["--model-id", model, "--served-model-name", "clip", "--batch-size", "32"]
+        # Its better transformer is not for CLIP, and its warm-up is left to ours.
+        command += ["--device", "cpu", "--no-bettertransformer", "--no-model-warmup"]
+        command += ["--host", HOST, "--port", port]
+        quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_HOME": str(CACHE)}
+        server = Server(INFINITY, command, "Uvicorn running", quiet)
+        return Started(server, {"grpc": f"http://{HOST}:{port}"})
+
+    def _clip_as_service(self) -> Started:
+        python, port = environments.python("clip_as_service"), next(self._ports)
+        model = _converted("clip_as_service", "clip_as_service_model.py")
+        parameters = {"name": MODEL, "model_path": str(model), "device": "cpu"}
+        listen = {"protocol": "grpc", "port": port, "host": HOST}
+        module = "clip_server.executors.clip_onnx"
+        flow = _write_flow(CLIP_AS_SERVICE, listen, "CLIPEncoder", module, parameters)
+        quiet = {"NO_VERSION_CHECK": "1", "JINA_OPTOUT_TELEMETRY": "1"}
+        command = [python, "-m", "clip_server", flow]
+        server = Server(CLIP_AS_SERVICE, command, "Flow is ready to serve", quiet)
+        return Started(server, {"grpc": f"grpc://{HOST}:{port}"})
+
+
+def _encoder(name: str) -> dict[str, Any]:
+    """Of a flow: the executor of one of our own servers."""
+    if name == NULL:
+        module = str(HERE / "null_executor.py")
+        return {"encoder": "NullEncoder", "module": module, "parameters": {"name": MODEL}}
+    parameters = {"name": MODEL, "model_path": str(workload.checkpoint())}
+    if name == INT8:
+        parameters["dtype"] = "int8"
+    elif name == EMBEDDED:
+        parameters = {"name": "embedded"}
+    module = "clip_server.executors.clip_onnx"
+    return {"encoder": "CLIPEncoder", "module": module, "parameters": parameters}
+
+
+def _write_flow(
+    name: str, listen: dict[str, Any], encoder: str, module: str, parameters: dict[str, Any]
+) -> Path:
+    uses = {"jtype": encoder, "with": parameters, "metas": {"py_modules": [module]}}
+    executor = {"name": "clip", "host": HOST, "timeout_ready": -1, "uses": uses}
+    flow = {"jtype": "Flow", "version": "1", "with": listen, "executors": [executor]}
+    file = CACHE / f"{name}.yml"
+    # Jina reads `jtype` only where it stands first.
+    file.write_text(yaml.safe_dump(flow, sort_keys=False))
+    return file
+
+
+def _converted(peer: str, script: str, *arguments: Path) -> Path:
+    """The checkpoint in a peer's own form, made once."""
+    folder = CACHE / "models" / peer
+    done = folder / "done"
+    if not done.is_file():
+        command = [environments.python(peer), DRIVERS / script, workload.checkpoint()]
+        with (LOGS / f"{peer} model.log").open("wb") as log:
+            subprocess.run([*command, *arguments, folder], check=True, stdout=log, stderr=log)
+        done.touch()
+    return folder
+
+
+def _least_cosine(one: Driver, other: Driver, kind: str, count: int) -> float:
+    ours, theirs = (_unit(each("vectors", kind=kind, count=count)) for each in (one, other))
+    return float((ours * theirs).sum(axis=1).min())
+
+
+def _unit(answer: dict[str, Any]) -> NDArray[np.float64]:
+    vectors = np.array(answer["vectors"])
+    unit: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit

@@ -1,0 +1,115 @@
+"""Servers, and the clients that drive them, as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.workload import CACHE
+
+LOGS = CACHE / "logs"
+START_SECONDS = 300
+END_SECONDS = 20
+
+
+class NotAvailableError(Exception):
+    """Something that cannot be measured here, and why."""
+
+
+class Driver:
+    """A script of drivers/ that serves commands, see drivers/driver.py."""
+
+    def __init__(self, name: str, command: Sequence[str | Path]) -> None:
+        self._log = LOGS / f"{name} client.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(each) for each in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def __call__(self, op: str, **arguments: Any) -> Any:
+        """Carries out an operation: its answer."""
+        self.send(op, **arguments)
+        return self.answer()
+
+    def send(self, op: str, **arguments: Any) -> None:
+        """Begins an operation; `answer` waits for its end."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The answer to what was sent."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a client ended, see {self._log}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class Server:
+    """A server, with the processes it starts in a group of their own.
+
+    ready: what it prints once it can be used. The constructor waits for that.
+
+    Raises:
+        NotAvailableError: it ended instead, or took longer than START_SECONDS.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str | Path], ready: str, environment: Mapping[str, str]
+    ) -> None:
+        self._log = LOGS / f"{name}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(each) for each in command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=CACHE,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        try:
+            self._wait_for(ready)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_for(self, ready: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while ready not in (said := self._log.read_text("utf-8", errors="replace")):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                last = " / ".join(said.strip().splitlines()[-2:])
+                raise NotAvailableError(f"it did not start: {last}")
+            time.sleep(0.1)
+
+    def memory(self) -> int:
+        """Resident bytes of all its processes together."""
+        parent = psutil.Process(self._process.pid)
+        return sum(each.memory_info().rss for each in [parent, *parent.children(recursive=True)])
+
+    def close(self) -> None:
+        """Asks it to end, and kills what is left of its group after END_SECONDS."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

@@ -1,0 +1,94 @@
+"""What the servers are given: a model with seeded random weights, photos, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
+
+from clip_server.models import graph, weights, zoo
+
+CACHE = Path(".cache/bench").resolve()
+MODEL = "ViT-B-32::openai"
+# More than are ever under way at once, so that no server can share the work on two.
+PHOTOS = 96
+PHOTO_SIZE = (1600, 1200)
+PHOTO_QUALITY = 90
+# Photographs that come with scikit-image.
+_SOURCES = ("astronaut", "coffee", "chelsea", "rocket")
+
+
+def checkpoint() -> Path:
+    """The folder of an open_clip checkpoint of MODEL's architecture, made once."""
+    folder = CACHE / "models" / "open_clip"
+    if not (folder / weights.CHECKPOINT).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        config = zoo.resolve(MODEL).config
+        described = {"model_cfg": config, "preprocess_cfg": {}}
+        (folder / weights.CONFIG).write_text(json.dumps(described))
+        shapes = graph.tensor_shapes(config)
+        save_file(_random_tensors(shapes), folder / weights.CHECKPOINT)
+    return folder
+
+
+def _random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
+    """Weights of the size that training starts from: speed does not depend on their values."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: rng.normal(1.0 if _is_gain(name) else 0.0, 0.02, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    tensors["logit_scale"] = np.array(np.log(100), np.float32)
+    return tensors
+
+
+def _is_gain(name: str) -> bool:
+    """Whether a tensor is the gain of a layer norm."""
+    return ".ln_" in f".{name}" and name.endswith("weight")
+
+
+def photos() -> Path:
+    """A folder of PHOTOS distinct JPEG photographs, made once."""
+    folder = CACHE / "photos"
+    if len(list(folder.glob("*.jpg"))) < PHOTOS:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, picture in zip(range(PHOTOS), pictures(PHOTO_SIZE), strict=False):
+            picture.save(folder / f"{number:02}.jpg", quality=PHOTO_QUALITY)
+    return folder
+
+
+def pictures(size: tuple[int, int], seed: int = 0) -> Iterator[Image.Image]:
+    """Distinct pictures without end: parts of photographs, mirrored, recoloured, and with the
+    grain of a camera's sensor, which enlarging took away."""
+    from skimage import data
+
+    rng = np.random.default_rng(seed)
+    sources = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in _SOURCES]
+    while True:
+        for source in sources:
+            part = source.resize(size, Image.Resampling.BICUBIC, _random_part(source.size, rng))
+            pixels = np.asarray(part, np.float32)[:, :: rng.choice([-1, 1])]
+            gains = rng.uniform(0.8, 1.2, 3)
+            grain = rng.normal(0, rng.uniform(2, 6), pixels.shape)
+            yield Image.fromarray((pixels * gains + grain).clip(0, 255).astype(np.uint8))
+
+
+def _random_part(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, ...]:
+    """A box of half to nine tenths of a picture's sides."""
+    share = rng.uniform(0.5, 0.9)
+    wide, high = size[0] * share, size[1] * share
+    left, top = rng.uniform(0, size[0] - wide), rng.uniform(0, size[1] - high)
+    return left, top, left + wide, top + high
+
+
+def jpeg(picture: Image.Image, quality: int, subsampling: str) -> bytes:
+    """A picture as a JPEG file; subsampling as Pillow names it, e.g. `4:2:0`."""
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return buffer.getvalue()
