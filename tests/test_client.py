@@ -709,12 +709,12 @@ def test_what_is_imported(server: FakeServer) -> None:
         """
 import sys
 from clip_client import Client
-late = {"grpc", "httpx", "websockets", "rich", "PIL"} & set(sys.modules)
+late = {"grpc", "aiohttp", "websockets", "rich", "PIL"} & set(sys.modules)
 assert not late, late
 Client(sys.argv[1]).encode(["a", b"JPEG"])
 wrong = {"jina", "docarray", "pydantic", "torch", "PIL", "clip_server"} & set(sys.modules)
 assert not wrong, wrong
-others = {"grpc", "httpx", "websockets"} & set(sys.modules)
+others = {"grpc", "aiohttp", "websockets"} & set(sys.modules)
 assert len(others) == 1, others
 """,
         server.address,
