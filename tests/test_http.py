@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,27 @@ def test_a_body_over_the_limit(http: Http) -> None:
     except requests.ConnectionError:
         pass  # the server hung up while the rest was under way, as it may
     assert http.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET /livez HTTP/1.1\r\nx: ",
+        b"GET /",
+        b"POST /encode HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ",
+    ],
+)
+def test_headers_without_end(onnx_server: Server, beginning: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", onnx_server.ports[1]), 10) as connection:
+        answer = b""
+        try:
+            connection.sendall(beginning)
+            for _ in range(1000):
+                connection.sendall(b"x" * 1000)
+            answer = connection.recv(1000)
+        except ConnectionError:
+            return  # the server hung up while the rest was under way, as it may
+    assert answer.startswith(b"HTTP/1.1 400 ")
 
 
 def test_other_pages(http: Http) -> None:

@@ -53,6 +53,7 @@ class HttpListener(Listener):
             http=_Protocol,
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             server_header=False,
