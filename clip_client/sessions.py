@@ -29,7 +29,7 @@ class _Connector(aiohttp.TCPConnector):
     def closed(self) -> bool:
         return self._closed or self._pid != os.getpid()
 
-    def __del__(self) -> None:
+    def __del__(self, *_: object) -> None:
         """Without aiohttp's own, which closes: sessions here are closed by their owners."""
 
 

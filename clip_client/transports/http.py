@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+from contextlib import AbstractAsyncContextManager
 
 import aiohttp
 from google.protobuf.message import DecodeError
@@ -57,7 +58,9 @@ class HttpTransport:
     async def close(self) -> None:
         await self._http.close()
 
-    def _ask(self, kind: str, request: clip_pb2.Request) -> aiohttp.client._RequestContextManager:
+    def _ask(
+        self, kind: str, request: clip_pb2.Request
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         url = f"{self._address}/{kind}"
         if kind == "info":
             return self._http.get(url, proxy=self._proxy, allow_redirects=False)
