@@ -20,6 +20,7 @@ import re
 import stat
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,11 +30,12 @@ from urllib.request import url2pathname
 
 import numpy as np
 
+from clip_client import background
 from clip_client.errors import InvalidInputError
 from clip_client.proto.clip_pb2 import Item
 
 if TYPE_CHECKING:
-    import httpx
+    import aiohttp
 
 # A file or download above this is no picture that anyone wants encoded.
 MAX_BYTES = 64 * 2**20
@@ -233,32 +235,52 @@ def _read_file(path: Path) -> Item:
 
 
 def _fetch(url: str) -> Item:
-    import httpx
+    import aiohttp
 
     try:
-        return _bounded(url, _download(_http(os.getpid()), url))
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return _bounded(url, background.submit(_download(url)).result())
+    except InvalidInputError:
+        raise
+    except (aiohttp.ClientError, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise InvalidInputError(f"{url} cannot be fetched: {reason} ({_AS_TEXT})") from None
 
 
 @lru_cache(maxsize=1)
-def _http(_pid: int) -> httpx.Client:
-    """What fetches; another one in a forked child, which must not share the sockets."""
-    import httpx
+def _http(pid: int) -> aiohttp.ClientSession:
+    """What fetches, on the shared event loop; another one in a forked child."""
+    import aiohttp
 
-    return httpx.Client(follow_redirects=True, timeout=10.0)
+    from clip_client.sessions import open_session
+
+    timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=10)
+    session = open_session(timeout)
+    # At the interpreter's end.
+    weakref.finalize(_http, _close, session, pid)
+    return session
 
 
-def _download(http: httpx.Client, url: str) -> bytes:
+def _close(session: aiohttp.ClientSession, pid: int) -> None:
+    if pid == os.getpid():
+        background.submit(session.close())
+
+
+async def _download(url: str) -> bytes:
+    from yarl import URL
+
+    from clip_client.sessions import environment_proxy
+
     deadline = time.monotonic() + FETCH_SECONDS
     content = bytearray()
-    with http.stream("GET", url) as reply:
-        if not reply.is_success:
-            raise InvalidInputError(f"{url} answered with status {reply.status_code}")
-        if reply.headers.get("content-type", "").startswith("text/"):
+    # As it is written, since it may be signed, where it is written as URLs are.
+    location = URL(url, encoded=url.isascii())
+    proxy = environment_proxy(url)
+    async with _http(os.getpid()).get(location, proxy=proxy, max_redirects=20) as reply:
+        if not 200 <= reply.status < 300:
+            raise InvalidInputError(f"{url} answered with status {reply.status}")
+        if reply.content_type.startswith("text/"):
             raise InvalidInputError(f"{url} is a page, not a picture ({_AS_TEXT})")
-        for chunk in reply.iter_bytes():
+        async for chunk in reply.content.iter_any():
             content += chunk
             if len(content) > MAX_BYTES:
                 break

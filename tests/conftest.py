@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,17 @@ class Server:
                 for each in family:
                     if each.is_running():
                         each.kill()
+
+
+class Http(requests.Session):
+    """Requests to one server: `http.get("/info")`."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__()
+        self._server = server
+
+    def request(self, method: Any, url: Any, *args: Any, **kwargs: Any) -> requests.Response:
+        return super().request(method, f"{self._server}{url}", *args, timeout=60, **kwargs)
 
 
 Start = Callable[..., Server]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import httpx
 import numpy as np
 import pytest
+import requests
 from conftest import SAMPLES, Server, Start, flow
 
 from clip_client import Client
@@ -98,7 +98,7 @@ def test_too_many_items_in_a_message(onnx_server: Server) -> None:
 
 def test_the_server_opens_no_addresses(onnx_server: Server) -> None:
     uris = ["file:///etc/hostname", "/etc/hostname", "http://127.0.0.1/x.png", "ftp://x/y"]
-    answer = httpx.post(
+    answer = requests.post(
         f"{onnx_server.http}/encode", json={"data": [{"uri": uri} for uri in uris]}
     ).json()
     for each in answer["data"]:

@@ -248,9 +248,6 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-    if content._http.cache_info().currsize:
-        content._http(os.getpid()).close()
-        content._http.cache_clear()
 
 
 def test_urls(site: str) -> None:

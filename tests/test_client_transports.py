@@ -22,6 +22,7 @@ from clip_client import (
     Client,
     ConnectionFailedError,
     DeadlineExceededError,
+    InvalidInputError,
     OverloadedError,
     ServerError,
 )
@@ -99,6 +100,31 @@ def test_a_path_before_the_routes() -> None:
         Client(f"{address}/clip/") as client,
         pytest.raises(ServerError, match="/clip/encode answered with status 404"),
     ):
+        client.encode(["a"])
+
+
+def test_a_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with http(502, "text/plain", b"the proxy") as proxy:
+        monkeypatch.setenv("all_proxy", proxy)
+        with Client("http://clip.invalid") as client, pytest.raises(ServerError, match="the proxy"):
+            client.encode(["a"])
+        monkeypatch.setenv("no_proxy", ".invalid")
+        with Client("http://clip.invalid") as client, pytest.raises(ConnectionFailedError):
+            client.encode(["a"])
+        monkeypatch.delenv("no_proxy")
+        # It takes no CONNECT. Its password is for no one's log.
+        monkeypatch.setenv("https_proxy", proxy.replace("//", "//me:secret@"))
+        with (
+            Client("https://clip.invalid") as client,
+            pytest.raises(ConnectionFailedError, match="broke: 501") as caught,
+        ):
+            client.encode(["a"])
+        assert "secret" not in str(caught.value)
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
+    with Client("http://clip.invalid") as client, pytest.raises(InvalidInputError, match="socks5"):
         client.encode(["a"])
 
 

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-import httpx
 import numpy as np
 import pytest
-from conftest import Server, Start, flow
+import requests
+from conftest import Http, Server, Start, flow
 from websockets.sync.client import connect
 
 from clip_client import Client
@@ -41,7 +41,7 @@ def texts(count: int) -> list[str]:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    answer = httpx.get(f"{server.http}/metrics")
+    answer = requests.get(f"{server.http}/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = re.findall(r'^clip_(\w+)\{replica="[\d.:]+"\} (\S+)$', answer.text, re.MULTILINE)
     return {name.removesuffix("_total"): float(value) for name, value in found}
@@ -64,7 +64,7 @@ def protobuf(count: int) -> bytes:
 
 
 def test_a_full_server_refuses_and_says_when_to_try_again(slow: Server) -> None:
-    with ThreadPoolExecutor() as pool, httpx.Client(base_url=slow.http, timeout=60) as http:
+    with ThreadPoolExecutor() as pool, Http(slow.http) as http:
         first = pool.submit(
             http.post, "/encode", json={"data": [{"text": text} for text in texts(FULL - 20)]}
         )
@@ -202,7 +202,7 @@ def test_a_gateway_that_holds_too_many_bytes_refuses(start: Start) -> None:
     spec["with"]["max_queued_bytes"] = 100_000
     spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
     server = start(spec)
-    with ThreadPoolExecutor() as pool, httpx.Client(base_url=server.http, timeout=60) as http:
+    with ThreadPoolExecutor() as pool, Http(server.http) as http:
         large = {"data": [{"text": text + " word" * 300} for text in texts(100)]}
         # An idle server takes it.
         first = pool.submit(http.post, "/encode", json=large)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
-import ssl
+import os
+from contextlib import AbstractAsyncContextManager
 
-import httpx
+import aiohttp
 from google.protobuf.message import DecodeError
 
 from clip_client.address import Address
 from clip_client.errors import ConnectionFailedError, server_error
 from clip_client.proto import clip_pb2
+from clip_client.sessions import environment_proxy, open_session
 from clip_client.transports.base import CONNECT_SECONDS, ConnectionLostError, status_error
 
 _PROTOBUF = "application/x-protobuf"
-# Requests, and so connections, at once: httpx's pool gets slow with the number of them.
+# Requests, and so connections, at once.
 _AT_ONCE = 32
 
 
@@ -29,67 +32,68 @@ class HttpTransport:
 
     def __init__(self, address: Address, headers: dict[str, str]) -> None:
         self._address = address
-        self._http = httpx.AsyncClient(
-            base_url=str(address),
-            headers={**headers, "accept": _PROTOBUF},
-            verify=ssl.create_default_context() if address.secure else False,
+        self._proxy = environment_proxy(str(address))
+        self._http = open_session(
             # The whole exchange has its own deadline, above the transports.
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None),
+            aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS),
+            {**headers, "accept": _PROTOBUF, "content-type": _PROTOBUF},
         )
         self._free = asyncio.Semaphore(_AT_ONCE)
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
-        if self._http.is_closed:
-            raise ConnectionFailedError("the client was closed")
         kind = request.WhichOneof("body")
         assert kind is not None
         try:
             async with self._free:
-                reply = await self._http.send(self._build(kind, request))
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._address.unreachable(_root(error)) from None
-        except httpx.TransportError as error:
-            reason = f"the connection broke: {error or type(error).__name__}"
+                if self._http.closed:
+                    raise ConnectionFailedError("the client was closed")
+                async with self._ask(kind, request) as reply:
+                    return self._read(kind, reply, await reply.read())
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise self._address.unreachable(error.__cause__ or error) from None
+        except aiohttp.ClientError as error:
+            reason = f"the connection broke: {_reason(error)}"
             raise ConnectionLostError(str(self._address.unreachable(reason))) from None
-        return self._read(kind, reply)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
-    def _build(self, kind: str, request: clip_pb2.Request) -> httpx.Request:
+    def _ask(
+        self, kind: str, request: clip_pb2.Request
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        url = f"{self._address}/{kind}"
         if kind == "info":
-            return self._http.build_request("GET", "/info")
-        content = getattr(request, kind).SerializeToString()
-        headers = {"content-type": _PROTOBUF}
-        return self._http.build_request("POST", f"/{kind}", content=content, headers=headers)
+            return self._http.get(url, proxy=self._proxy, allow_redirects=False)
+        # Not the bytes themselves: aiohttp warns of large ones.
+        content = io.BytesIO(getattr(request, kind).SerializeToString())
+        return self._http.post(url, data=content, proxy=self._proxy, allow_redirects=False)
 
-    def _read(self, kind: str, reply: httpx.Response) -> clip_pb2.Response:
+    def _read(self, kind: str, reply: aiohttp.ClientResponse, content: bytes) -> clip_pb2.Response:
+        succeeded = 200 <= reply.status < 300
         response = clip_pb2.Response()
         try:
-            if self._is_protobuf(reply):
-                body = getattr(response, kind if reply.is_success else "error")
+            if reply.content_type == _PROTOBUF:
+                body = getattr(response, kind if succeeded else "error")
                 body.SetInParent()
-                body.MergeFromString(reply.content)
+                body.MergeFromString(content)
                 return response
         except DecodeError:
             pass
-        if reply.is_success:
+        if succeeded:
             raise server_error("UNKNOWN", f"{reply.url} answered, but not with a clip.v1 message")
         try:
-            error = json.loads(reply.content)["error"]
+            error = json.loads(content)["error"]
             raise server_error(str(error["code"]), str(error["message"]))
         except (ValueError, KeyError, TypeError):
-            raise status_error(str(reply.url), reply.status_code, reply.content) from None
-
-    @staticmethod
-    def _is_protobuf(reply: httpx.Response) -> bool:
-        content_type: str = reply.headers.get("content-type", "")
-        return content_type.partition(";")[0].strip() == _PROTOBUF
+            raise status_error(str(reply.url), reply.status, content) from None
 
 
-def _root(error: BaseException) -> BaseException:
-    """What httpx's "All connection attempts failed" was made of."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return error
+def _reason(error: aiohttp.ClientError) -> str:
+    """What to say of an error: aiohttp's own words hold the proxy's password, or half an answer."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{error.status} {' '.join(error.message.split())}"
+    if isinstance(error, aiohttp.ClientOSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)):
+        return "the server disconnected without an answer"
+    return str(error) or type(error).__name__

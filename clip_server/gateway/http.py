@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
@@ -36,6 +37,8 @@ _STATUS = {
 }
 # The status of a body over the limit, for which trying again later does not help.
 _TOO_LARGE = 413
+# Of a request's line and headers.
+_MOST_HEAD_BYTES = 64 << 10
 
 
 class HttpListener(Listener):
@@ -47,8 +50,10 @@ class HttpListener(Listener):
             self._app(),
             self.host,
             self.port,
+            http=_Protocol,
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             server_header=False,
@@ -236,6 +241,27 @@ class HttpListener(Listener):
             for error in answer.errors
         ]
         return {**_echo(doc, drop_content=False), "matches": ranked + failed}
+
+
+class _Protocol(HttpToolsProtocol):
+    """Refuses headers without end, which httptools itself would gather for ever."""
+
+    # What came since the last part of a body, or the end of a request.
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
 
 
 class BodyTooLargeError(RequestError):
