@@ -18,7 +18,7 @@ from typing import Any
 
 from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
-from clip_server.process import stay_silent
+from clip_server.process import share_heaps, stay_silent
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 ended as told, 1 could not start, 2 misused."""
     options = _parser().parse_args(arguments)
     stay_silent()
+    share_heaps()
     started = time.perf_counter()
     try:
         spec = flows.load(sys.stdin.read() if options.stdin else flows.read(options.flow))

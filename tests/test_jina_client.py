@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from conftest import SAMPLES, Server
@@ -107,8 +110,36 @@ def test_more_than_one_request(post: Any) -> None:
     assert all(doc.embedding is not None for doc in docs)
 
 
+def test_answers_that_come_before_the_end_of_the_requests(onnx_server: Server) -> None:
+    """As under load: the client says that it has no more only after all answers are there."""
+    from docarray import DocList
+    from jina.clients.request import request_generator
+    from jina.proto import jina_pb2_grpc
+
+    from clip_server.executors.documents import ClipDoc
+
+    made = [
+        next(request_generator("/encode", DocList[ClipDoc]([ClipDoc(text=f"number {i}")])))
+        for i in range(3)
+    ]
+    answered = threading.Semaphore(0)
+
+    def requests() -> Iterator[Any]:
+        for request in made:
+            yield request
+            assert answered.acquire(timeout=30)
+
+    with grpc.insecure_channel(f"127.0.0.1:{onnx_server.ports[0]}") as channel:
+        call = jina_pb2_grpc.JinaRPCStub(channel).Call
+        metadata = [("__results_in_order__", "true")]
+        answers = []
+        for answer in call(requests(), metadata=metadata, timeout=60):
+            answers.append(answer)
+            answered.release()
+    assert [answer.docs[0].text for answer in answers] == [f"number {i}" for i in range(3)]
+
+
 def test_grpc_health_and_reflection(onnx_server: Server) -> None:
-    import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,7 +26,7 @@ class GrpcListener(Listener):
         self._server = grpc.aio.server(options=list(self._options().items()))
         self._streams = Streams(self.call, IN_FLIGHT)
         self._server.add_generic_rpc_handlers((clip_handlers(self.call, self._streams),))
-        _add_jina(self._server, JinaDoor(self.jina))
+        _add_jina(self._server, JinaDoor(self.jina, self.args.prefetch))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -63,13 +64,39 @@ class GrpcListener(Listener):
 class JinaDoor:
     """What a Jina client needs of a gateway, with nothing of the server in its errors."""
 
-    def __init__(self, handler: GatewayRequestHandler) -> None:
-        self._handler = handler
+    def __init__(self, handler: GatewayRequestHandler, prefetch: int) -> None:
+        """prefetch: requests of one stream that may be under way."""
+        self._handler, self._prefetch = handler, prefetch
 
-    async def Call(self, requests: Any, context: Any) -> AsyncIterator[Any]:
-        """Jina's streaming call."""
-        async for response in self._handler.stream(requests, context):
-            yield _scrub(response)
+    async def Call(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """Jina's streaming call. The answers come in the order of the requests.
+
+        Not by Jina's own streamer: asked for that order, it waits forever if the last answer is
+        there before it hears that there are no more requests.
+        """
+        under_way: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue()
+        free = asyncio.Semaphore(self._prefetch)
+
+        async def begin() -> None:
+            try:
+                async for request in requests:
+                    await free.acquire()
+                    answer = self.process_single_data(request, context)
+                    under_way.put_nowait(asyncio.create_task(answer))
+            finally:
+                under_way.put_nowait(None)
+
+        beginning = asyncio.create_task(begin())
+        try:
+            while (task := await under_way.get()) is not None:
+                yield await task
+                free.release()
+            await beginning
+        finally:
+            beginning.cancel()
+            while not under_way.empty():
+                if (task := under_way.get_nowait()) is not None:
+                    task.cancel()
 
     async def process_single_data(self, request: Any, context: Any) -> Any:
         """Jina's unary call."""
