@@ -12,6 +12,9 @@ Interpolation = Literal["bicubic", "bilinear"]
 #   masked  padding is masked out in attention;
 #   fixed   the tower needs every position, never trim.
 Trim = Literal["causal", "masked", "fixed"]
+# What is done to a text before its tokens are looked up, in open_clip's words: `lower` and
+# `whitespace` mend it and make every gap one space; `canonicalize` removes punctuation too.
+Clean = Literal["lower", "whitespace", "canonicalize"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,20 @@ class ImageSpec:
 class TextSpec:
     """How a text becomes tokens.
 
-    vocab_size: entries of the CLIP byte-pair vocabulary that the model knows; a smaller one
-        than CLIP's 49,408 keeps the first merges.
+    tokenizer: None for CLIP's own byte-pair vocabulary; else where a Hugging Face
+        `tokenizer.json` is, a repository of the hub or a folder.
+    vocab_size: entries of the vocabulary that the model knows; with CLIP's own, fewer than its
+        49,408 keep the first merges.
+    strip_separator: a Hugging Face tokenizer's separator becomes id 0, as CLIPA was trained.
     """
 
-    tokenizer: Literal["clip"] = "clip"
+    tokenizer: str | None = None
     context_length: int = 77
     vocab_size: int = 49408
     pad_id: int = 0
     trim: Trim = "causal"
+    clean: Clean = "lower"
+    strip_separator: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,9 @@ class ModelCard:
     logit_scale: the factor on cosines before a softmax, exp() already taken.
     config: the architecture in open_clip's own JSON form (`embed_dim`, `vision_cfg`,
         `text_cfg`, `quick_gelu`), from which graphs and torch modules are built.
-    hub: the hub repository whose `open_clip_model.safetensors` holds the weights, if any.
-    licence: of the weights, for people to read.
+    hub: the hub repository that holds the weights, if any.
+    hub_file: their file there, where it is not one of open_clip's usual names.
+    licence: of the weights, for people to read; empty where it is not known.
     """
 
     name: str
@@ -66,4 +75,5 @@ class ModelCard:
     logit_scale: float
     config: dict[str, Any]
     hub: str | None = None
+    hub_file: str | None = None
     licence: str = ""

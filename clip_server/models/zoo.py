@@ -1,4 +1,5 @@
-"""The models by name. Cards are data (`data/zoo.json`); this module only reads them."""
+"""The models by name. Cards are data (`data/zoo.json`, written by `tools/cards.py` from
+open_clip's own tables); this module only reads them."""
 
 from __future__ import annotations
 
@@ -11,11 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.models import weights
-from clip_server.models.card import ImageSpec, ModelCard, TextSpec
+from clip_server.models import shapes, tokenizer, weights
+from clip_server.models.card import ImageSpec, ModelCard, TextSpec, Trim
 
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
+
+# Ends the name of an architecture whose activation is QuickGELU.
+_QUICK_GELU = "-quickgelu"
+# What CLIP's temperature was held at, and most models arrive at; a checkpoint has its own.
+_LOGIT_SCALE = 100.0
+# The text towers of Hugging Face's that T5 is one of fill up with 0, the others with 1.
+_PADS_WITH_ZERO = ("google/mt5",)
+# Models of clip-as-service whose towers open_clip has not.
+_NOT_YET = ("M-CLIP/", "CN-CLIP/")
 
 
 def names() -> list[str]:
@@ -24,42 +34,38 @@ def names() -> list[str]:
 
 
 def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
-    """The card of a model, by canonical name or alias.
+    """The card of a model.
 
-    model_path: where a person keeps a checkpoint. With an `open_clip_config.json` beside it,
-        that gives the card and `name` is free; else the card is that of `name`.
+    name: a canonical name or an alias; or a person's own checkpoint, as its path or as
+        `architecture::path`.
+    model_path: the path of a person's own checkpoint, where `name` is not one. With an
+        `open_clip_config.json` beside it, that gives the card and `name` is free; else the card
+        is that of `name`, which may be an architecture alone.
 
     Raises:
         UnknownModelError: no model has this name; the nearest ones are listed.
         WeightsError: a checkpoint that the card is read from is missing or damaged.
         ConfigurationError: an `open_clip_config.json` describes a model we do not know.
     """
-    if model_path is not None and (card := _own_card(name, Path(model_path))):
-        return card
-    canonical = _canonical(name)
-    if canonical == EMBEDDED:
-        return _embedded_card()
-    zoo = _zoo()
-    entry = zoo["checkpoints"][canonical]
-    return card_from_config(
-        canonical,
-        zoo["architectures"][canonical.partition("::")[0]] | {"quick_gelu": entry["quick_gelu"]},
-        entry.get("preprocess", {}),
-        logit_scale=entry["logit_scale"],
-        hub=entry["hub"],
-        licence=entry["licence"],
-    )
+    name, path = _located(name, model_path)
+    if path is None:
+        return _card(_canonical(name))
+    return _described_card(name, path) or _card_for_checkpoint(name, path)
 
 
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
-    """The safetensors file with a model's weights, downloaded if it has to be.
+    """The file with a model's weights. It and its tokenizer's are downloaded if they have to be.
 
     Raises:
         UnknownModelError, WeightsError: as `resolve` and `weights.find`.
     """
-    if model_path is None and _canonical(name) == EMBEDDED:
-        model_path = EMBEDDED_PATH
-    return weights.find(resolve(name, model_path), model_path)
+    card = resolve(name, model_path)
+    _, path = _located(name, model_path)
+    if path is None and card.name == EMBEDDED:
+        path = EMBEDDED_PATH
+    file = weights.find(card, path)
+    tokenizer.fetch(card.text)
+    return file
 
 
 def card_from_config(
@@ -67,14 +73,17 @@ def card_from_config(
     config: Mapping[str, Any],
     preprocess: Mapping[str, Any],
     *,
-    logit_scale: float,
+    logit_scale: float = _LOGIT_SCALE,
     hub: str | None = None,
+    hub_file: str | None = None,
     licence: str = "",
+    folder: Path | None = None,
 ) -> ModelCard:
     """A card from open_clip's JSON form.
 
     config: `embed_dim`, `vision_cfg`, `text_cfg`, and `quick_gelu` where it is true.
     preprocess: `mean`, `std`, `interpolation`, `resize_mode`; what is absent is as in CLIP.
+    folder: where the tokenizer is looked for before the hub.
 
     Raises:
         ConfigurationError: it lacks a part, or asks for preprocessing we do not do.
@@ -84,10 +93,11 @@ def card_from_config(
             name=name,
             dim=config["embed_dim"],
             image=_image_spec(config["vision_cfg"], preprocess),
-            text=_text_spec(config["text_cfg"]),
+            text=_text_spec(config["text_cfg"], folder),
             logit_scale=logit_scale,
             config=dict(config),
             hub=hub,
+            hub_file=hub_file,
             licence=licence,
         )
     except KeyError as error:
@@ -113,14 +123,37 @@ def _image_spec(vision: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
     )
 
 
-def _text_spec(text: Mapping[str, Any]) -> TextSpec:
+def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
     spec = TextSpec()
+    source, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs", {})
+    if source and folder is not None and (folder / tokenizer.FILE).is_file():
+        source = str(folder)
     return TextSpec(
+        tokenizer=source,
         context_length=text.get("context_length", spec.context_length),
         vocab_size=text.get("vocab_size", spec.vocab_size),
-        pad_id=text.get("pad_id", spec.pad_id),
-        trim="fixed" if text.get("no_causal_mask") else "causal",
+        pad_id=_pad_id(text),
+        trim=_trim(text),
+        clean=options.get("clean", "whitespace" if source else spec.clean),
+        strip_separator=options.get("strip_sep_token", False),
     )
+
+
+def _pad_id(text: Mapping[str, Any]) -> int:
+    if tower := text.get("hf_model_name"):
+        return 0 if tower.startswith(_PADS_WITH_ZERO) else 1
+    pad_id: int = text.get("pad_id", TextSpec.pad_id)
+    return pad_id
+
+
+def _trim(text: Mapping[str, Any]) -> Trim:
+    """What open_clip's text tower of this configuration allows."""
+    if "hf_model_name" in text:
+        return "masked"
+    # CoCa's class token stands after the padding, at a position of its own.
+    every_position = text.get("no_causal_mask") or text.get("embed_cls")
+    at_end_token = text.get("pool_type", "argmax") in ("argmax", "eos")
+    return "causal" if at_end_token and not every_position else "fixed"
 
 
 @cache
@@ -132,45 +165,140 @@ def _zoo() -> dict[str, Any]:
 
 @cache
 def _aliases() -> dict[str, str]:
-    checkpoints = _zoo()["checkpoints"]
-    aliases = {alias: name for name, entry in checkpoints.items() for alias in entry["aliases"]}
-    return aliases | {"embedded": EMBEDDED}
+    """OpenAI's names, architectures alone for OpenAI's weights, and open_clip's second name
+    of an architecture with QuickGELU."""
+    aliases = {"embedded": EMBEDDED, **_zoo()["aliases"]}
+    for name, entry in _zoo()["checkpoints"].items():
+        architecture, _, tag = name.partition("::")
+        if tag == "openai":
+            aliases[architecture] = name
+        if entry.get("quick_gelu"):
+            aliases[f"{architecture}{_QUICK_GELU}::{tag}"] = name
+    return aliases
 
 
 def _canonical(name: str) -> str:
-    if name in names():
-        return name
-    if name in _aliases():
-        return _aliases()[name]
-    known = {known.lower(): known for known in [*names(), *_aliases()]}
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(known[match] for match in near)}? " if near else ""
-    raise UnknownModelError(
-        f"no model is named {name!r}: {hint}The names are {', '.join(names())}; or give a "
-        "model_path to a folder with open_clip_config.json and open_clip_model.safetensors"
+    known = _known(name)
+    if known is None:
+        raise UnknownModelError(_unknown(name))
+    return known
+
+
+def _known(name: str) -> str | None:
+    """The canonical name; open_clip, too, takes `/` for `-`, and in tags `-` for `_`."""
+    architecture, separator, tag = name.partition("::")
+    same = architecture.replace("/", "-") + separator + tag.lower().replace("-", "_")
+    for spelling in (name, same):
+        if spelling in _aliases():
+            return _aliases()[spelling]
+        if spelling == EMBEDDED or spelling in _zoo()["checkpoints"]:
+            return spelling
+    return None
+
+
+def _unknown(name: str) -> str:
+    if name.startswith(_NOT_YET):
+        return f"{name} is not supported yet: its towers are not among open_clip's"
+    near = [known for known in names() if known.startswith(f"{name}::")][:3]
+    if not near:
+        known = {known.lower(): known for known in [*names(), *_aliases()]}
+        matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        near = [known[match] for match in matches]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"no model is named {name!r}: {hint}`python -m clip_server.models` lists the "
+        f"{len(names())} names; or give the path of a checkpoint, as architecture::path"
     )
 
 
 @cache
-def _embedded_card() -> ModelCard:
-    card = _own_card(EMBEDDED, EMBEDDED_PATH)
-    if card is None:
-        raise WeightsError(f"this installation lacks the embedded model ({EMBEDDED_PATH})")
-    return card
-
-
-def _own_card(name: str, path: Path) -> ModelCard | None:
-    """The card of a checkpoint that has its configuration beside it."""
-    folder, file = (path, path / weights.CHECKPOINT) if path.is_dir() else (path.parent, path)
-    if not (file.is_file() and (folder / weights.CONFIG).is_file()):
-        return None
-    try:
-        config = json.loads((folder / weights.CONFIG).read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{folder / weights.CONFIG} is not JSON: {error}") from error
+def _card(name: str) -> ModelCard:
+    """The card of a canonical name."""
+    if name == EMBEDDED:
+        card = _described_card(EMBEDDED, EMBEDDED_PATH)
+        if card is None:
+            raise WeightsError(f"this installation lacks the embedded model ({EMBEDDED_PATH})")
+        return card
+    entry = _zoo()["checkpoints"][name]
     return card_from_config(
         name,
+        _architecture(name.partition("::")[0], quick_gelu=entry.get("quick_gelu", False)),
+        entry.get("preprocess", {}),
+        hub=entry["hub"],
+        hub_file=entry.get("file"),
+        licence=entry.get("licence", ""),
+    )
+
+
+def _architecture(name: str, *, quick_gelu: bool = False) -> dict[str, Any]:
+    """open_clip's configuration of an architecture.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    known = _zoo()["architectures"]
+    config: dict[str, Any] = known[name.removesuffix(_QUICK_GELU)]
+    quick = quick_gelu or name.endswith(_QUICK_GELU) or config.get("quick_gelu", False)
+    return config | {"quick_gelu": quick}
+
+
+def _located(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
+    """A name, and the path of a person's own checkpoint, which may be part of the name."""
+    if model_path is not None:
+        return name, Path(model_path)
+    if _known(name) is not None:
+        return name, None
+    architecture, _, place = name.rpartition("::")
+    if place.endswith(weights.SUFFIXES) or ("/" in place and Path(place).exists()):
+        return architecture, Path(place)
+    return name, None
+
+
+def _card_for_checkpoint(name: str, path: Path) -> ModelCard:
+    """The card of a checkpoint that has no configuration beside it."""
+    if known := _known(name):
+        return _card(known)
+    try:
+        config = _architecture(name.replace("/", "-"))
+    except KeyError:
+        if name:
+            raise UnknownModelError(_unknown(name)) from None
+        name, config = _read_architecture(path)
+    return card_from_config(f"{name}::{path.stem}", config, {})
+
+
+def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture that the tensors of a checkpoint have the shapes of."""
+    file = weights.local(path)
+    dimensions = shapes.of_tensors(weights.read_shapes(file))
+    found = [
+        name
+        for name, config in _zoo()["architectures"].items()
+        if dimensions is not None and shapes.of_config(config) == dimensions
+    ]
+    if len(found) != 1:
+        which = f"it may be {' or '.join(found)}" if found else "no architecture has its tensors"
+        raise ConfigurationError(
+            f"{file} does not say of which architecture it is ({which}): "
+            f"give its name as architecture::{path}"
+        )
+    return found[0], _architecture(found[0])
+
+
+def _described_card(name: str, path: Path) -> ModelCard | None:
+    """The card of a checkpoint that has its configuration beside it."""
+    folder = path if path.is_dir() else path.parent
+    config_file = folder / weights.CONFIG
+    if not config_file.is_file() or (file := weights.in_folder(path)) is None:
+        return None
+    try:
+        config = json.loads(config_file.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{config_file} is not JSON: {error}") from error
+    return card_from_config(
+        name or path.stem,
         config.get("model_cfg", config),
         config.get("preprocess_cfg", {}),
         logit_scale=weights.read_logit_scale(file),
+        folder=folder,
     )

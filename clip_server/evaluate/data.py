@@ -1,0 +1,236 @@
+"""What is evaluated: pictures with captions, or pictures by class, read from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.errors import ClipServerError
+from clip_server.evaluate import scores
+
+TEMPLATES = (
+    "{}",
+    "a {}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a drawing of a {}.",
+    "a close-up of a {}.",
+)
+_LINE = 'a line is {"image": "a path", "caption": "a text"}, or a list of texts for the caption'
+
+
+class DataError(ClipServerError):
+    """What was to be evaluated cannot be read; the message says where, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures and their captions.
+
+    images: each picture once.
+    texts: the captions; image_of: for each the index of its picture.
+    left_out: why something could not be used, by where it stands.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    image_of: list[int] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def scores(
+        self, images: NDArray[np.float32], texts: NDArray[np.float32]
+    ) -> Mapping[str, float]:
+        """Retrieval over those pairs of which both embeddings [N, D] and [T, D] are there."""
+        image_of = np.array(self.image_of)
+        has_image, has_text = (~np.isnan(rows).any(axis=1) for rows in (images, texts))
+        usable = has_text & has_image[image_of]
+        if not usable.any():
+            raise DataError("no picture with a caption is left to evaluate")
+        kept, row_of = np.unique(image_of[usable], return_inverse=True)
+        return scores.retrieval(images[kept], texts[usable], row_of)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Pictures by class.
+
+    class_of: for each picture the index of its class.
+    texts: the prompts, all of the first class first, `templates` of them for each class.
+    left_out: as of Pairs.
+    """
+
+    images: list[Path]
+    class_of: list[int]
+    texts: list[str]
+    templates: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def scores(
+        self, images: NDArray[np.float32], texts: NDArray[np.float32]
+    ) -> Mapping[str, float]:
+        """Zero-shot classification of the pictures whose embedding [N, D] is there."""
+        if np.isnan(texts).any():
+            raise DataError("a prompt cannot be encoded, so its class cannot be named")
+        usable = ~np.isnan(images).any(axis=1)
+        if not usable.any():
+            raise DataError("no picture is left to evaluate")
+        prompts = texts.reshape(-1, self.templates, texts.shape[1])
+        return scores.zero_shot(
+            images[usable], scores.ensemble(prompts), np.array(self.class_of)[usable]
+        )
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Pictures and captions from a JSONL file, or from a folder.
+
+    A line of the file is `{"image": PATH, "caption": TEXT}`; the path is from the file's folder,
+    the caption may be a list, and a picture may stand on several lines. In a folder and those
+    below it, `cat.txt` holds the captions of `cat.png` (or whatever picture has its name), one
+    a line.
+
+    Raises:
+        DataError: neither, or a line that is not as it should be. An empty caption, or a file
+            of a folder without its partner, is left out instead.
+    """
+    pairs = Pairs()
+    indices: dict[Path, int] = {}
+    for place, image, captions in _folder_pairs(path, pairs) if path.is_dir() else _lines(path):
+        texts = [caption for caption in captions if caption.strip()]
+        if len(texts) < max(1, len(captions)):
+            pairs.left_out[place] = "the caption is empty"
+        if texts and image not in indices:
+            indices[image] = len(indices)
+            pairs.images.append(image)
+        pairs.texts.extend(texts)
+        pairs.image_of.extend(indices[image] for _ in texts)
+    if not pairs.texts:
+        raise DataError(f"{path} has no picture with a caption: {_LINE}")
+    return pairs
+
+
+def read_classes(folder: Path, names: Path | None, templates: Sequence[str]) -> Classes:
+    """A folder with a subfolder of pictures for each class.
+
+    names: a file with a class a line: its subfolder, a tab, and what the prompts call it, or
+        the subfolder alone where that is its name. A class whose subfolder is absent only
+        competes with the others. None: all subfolders, by name, with spaces for underscores.
+    templates: each with {} for the name of the class.
+
+    Raises:
+        DataError: there is no such folder, no class, or a class is not named.
+    """
+    subfolders = sorted(each.name for each in _children(folder) if each.is_dir())
+    named = {name: name.replace("_", " ") for name in subfolders}
+    if names is not None:
+        lines = [_class_line(line) for line in _text_lines(names)]
+        named = dict(lines)
+        if len(named) < len(lines):
+            raise DataError(f"{names} names a subfolder twice")
+        for name in subfolders:
+            if name not in named:
+                raise DataError(f"{names} does not name the class of {folder / name}")
+    if not subfolders:
+        raise DataError(f"{folder} has no subfolders: there is to be one for each class")
+    images, class_of = [], []
+    for index, name in enumerate(named):
+        inside = [each for each in _files(folder / name) if name in subfolders]
+        images += inside
+        class_of += [index] * len(inside)
+    texts = [template.replace("{}", name) for name in named.values() for template in templates]
+    return Classes(images, class_of, texts, len(templates))
+
+
+def read_templates(file: Path) -> list[str]:
+    """A template a line, each with {} for the name of the class.
+
+    Raises:
+        DataError: the file cannot be read or has none, or a line has no {}.
+    """
+    templates = _text_lines(file)
+    for template in templates:
+        if "{}" not in template:
+            raise DataError(f"{file}: the template {template!r} has no {{}} for the class")
+    return templates
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """Where each line of a JSONL file stands, its picture and its captions."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{file}:{number}"
+            image, captions = _parse(line, place)
+            yield place, file.parent / image, captions
+
+
+def _parse(line: bytes, place: str) -> tuple[str, list[str]]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON ({error}); {_LINE}") from None
+    image, captions = (
+        (entry.get("image"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
+    )
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{place}: 'image' is not a path; {_LINE}")
+    if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+        raise DataError(f"{place}: 'caption' is not a text; {_LINE}")
+    return image, captions
+
+
+def _folder_pairs(folder: Path, pairs: Pairs) -> Iterator[tuple[str, Path, list[str]]]:
+    """Each caption file below a folder, its picture and its lines."""
+    partners: dict[Path, list[Path]] = {}
+    for file in _files(folder):
+        partners.setdefault(file.with_suffix(""), []).append(file)
+    for files in partners.values():
+        captions = [file for file in files if file.suffix == ".txt"]
+        pictures = [file for file in files if file.suffix != ".txt"]
+        if len(captions) == len(pictures) == 1:
+            yield str(captions[0]), pictures[0], _text_lines(captions[0], least=0)
+        elif captions:
+            pairs.left_out[str(captions[0])] = f"{len(pictures)} pictures have its name, not one"
+        else:
+            pairs.left_out.update({str(picture): "it has no .txt" for picture in pictures})
+
+
+def _class_line(line: str) -> tuple[str, str]:
+    subfolder, _, name = line.partition("\t")
+    return subfolder.strip(), (name or subfolder).strip()
+
+
+def _text_lines(file: Path, least: int = 1) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+    found = [line for line in lines if line]
+    if len(found) < least:
+        raise DataError(f"{file} has no lines")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below a folder, sorted; hidden ones are no one's pictures."""
+    found = (file for file in folder.rglob("*") if not file.name.startswith("."))
+    return sorted(file for file in found if file.is_file())
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [each for each in folder.iterdir() if not each.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
