@@ -241,8 +241,8 @@ class Engine:
             if self._texts:  # all of them: tokens are small, and a late one is not held up
                 leader = self._pool_turns.next(self._texts.jobs())
                 self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenizer.encode)
-            elif leader := self._next_to_decode():
-                self._prepare(self._pictures, 1, leader, self._transform)
+            elif (job := self._next_to_decode()) is not None:
+                self._prepare(self._pictures, 1, job, self._transform)
             else:
                 break
         ready = self._ready_texts or self._ready_pictures

@@ -47,9 +47,14 @@ def save(model: Any, folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors")
+    describe(folder, config)
+    return folder
+
+
+def describe(folder: Path, config: dict[str, Any]) -> None:
+    """Writes the configuration that stands beside such a checkpoint."""
     described = {"model_cfg": config, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(described))
-    return folder
 
 
 def random_pixels(config: dict[str, Any], batch: int, seed: int = 0) -> NDArray[np.uint8]:

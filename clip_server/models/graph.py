@@ -1,8 +1,9 @@
 """ONNX graphs of CLIP's two towers, built from open_clip's configuration and weights.
 
-Nothing is traced, so neither torch nor open_clip is needed. Both towers compute in float32,
-take a dynamic batch, and pool early: the last block computes its query and its MLP for the
-one position that becomes the embedding.
+Nothing is traced, so neither torch nor open_clip is needed. Both towers take a dynamic batch
+and pool early: the last block computes its query and its MLP for the one position that becomes
+the embedding. They compute in float32, in standard operators; or their linear layers in int8
+(see `quantize`), with one operator that only onnxruntime on a CPU has.
 
 Within a tower activations are [B * L, W], so that every linear layer is one Gemm.
 """
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from clip_server.errors import ConfigurationError
+from clip_server.models import quantize
 from clip_server.models.card import ImageSpec
 
 OPSET = 17
 IR_VERSION = 8  # the one that came with the opset
+# The domain of onnxruntime's own operators.
+_ONNXRUNTIME = "com.microsoft"
 _EPSILON = 1e-5
 _INT64_MAX = 2**63 - 1
 # The slope in QuickGELU, x * sigmoid(1.702 x).
@@ -35,33 +39,37 @@ Shapes = dict[str, tuple[int, ...]]
 Weights = Mapping[str, NDArray[Any]]
 
 
-def build_visual(config: Mapping[str, Any], tensors: Weights, image: ImageSpec) -> onnx.ModelProto:
+def build_visual(
+    config: Mapping[str, Any], tensors: Weights, image: ImageSpec, *, int8: bool = False
+) -> onnx.ModelProto:
     """The image tower: `pixels` uint8 [B, 3, S, S] to `embedding` float32 [B, D].
 
     config: open_clip's JSON form. tensors: a checkpoint that has `tensor_shapes(config)`.
+    int8: linear layers in integers; the convolutions of a residual network stay in float32.
 
     Raises:
         ConfigurationError: the architecture is of a family that this builder lacks.
     """
     vision = _vision(config)
-    graph = _Graph("visual", tensors, quick_gelu=config.get("quick_gelu", False))
-    pixels = _normalised(graph, image)
+    graph = _graph("visual", config, tensors, int8)
     if isinstance(vision, _ResNet):
-        embedding = _resnet(graph, vision, pixels)
+        embedding = _resnet(graph, vision, _normalised(graph, image))
     else:
-        embedding = _vision_transformer(graph, vision, pixels)
+        embedding = _vision_transformer(graph, vision, image)
     size = image.size
     source = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, size, size])
     return graph.finished(source, embedding, config["embed_dim"])
 
 
-def build_textual(config: Mapping[str, Any], tensors: Weights) -> onnx.ModelProto:
+def build_textual(
+    config: Mapping[str, Any], tensors: Weights, *, int8: bool = False
+) -> onnx.ModelProto:
     """The text tower: `tokens` int32 [B, L], any L up to the context, to `embedding` [B, D].
 
     Arguments and errors are those of `build_visual`.
     """
     text = _text(config)
-    graph = _Graph("textual", tensors, quick_gelu=config.get("quick_gelu", False))
+    graph = _graph("textual", config, tensors, int8)
     embedding = _text_transformer(graph, text)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
     return graph.finished(source, embedding, config["embed_dim"])
@@ -310,11 +318,22 @@ class _Graph:
         weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
         return self.linear(source, tensor, weight, bias)
 
+    def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
+        """source [N, I] by a matrix [I, O]."""
+        return self.op("Gemm", source, self.constant(name, matrix), name=f"{name}.out")
+
+    def product_of_bytes(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
+        """As `product`, of a uint8 source."""
+        values = self.op("Cast", source, name=f"{source}.float", to=TensorProto.FLOAT)
+        return self.product(values, name, matrix)
+
+    def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
+        """The rows of a table [V, W] that `indices` name, in float32."""
+        return self.op("Gather", self.constant(name, table), indices, name=f"{name}.rows")
+
     def projection(self, source: str, tensor: str) -> str:
         """source [N, I] by a matrix [I, O] of the checkpoint."""
-        return self.op(
-            "Gemm", source, self.constant(tensor, self.weight(tensor)), name=f"{tensor}.out"
-        )
+        return self.product(source, tensor, self.weight(tensor))
 
     def layer_norm(self, source: str, tensor: str) -> str:
         scale = self.constant(f"{tensor}.weight", self.weight(f"{tensor}.weight"))
@@ -343,31 +362,95 @@ class _Graph:
         return self._model
 
 
+class _Int8Graph(_Graph):
+    """A graph that multiplies by its matrices in integers, and keeps its tables in float16."""
+
+    def linear(
+        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> str:
+        product = self.product(source, name, weight.T)
+        return self.op("Add", product, self.constant(f"{name}.bias", bias), name=f"{name}.biased")
+
+    def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
+        rows, scale = self._quantized_rows(source, name)
+        product = self._integer_product(rows, quantize.ROW_ZERO, name, matrix)
+        return self.op("Mul", product, scale, name=f"{name}.out")
+
+    def product_of_bytes(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
+        return self._integer_product(source, 0, name, matrix)
+
+    def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
+        rows = self.op(
+            "Gather", self.constant(name, table.astype("f2")), indices, name=f"{name}.half"
+        )
+        return self.op("Cast", rows, name=f"{name}.rows", to=TensorProto.FLOAT)
+
+    def _quantized_rows(self, source: str, name: str) -> tuple[str, str]:
+        """source [N, I] as uint8 about `ROW_ZERO`, and the scale of each row [N, 1]."""
+        highest = self.op("ReduceMax", source, name=f"{name}.highest", axes=[1])
+        lowest = self.op("ReduceMin", source, name=f"{name}.lowest", axes=[1])
+        lowest = self.op("Neg", lowest, name=f"{name}.depth")
+        least = self.number(quantize.SMALLEST)
+        largest = self.op("Max", highest, lowest, least, name=f"{name}.largest")
+        step = self.number(1 / quantize.LARGEST)
+        scale = self.op("Mul", largest, step, name=f"{name}.scale")
+        inverse = self.op("Reciprocal", scale, name=f"{name}.inverse")
+        values = self.op("Mul", source, inverse, name=f"{name}.scaled")
+        zero = self._byte(quantize.ROW_ZERO)
+        rows = self.op("QuantizeLinear", values, self.number(1), zero, name=f"{name}.rows")
+        return rows, scale
+
+    def _integer_product(self, rows: str, zero: int, name: str, matrix: NDArray[np.float32]) -> str:
+        """uint8 rows [N, I], less `zero`, by a matrix [I, O], in float32."""
+        integers, scale = quantize.quantized(matrix)
+        return self.op(
+            "MatMulIntegerToFloat",
+            rows,
+            self.constant(f"{name}.integers", integers),
+            self.number(1),
+            self.constant(f"{name}.scales", scale),
+            self._byte(zero),
+            name=f"{name}.product",
+            domain=_ONNXRUNTIME,
+        )
+
+    def _byte(self, value: int) -> str:
+        return self.constant(f"u8({value})", np.array(value, dtype=np.uint8))
+
+    def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
+        model = super().finished(source, embedding, dim)
+        model.opset_import.append(helper.make_opsetid(_ONNXRUNTIME, 1))
+        return model
+
+
+def _graph(name: str, config: Mapping[str, Any], tensors: Weights, int8: bool) -> _Graph:
+    kind = _Int8Graph if int8 else _Graph
+    return kind(name, tensors, quick_gelu=config.get("quick_gelu", False))
+
+
 def _normalised(graph: _Graph, image: ImageSpec) -> str:
     """Pixels 0..255 to the float range the tower was trained on."""
-    mean, std = (np.array(values, dtype=np.float64) for values in (image.mean, image.std))
-    scale = graph.constant("pixels.scale", _per_channel(1 / (255 * std)))
-    shift = graph.constant("pixels.shift", _per_channel(-mean / std))
+    scale, shift = (values.astype(np.float32) for values in _normalisation(image))
     values = graph.op("Cast", "pixels", name="pixels.float", to=TensorProto.FLOAT)
-    values = graph.op("Mul", values, scale, name="pixels.scaled")
-    return graph.op("Add", values, shift, name="pixels.normalised")
+    values = graph.op("Mul", values, graph.constant("pixels.scale", scale), name="pixels.scaled")
+    return graph.op("Add", values, graph.constant("pixels.shift", shift), name="pixels.normalised")
 
 
-def _per_channel(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    return values.astype(np.float32).reshape(3, 1, 1)
+def _normalisation(image: ImageSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What pixels 0..255 are multiplied by, and what is then added: each [3, 1, 1]."""
+    mean, std = (np.array(v, np.float64).reshape(3, 1, 1) for v in (image.mean, image.std))
+    return 1 / (255 * std), -mean / std
 
 
 # --- transformers
 
 
-def _vision_transformer(graph: _Graph, tower: _VisionTransformer, pixels: str) -> str:
+def _vision_transformer(graph: _Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
     prefix, width, length = tower.prefix, tower.width, tower.grid**2 + 1
-    kernel = graph.constant(f"{prefix}conv1.weight", graph.weight(f"{prefix}conv1.weight"))
-    patches = graph.op("Conv", pixels, kernel, name=f"{prefix}conv1", strides=[tower.patch] * 2)
-    patches = graph.op("Reshape", patches, graph.integers(0, width, -1), name="patches.flat")
-    patches = graph.op("Transpose", patches, name="patches", perm=[0, 2, 1])
+    patches, bias = _patches(graph, tower, image)
+    patches = graph.op("Reshape", patches, graph.integers(-1, length - 1, width), name="patches")
     positions = graph.weight(f"{prefix}positional_embedding")
-    shift = graph.constant("patches.position", positions[1:])
+    shift = graph.constant("patches.position", positions[1:] + bias)
     patches = graph.op("Add", patches, shift, name="patches.placed")
     # The class token is the same for every image, its position included.
     token = positions[0] + graph.weight(f"{prefix}class_embedding")
@@ -385,10 +468,39 @@ def _vision_transformer(graph: _Graph, tower: _VisionTransformer, pixels: str) -
     return graph.projection(pooled, f"{prefix}proj")
 
 
+def _patches(
+    graph: _Graph, tower: _VisionTransformer, image: ImageSpec
+) -> tuple[str, NDArray[np.float32]]:
+    """The embedding of every patch, [B * G * G, W], and the bias [W] that it still lacks.
+
+    A stride as wide as the kernel makes the convolution one Gemm. The pixels are moved while
+    they are bytes, and their normalisation is part of the weight and the bias.
+    """
+    patch, grid = tower.patch, tower.grid
+    pixels = _cropped(graph, patch * grid, image.size)
+    shape = graph.integers(-1, 3, grid, patch, grid, patch)
+    pixels = graph.op("Reshape", pixels, shape, name="pixels.by_patch")
+    pixels = graph.op("Transpose", pixels, name="pixels.of_patch", perm=[0, 2, 4, 1, 3, 5])
+    pixels = graph.op("Reshape", pixels, graph.integers(-1, 3 * patch**2), name="pixels.rows")
+    scale, shift = _normalisation(image)
+    kernel = graph.weight(f"{tower.prefix}conv1.weight").astype(np.float64)
+    weight = (kernel * scale).reshape(tower.width, -1).T.astype(np.float32)
+    patches = graph.product_of_bytes(pixels, f"{tower.prefix}conv1", weight)
+    return patches, (kernel * shift).sum(axis=(1, 2, 3)).astype(np.float32)
+
+
+def _cropped(graph: _Graph, wanted: int, size: int) -> str:
+    """The pixels that the patches cover: those left over at the end have never counted."""
+    if wanted == size:
+        return "pixels"
+    starts, ends, axes = graph.integers(0, 0), graph.integers(wanted, wanted), graph.integers(2, 3)
+    return graph.op("Slice", "pixels", starts, ends, axes, name="pixels.cropped")
+
+
 def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
     length = graph.op("Shape", "tokens", name="length", start=1, end=2)
-    table = graph.constant("token_embedding", graph.weight("token_embedding.weight"))
-    states = graph.op("Gather", table, "tokens", name="tokens.embedded")
+    table = graph.weight("token_embedding.weight")
+    states = graph.lookup("token_embedding", table, "tokens")
     positions = graph.constant("positional_embedding", graph.weight("positional_embedding"))
     positions = _head(graph, positions, length, axes=[0])
     states = graph.op("Add", states, positions, name="tokens.placed")

@@ -34,10 +34,11 @@ class OnnxRuntime:
     """CLIP's two towers as onnxruntime sessions; see `Runtime` for the methods."""
 
     name = "onnx"
-    dtype = "fp32"
 
-    def __init__(self, card: ModelCard, visual: _Tower, textual: _Tower, device: str) -> None:
-        self.card, self.device = card, device
+    def __init__(
+        self, card: ModelCard, visual: _Tower, textual: _Tower, device: str, dtype: str
+    ) -> None:
+        self.card, self.device, self.dtype = card, device, dtype
         self.concurrent = device == "cpu"
         self._visual, self._textual = visual, textual
 
@@ -57,18 +58,21 @@ class OnnxRuntime:
         model_path: a checkpoint as in `weights.find`, or a folder with `visual.onnx` and
             `textual.onnx`, whose card is that of `name`.
         device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
-        dtype: `fp32`.
+        dtype: `fp32`, the default, or `int8`: linear layers in integers (see
+            `models.quantize`), on the CPU, of a checkpoint.
         threads: cores that one call may use; by default all that this process may run on.
 
         Raises:
             ConfigurationError: the extra, the device, the dtype or the model is not to be had.
         """
-        if dtype not in (None, "fp32"):
-            raise ConfigurationError(f"dtype {dtype!r} is not one the ONNX runtime has: fp32")
-        sessions = _Sessions(device, threads)
-        card, graphs = _graphs(name, model_path)
+        dtype = dtype or "fp32"
+        if dtype not in ("fp32", "int8"):
+            raise ConfigurationError(f"dtype {dtype!r} is not one the ONNX runtime has: fp32, int8")
+        int8 = dtype == "int8"
+        sessions = _Sessions(_device_for_int8(device) if int8 else device, threads)
+        card, graphs = _graphs(name, model_path, int8)
         visual, textual = map(sessions.open, graphs)
-        return cls(card, visual, textual, sessions.device)
+        return cls(card, visual, textual, sessions.device, dtype)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
@@ -93,16 +97,22 @@ def has_graphs(model_path: str | Path | None) -> bool:
     )
 
 
-def _graphs(name: str, model_path: str | Path | None) -> tuple[ModelCard, Iterable[str | bytes]]:
+def _graphs(
+    name: str, model_path: str | Path | None, int8: bool
+) -> tuple[ModelCard, Iterable[str | bytes]]:
     """A card, and the image and the text tower: paths of graphs, or graphs in memory."""
     if model_path is not None and has_graphs(model_path):
+        if int8:
+            raise ConfigurationError(
+                f"dtype 'int8' is for checkpoints: the graphs in {model_path} run as they are"
+            )
         paths = [str(Path(model_path, file)) for file in (_VISUAL, _TEXTUAL)]
         return zoo.resolve(name, model_path), paths
     card, tensors = load_checkpoint(name, model_path)
-    return card, _built(card, tensors)
+    return card, _built(card, tensors, int8)
 
 
-def _built(card: ModelCard, tensors: weights.Tensors) -> Iterator[bytes]:
+def _built(card: ModelCard, tensors: weights.Tensors, int8: bool) -> Iterator[bytes]:
     """Each graph when it is asked for: with its weights in it, it is large."""
     try:
         from clip_server.models import graph
@@ -110,8 +120,8 @@ def _built(card: ModelCard, tensors: weights.Tensors) -> Iterator[bytes]:
         raise ConfigurationError(_EXTRA) from error
 
     weights.check(tensors, graph.tensor_shapes(card.config))
-    yield graph.build_visual(card.config, tensors, card.image).SerializeToString()
-    yield graph.build_textual(card.config, tensors).SerializeToString()
+    yield graph.build_visual(card.config, tensors, card.image, int8=int8).SerializeToString()
+    yield graph.build_textual(card.config, tensors, int8=int8).SerializeToString()
 
 
 class _Tower:
@@ -189,6 +199,13 @@ def _device(ort: Any, wanted: str | None) -> str:
     if lacking and wanted is not None:
         raise ConfigurationError(f"device {wanted!r} cannot be used: {lacking}")
     return "cpu" if lacking else f"cuda:{index or 0}"
+
+
+def _device_for_int8(wanted: str | None) -> str:
+    """The CPU, which alone has the integer products."""
+    if wanted not in (None, "cpu"):
+        raise ConfigurationError(f"dtype 'int8' runs on the CPU, not on device {wanted!r}")
+    return "cpu"
 
 
 def _lacking_for_cuda(ort: Any, index: int) -> str | None:
