@@ -1,7 +1,7 @@
 """Write the held-out style as pictures and captions, for ``python -m clip_server.evaluate``.
 
-Run as ``python -m training.heldout``; writes ``.cache/heldout``: a PNG for each drawing, on
-white, and ``pairs.jsonl`` with its label.
+Run as ``python -m training.heldout``; fetches what it needs, and writes ``.cache/heldout``: a
+PNG for each drawing, on white, and ``pairs.jsonl`` with its label.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from pathlib import Path
 
 from training.concepts import load_concepts
 from training.evaluate import RENDER_SIZE, held_out_drawings, on_background
-from training.fetch import CACHE
-from training.render import render_svg
+from training.fetch import CACHE, PACKAGES, install
+from training.render import HELD_OUT, render_svg
+
+# The drawings, and the names of the concepts.
+NEEDED = (f"@iconify-json/{HELD_OUT}@", "emojibase-data@", "cldr-annotations-full@")
 
 
 def write_pairs(folder: Path) -> int:
@@ -31,10 +34,11 @@ def write_pairs(folder: Path) -> int:
 
 
 def main() -> None:
-    """Write the pairs."""
+    """Fetch, and write the pairs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CACHE / "heldout")
     args = parser.parse_args()
+    install(tuple(package for package in PACKAGES if package.startswith(NEEDED)))
     print(f"{args.out / 'pairs.jsonl'}: {write_pairs(args.out)} pairs")
 
 
