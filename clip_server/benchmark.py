@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,31 +137,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of a text, its start and end included; 16. A full context is timed as well",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    reporting.add_argument(parser)
     return parser
 
 
 def _measure(
     name: str, options: argparse.Namespace, unavailable: list[dict[str, str]]
 ) -> list[Result]:
-    """Times a model on every variant, one after the other, and prints a line for each case."""
+    """Times a model on every variant there is, one after the other."""
     zoo.resolve(name, options.model_path)
     results: list[Result] = []
     for variant in variants.chosen(options):
         try:
-            runtime = variants.load(variant, name, options)
+            # Loaded in the call: memory is for one model at a time.
+            results += _times(variants.load(variant, name, options), options)
         except ConfigurationError as error:
-            print(f"{variant}: {error}", flush=True)
+            reporting.remark(f"{variant}: {error}")
             unavailable.append({"model": name, "variant": str(variant), "why": str(error)})
-            continue
-        print(f"{runtime.card.name} on {variant} ({runtime.device})", flush=True)
-        results += _times(runtime, options)
     if not results:
         raise ConfigurationError(f"nothing of {name} could be timed")
     return results
 
 
 def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
+    """Times every case on a runtime, and prints each result as it is there."""
+    print(f"{runtime.card.name} on {runtime.name} {runtime.dtype} ({runtime.device})", flush=True)
     cases = list(_cases(runtime.card, options))
     with reporting.progress(f"{runtime.name} {runtime.dtype}", len(cases)) as advance:
         tokens = 0

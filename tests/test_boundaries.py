@@ -55,6 +55,22 @@ ALLOWED = {
         "clip_server.process",
         "clip_server.errors",
     ],
+    "clip_server.evaluate": [
+        "clip_client",
+        "clip_server.engine",
+        "clip_server.rank",
+        "clip_server.runtimes",
+        "clip_server.models",
+        "clip_server.process",
+        "clip_server.errors",
+    ],
+    "clip_server.benchmark": [
+        "clip_server.evaluate",
+        "clip_server.runtimes",
+        "clip_server.models",
+        "clip_server.process",
+        "clip_server.errors",
+    ],
     "clip_server.flow": ["clip_server.errors"],
     "clip_server.__main__": [
         "clip_client.proto",

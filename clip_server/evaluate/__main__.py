@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="a running server, such as grpc://127.0.0.1:51000; beside it only what --runtime says",
     )
-    shared.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    reporting.add_argument(shared)
     parser = argparse.ArgumentParser(
         prog="python -m clip_server.evaluate",
         description="Scores a model on your own pictures, by runtime and precision.",
@@ -106,36 +107,30 @@ def _measure(
     had to be left out."""
     columns: list[Column] = []
     unavailable: dict[str, str] = {}
-    for encoder in _encoders(options, unavailable):
-        try:
-            columns.append(_embedded(encoder, task))
-        finally:
-            encoder.close()
+    if options.server:
+        columns.append(_embedded(ServerEncoder(options.server), task))
+    if options.runtime or not options.server:
+        zoo.resolve(options.name, options.model_path)
+        for variant in variants.chosen(options):
+            try:
+                columns.append(_embedded(_engine(variant, options), task))
+            except ConfigurationError as error:
+                reporting.remark(f"{variant}: {error}")
+                unavailable[str(variant)] = str(error)
     if not columns:
         raise ConfigurationError("nothing could be evaluated")
     return columns, unavailable
 
 
-def _encoders(options: argparse.Namespace, unavailable: dict[str, str]) -> Iterator[Encoder]:
-    """One at a time: each holds a model."""
-    if options.server:
-        yield ServerEncoder(options.server)
-        if not options.runtime:
-            return
-    zoo.resolve(options.name, options.model_path)
-    for variant in variants.chosen(options):
-        try:
-            runtime = variants.load(variant, options.name, options)
-        except ConfigurationError as error:
-            reporting.remark(f"{variant}: {error}")
-            unavailable[str(variant)] = str(error)
-            continue
-        yield EngineEncoder(runtime, options.exact)
+def _engine(variant: variants.Variant, options: argparse.Namespace) -> Encoder:
+    return EngineEncoder(variants.load(variant, options.name, options), options.exact)
 
 
 def _embedded(encoder: Encoder, task: data.Pairs | data.Classes) -> Column:
+    """The encoder's column. It ends the encoder: memory is for one model at a time."""
     name = f"{encoder.runtime} {encoder.dtype}"
-    with reporting.progress(name, len(task.images) + len(task.texts)) as advance:
+    work = len(task.images) + len(task.texts)
+    with closing(encoder), reporting.progress(name, work) as advance:
         images = embed(encoder, task.images, advance)
         texts = embed(encoder, task.texts, advance)
     task.left_out.update({str(task.images[i]): why for i, why in images.errors.items()})

@@ -94,13 +94,16 @@ def read_pairs(path: Path) -> Pairs:
     below it, `cat.txt` holds the captions of `cat.png` (or whatever picture has its name), one
     a line.
 
+    What cannot be used is left out: a line that is not so, an empty caption, a file of a
+    folder without its partner.
+
     Raises:
-        DataError: neither, or a line that is not as it should be. An empty caption, or a file
-            of a folder without its partner, is left out instead.
+        DataError: neither a file nor a folder, or nothing is left.
     """
     pairs = Pairs()
     indices: dict[Path, int] = {}
-    for place, image, captions in _folder_pairs(path, pairs) if path.is_dir() else _lines(path):
+    entries = _folder_pairs if path.is_dir() else _lines
+    for place, image, captions in entries(path, pairs.left_out):
         texts = [caption for caption in captions if caption.strip()]
         if len(texts) < max(1, len(captions)):
             pairs.left_out[place] = "the caption is empty"
@@ -110,7 +113,8 @@ def read_pairs(path: Path) -> Pairs:
         pairs.texts.extend(texts)
         pairs.image_of.extend(indices[image] for _ in texts)
     if not pairs.texts:
-        raise DataError(f"{path} has no picture with a caption: {_LINE}")
+        first = next((f" ({place}: {why})" for place, why in pairs.left_out.items()), "")
+        raise DataError(f"{path} has no picture with a caption{first}: {_LINE}")
     return pairs
 
 
@@ -139,7 +143,7 @@ def read_classes(folder: Path, names: Path | None, templates: Sequence[str]) -> 
         raise DataError(f"{folder} has no subfolders: there is to be one for each class")
     images, class_of = [], []
     for index, name in enumerate(named):
-        inside = [each for each in _files(folder / name) if name in subfolders]
+        inside = _files(folder / name)
         images += inside
         class_of += [index] * len(inside)
     texts = [template.replace("{}", name) for name in named.values() for template in templates]
@@ -159,7 +163,7 @@ def read_templates(file: Path) -> list[str]:
     return templates
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Path, list[str]]]:
+def _lines(file: Path, left_out: dict[str, str]) -> Iterator[tuple[str, Path, list[str]]]:
     """Where each line of a JSONL file stands, its picture and its captions."""
     try:
         lines = file.read_bytes().splitlines()
@@ -168,27 +172,31 @@ def _lines(file: Path) -> Iterator[tuple[str, Path, list[str]]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"{file}:{number}"
-            image, captions = _parse(line, place)
-            yield place, file.parent / image, captions
+            try:
+                image, captions = _parse(line)
+            except DataError as error:
+                left_out[place] = str(error)
+            else:
+                yield place, file.parent / image, captions
 
 
-def _parse(line: bytes, place: str) -> tuple[str, list[str]]:
+def _parse(line: bytes) -> tuple[str, list[str]]:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place}: not JSON ({error}); {_LINE}") from None
-    image, captions = (
-        (entry.get("image"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
-    )
+        raise DataError(f"it is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise DataError("it is not a JSON object")
+    image, captions = entry.get("image"), entry.get("caption")
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(image, str) or not image:
-        raise DataError(f"{place}: 'image' is not a path; {_LINE}")
+        raise DataError("'image' is not a path")
     if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
-        raise DataError(f"{place}: 'caption' is not a text; {_LINE}")
+        raise DataError("'caption' is not a text or a list of texts")
     return image, captions
 
 
-def _folder_pairs(folder: Path, pairs: Pairs) -> Iterator[tuple[str, Path, list[str]]]:
+def _folder_pairs(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, Path, list[str]]]:
     """Each caption file below a folder, its picture and its lines."""
     partners: dict[Path, list[Path]] = {}
     for file in _files(folder):
@@ -197,11 +205,17 @@ def _folder_pairs(folder: Path, pairs: Pairs) -> Iterator[tuple[str, Path, list[
         captions = [file for file in files if file.suffix == ".txt"]
         pictures = [file for file in files if file.suffix != ".txt"]
         if len(captions) == len(pictures) == 1:
-            yield str(captions[0]), pictures[0], _text_lines(captions[0], least=0)
+            place = str(pictures[0])
+            try:
+                lines = _text_lines(captions[0])
+            except DataError as error:
+                left_out[place] = str(error)
+            else:
+                yield place, pictures[0], lines
         elif captions:
-            pairs.left_out[str(captions[0])] = f"{len(pictures)} pictures have its name, not one"
+            left_out[str(captions[0])] = f"{len(pictures)} pictures have its name, not one"
         else:
-            pairs.left_out.update({str(picture): "it has no .txt" for picture in pictures})
+            left_out.update({str(picture): "it has no .txt" for picture in pictures})
 
 
 def _class_line(line: str) -> tuple[str, str]:
@@ -209,8 +223,8 @@ def _class_line(line: str) -> tuple[str, str]:
     return subfolder.strip(), (name or subfolder).strip()
 
 
-def _text_lines(file: Path, least: int = 1) -> list[str]:
-    """The lines of a text file that are not empty."""
+def _text_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not empty; one at least."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except OSError as error:
@@ -218,15 +232,18 @@ def _text_lines(file: Path, least: int = 1) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
     found = [line for line in lines if line]
-    if len(found) < least:
+    if not found:
         raise DataError(f"{file} has no lines")
     return found
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files below a folder, sorted; hidden ones are no one's pictures."""
-    found = (file for file in folder.rglob("*") if not file.name.startswith("."))
-    return sorted(file for file in found if file.is_file())
+    """The files below a folder, sorted; what is hidden is no one's picture."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and "/." not in f"/{file.relative_to(folder).as_posix()}"
+    )
 
 
 def _children(folder: Path) -> list[Path]:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 Advance: TypeAlias = Callable[[int], None]
-
-# Of a table that goes into a file.
-_FILE_WIDTH = 160
 
 
 def remark(message: str) -> None:
@@ -47,13 +43,18 @@ def progress(what: str, total: int) -> Iterator[Advance]:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table, as Markdown; every column but the first is aligned to the right."""
-    table = Table(box=box.MARKDOWN)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table, width=console.width if console.is_terminal else _FILE_WIDTH)
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for first, *others in (columns, rules, *rows):
+        cells = (first.ljust(widths[0]), *map(str.rjust, others, widths[1:]))
+        print("|", " | ".join(cells), "|")
+
+
+def add_argument(parser: ArgumentParser) -> None:
+    """Adds the option for `write_json`'s file."""
+    parser.add_argument(
+        "--json", type=_file_to_be, metavar="FILE", help="write the results there too"
+    )
 
 
 def write_json(file: Path | None, content: Any) -> None:
@@ -61,3 +62,11 @@ def write_json(file: Path | None, content: Any) -> None:
     if file is not None:
         text = json.dumps(content, indent=2, ensure_ascii=False)
         file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _file_to_be(text: str) -> Path:
+    # Said before the work, not after it.
+    file = Path(text)
+    if file.is_dir() or not file.parent.is_dir():
+        raise ArgumentTypeError(f"{text!r} is not a file in a folder that exists")
+    return file

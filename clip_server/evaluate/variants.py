@@ -11,8 +11,8 @@ from clip_server.runtimes.base import Runtime
 
 # Imported when they are asked for: what they need may not be installed.
 _CLASSES = {
-    "onnx": ("clip_server.runtimes.onnx", "OnnxRuntime"),
     "torch": ("clip_server.runtimes.torch", "TorchRuntime"),
+    "onnx": ("clip_server.runtimes.onnx", "OnnxRuntime"),
 }
 
 
