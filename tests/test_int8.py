@@ -116,8 +116,8 @@ def test_graphs_are_less_than_half_the_size() -> None:
     tensors = tensors_of(seeded.SMALL_VIT, lambda shape: np.ones(shape))
     image = ImageSpec(64)
     for exact, rounded in (
-        [graph.build_visual(seeded.SMALL_VIT, tensors, image, int8=int8) for int8 in (False, True)],
-        [graph.build_textual(seeded.SMALL_VIT, tensors, int8=int8) for int8 in (False, True)],
+        [graph.build_visual(seeded.SMALL_VIT, tensors, image, precision=precision) for precision in ("fp32", "int8")],
+        [graph.build_textual(seeded.SMALL_VIT, tensors, precision=precision) for precision in ("fp32", "int8")],
     ):
         assert rounded.ByteSize() < exact.ByteSize() / 2
 

@@ -120,8 +120,8 @@ def _built(card: ModelCard, tensors: weights.Tensors, int8: bool) -> Iterator[by
         raise ConfigurationError(_EXTRA) from error
 
     weights.check(tensors, graph.tensor_shapes(card.config))
-    yield graph.build_visual(card.config, tensors, card.image, int8=int8).SerializeToString()
-    yield graph.build_textual(card.config, tensors, int8=int8).SerializeToString()
+    yield graph.build_visual(card.config, tensors, card.image, precision="int8" if int8 else "fp32").SerializeToString()
+    yield graph.build_textual(card.config, tensors, precision="int8" if int8 else "fp32").SerializeToString()
 
 
 class _Tower:
