@@ -14,7 +14,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.models import graph, quantize, zoo
 from clip_server.models.card import ImageSpec
 from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import Tokenizer, pad
+from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
 
 SMALL = {
@@ -76,7 +76,7 @@ def test_openais_model_is_near_float32(tmp_path: Path) -> None:
 def test_the_embedded_model_finds_the_same() -> None:
     exact, rounded = load_both("embedded")
     card = exact.card
-    transform, tokenizer = ImageTransform(card.image), Tokenizer(card.text)
+    transform, tokenizer = ImageTransform(card.image), tokenizer_for(card.text)
     pixels = np.stack([transform(path.read_bytes()) for path in SAMPLES])
     tokens = pad([tokenizer.encode(f"a {path.stem}") for path in SAMPLES], card.text)
     images, texts = rounded.encode_image(pixels), rounded.encode_text(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import zipfile
@@ -129,8 +130,10 @@ def read_logit_scale(path: Path) -> float:
     return float(np.exp(scale.astype(np.float64)).item())
 
 
-def check(tensors: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Checks that a checkpoint is of the architecture whose tensors have `shapes`.
+
+    tensors: numpy's or torch's. A single number may have any number of axes.
 
     Raises:
         WeightsError: tensors are missing, of another shape, or left over; names the first few.
@@ -141,12 +144,12 @@ def check(tensors: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, .
         if name not in tensors and not name.endswith(_HARMLESS)
     ]
     mismatched = [
-        f"{name} is {tensors[name].shape}, expected {shape}"
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
         for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
+        if name in tensors and not _fits(tuple(tensors[name].shape), shape)
     ]
     left_over = [
-        f"{name} {tensor.shape}"
+        f"{name} {tuple(tensor.shape)}"
         for name, tensor in tensors.items()
         if name not in shapes and not name.endswith(_HARMLESS)
     ]
@@ -154,6 +157,10 @@ def check(tensors: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, .
     found = [f"{_first(names)} ({what})" for what, names in faults.items() if names]
     if found:
         raise WeightsError("the checkpoint is of another architecture: " + "; ".join(found))
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return shape == expected or math.prod(shape) == math.prod(expected) == 1
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from clip_server.runtimes.base import load_checkpoint
 
 try:
     import torch
-    from open_clip.model import CLIP
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict, text_global_pool
     from torch import Tensor, nn
 except ImportError as missing:
     raise ConfigurationError(
         "the torch runtime is not installed: pip install 'clip-server[torch]'"
     ) from missing
 
+# What says which of open_clip's classes a model is, and the part of CoCa that writes captions.
+_OTHER_CLASSES = {"custom_text", "multimodal_cfg"}
+_DECODER = "text_decoder."
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -70,7 +75,7 @@ class TorchRuntime:
         card, tensors = load_checkpoint(name, model_path)
         model = _model(card, tensors).to(place, _DTYPES[dtype])
         visual: nn.Module = _ImageTower(model, card.image, _DTYPES[dtype]).to(place)
-        textual: nn.Module = _TextTower(model)
+        textual = _text_tower(card, model)
         if jit:
             visual, textual = _traced(card, visual, textual, place)
         return cls(card, visual, textual, str(place), dtype)
@@ -97,7 +102,7 @@ class _ImageTower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: CLIP, image: ImageSpec, dtype: torch.dtype) -> None:
+    def __init__(self, model: CustomTextCLIP, image: ImageSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.visual = model.visual
         self.dtype = dtype
@@ -106,50 +111,109 @@ class _ImageTower(nn.Module):
         self.register_buffer("std", 255 * std)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        embeddings: Tensor = self.visual(((pixels - self.mean) / self.std).to(self.dtype))
-        return embeddings
+        return _embeddings(self.visual(((pixels - self.mean) / self.std).to(self.dtype)))
 
 
 class _TextTower(nn.Module):
-    """open_clip's text tower for any length up to the context, which its own is fixed to."""
+    """A text tower as open_clip has it, for tokens as the card says they may be trimmed."""
+
+    def __init__(self, model: CustomTextCLIP) -> None:
+        super().__init__()
+        self.text = model.text
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _embeddings(self.text(tokens))
+
+
+class _CausalTextTower(nn.Module):
+    """CLIP's own text tower, which pools before it does what each position has for itself."""
 
     attn_mask: Tensor
 
-    def __init__(self, model: CLIP) -> None:
+    def __init__(self, model: CustomTextCLIP) -> None:
         super().__init__()
-        self.token_embedding = model.token_embedding
-        self.positional_embedding = model.positional_embedding
-        self.transformer = model.transformer
-        self.ln_final = model.ln_final
-        self.text_projection = model.text_projection
-        self.register_buffer("attn_mask", model.attn_mask)
+        text = model.text
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = text.transformer
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+        self.pool_type, self.end = text.pool_type, text.eos_id
+        self.register_buffer("attn_mask", text.attn_mask)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         states = self.token_embedding(tokens) + self.positional_embedding[:length]
         states = self.transformer(states, attn_mask=self.attn_mask[:length, :length])
-        # The end token has the largest id of the vocabulary.
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        pooled = self.ln_final(states[rows, tokens.argmax(dim=1)])
-        embeddings: Tensor = pooled @ self.text_projection
+        # The end token has the largest id of the vocabulary, or one that is known.
+        pooled = self.ln_final(text_global_pool(states, tokens, self.pool_type, self.end))
+        embeddings: Tensor = pooled
+        if isinstance(self.text_projection, nn.Module):
+            embeddings = self.text_projection(pooled)
+        elif self.text_projection is not None:
+            embeddings = pooled @ self.text_projection
         return embeddings
 
 
-def _model(card: ModelCard, tensors: weights.Tensors) -> CLIP:
-    """open_clip's model of a card with the checkpoint's weights, on the CPU."""
-    with torch.device("meta"):  # random weights would take seconds to draw
-        model = CLIP(**card.config).eval()
+def _embeddings(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a tower pooled, where it gives its other tokens too, as CoCa's do."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _text_tower(card: ModelCard, model: CustomTextCLIP) -> nn.Module:
+    return _CausalTextTower(model) if card.text.trim == "causal" else _TextTower(model)
+
+
+def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
+    """open_clip's two towers of a card with the checkpoint's weights, on the CPU.
+
+    Every family is built as open_clip's CustomTextCLIP, which gives a CLIP whose text tower is
+    apart, and CoCa without its decoder.
+    """
+    model = _empty_model(card)
     empty = model.state_dict()
-    weights.check(tensors, {name: tuple(tensor.shape) for name, tensor in empty.items()})
-    # What a checkpoint may lack, no tower needs.
-    state = {
-        name: torch.from_numpy(tensors[name]) if name in tensors else torch.zeros(tensor.shape)
+    state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    # Checkpoints of the makers of a model, and of CLIP, whose text tower was not apart.
+    state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+    state = {name: value for name, value in state.items() if not name.startswith(_DECODER)}
+    weights.check(state, {name: tuple(tensor.shape) for name, tensor in empty.items()})
+    found = {
+        # What a checkpoint may lack, no tower needs.
+        name: state[name].reshape(tensor.shape) if name in state else torch.zeros(tensor.shape)
         for name, tensor in empty.items()
+        if name in state or tensor.is_meta
     }
-    model.load_state_dict(state, assign=True)
-    context = card.text.context_length
-    model.attn_mask = torch.full((context, context), -torch.inf).triu(1)
+    model.load_state_dict(found, strict=False, assign=True)
     return model
+
+
+def _empty_model(card: ModelCard) -> CustomTextCLIP:
+    """open_clip's two towers of a card, with parameters that have a shape alone."""
+    config = {key: value for key, value in card.config.items() if key not in _OTHER_CLASSES}
+    # The tower of a Hugging Face model would be fetched with weights of its own.
+    config["text_cfg"] = config["text_cfg"] | {"hf_model_pretrained": False}
+    try:
+        with _no_parameters():
+            return CustomTextCLIP(**config).eval()
+    except Exception as error:  # of open_clip, timm or transformers
+        raise ConfigurationError(f"open_clip cannot build {card.name}: {error}") from error
+
+
+@contextmanager
+def _no_parameters() -> Iterator[None]:
+    """Modules made inside have parameters without memory: to draw them at random takes seconds,
+    and a checkpoint replaces them. Buffers are real, as many are computed and in no checkpoint."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        empty = None if parameter is None else nn.Parameter(parameter.to("meta"), False)
+        register(module, name, empty)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _traced(
