@@ -10,7 +10,7 @@ Within a tower activations are [B * L, W], so that every linear layer is one Gem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from clip_server.errors import ConfigurationError
+from clip_server.models import bert_graph
+from clip_server.models.attention import Attention, head
+from clip_server.models.bert import BertTower, Shapes
 from clip_server.models.card import ImageSpec
 from clip_server.models.nodes import EPSILON, KINDS, Graph, Precision, Weights
 
 _INT64_MAX = 2**63 - 1
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def build_visual(
@@ -64,8 +65,12 @@ def build_textual(
     Arguments and errors are those of `build_visual`.
     """
     text = _text(config)
-    graph = _graph("textual", config, tensors, precision)
-    embedding = _text_transformer(graph, text)
+    if isinstance(text, BertTower):
+        graph = KINDS[precision]("textual", tensors)
+        embedding = bert_graph.text_transformer(graph, text)
+    else:
+        graph = _graph("textual", config, tensors, precision)
+        embedding = _text_transformer(graph, text)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
     return graph.finished(source, embedding, config["embed_dim"])
 
@@ -230,7 +235,9 @@ def _vision(config: Mapping[str, Any]) -> _VisionTransformer | _ResNet:
     )
 
 
-def _text(config: Mapping[str, Any]) -> _TextTransformer:
+def _text(config: Mapping[str, Any]) -> _TextTransformer | BertTower:
+    if bert := BertTower.of(config):
+        return bert
     text = config["text_cfg"]
     _refuse_unknown("text_cfg", text, _TEXT_KEYS)
     return _TextTransformer(
@@ -329,12 +336,12 @@ def _text_transformer(graph: Graph, tower: _TextTransformer) -> str:
     table = graph.weight("token_embedding.weight")
     states = graph.lookup("token_embedding", table, "tokens")
     positions = graph.floats("positional_embedding", graph.weight("positional_embedding"))
-    positions = _head(graph, positions, length, axes=[0])
+    positions = head(graph, positions, length, axes=[0])
     states = graph.op("Add", states, positions, name="tokens.placed")
     states = graph.op("Reshape", states, graph.integers(-1, tower.width), name="states")
 
     mask = np.triu(np.full((tower.context, tower.context), -np.inf, dtype=np.float32), k=1)
-    causal = _head(graph, graph.floats("causal_mask", mask), length, axes=[0, 1])
+    causal = head(graph, graph.floats("causal_mask", mask), length, axes=[0, 1])
     # The end token has the largest id of the vocabulary.
     end = graph.op("ArgMax", "tokens", name="end", axis=1, keepdims=0)
     rows = _first_rows(graph, length)
@@ -360,14 +367,6 @@ def _picker_of_first(graph: Graph, length: int) -> Callable[[str], str]:
         return graph.op("Slice", rows, start, end, axis, step, name=f"{rows}.first")
 
     return first
-
-
-def _head(graph: Graph, table: str, length: str, axes: Sequence[int]) -> str:
-    """The first `length` entries of a constant along `axes`."""
-    starts, ends = graph.integers(*(0 for _ in axes)), length
-    if len(axes) > 1:
-        ends = graph.op("Concat", *(length for _ in axes), name=f"{table}.ends", axis=0)
-    return graph.op("Slice", table, starts, ends, graph.integers(*axes), name=f"{table}.head")
 
 
 def _first_rows(graph: Graph, length: str) -> str:
@@ -411,7 +410,7 @@ def _block(
     normed = graph.layer_norm(states, f"{prefix}ln_1")
     weight = graph.weight(f"{prefix}attn.in_proj_weight")
     bias = graph.weight(f"{prefix}attn.in_proj_bias")
-    attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
+    attention = Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
     if pick is None:
         query, key, value = attention.project_all(normed, length)
     else:
@@ -424,69 +423,6 @@ def _block(
     hidden = graph.gelu(graph.stored_linear(hidden, f"{prefix}mlp.c_fc"), f"{prefix}mlp.gelu")
     hidden = graph.stored_linear(hidden, f"{prefix}mlp.c_proj")
     return graph.op("Add", states, hidden, name=f"{prefix}states")
-
-
-class _Attention:
-    """Multi-head attention. weight [3 W, W] and bias [3 W] project to query, key and value."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        prefix: str,
-        heads: int,
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32],
-    ) -> None:
-        self._graph, self._prefix = graph, prefix
-        self._heads, self._width = heads, weight.shape[1]
-        self._head_width = self._width // heads
-        scale = np.ones(3 * self._width, dtype=np.float32)
-        # Scaling the queries here spares scaling the scores at every call.
-        scale[: self._width] = self._head_width**-0.5
-        self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
-
-    def project_all(self, states: str, length: str) -> list[str]:
-        """Query, key and value of every position, each [B, H, L, W / H]."""
-        qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
-        return self._split(qkv, length, ("query", "key", "value"))
-
-    def project_picked(self, picked: str, states: str, length: str) -> list[str]:
-        """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
-        width = self._width
-        weight, bias = self._weight, self._bias
-        query = self._graph.linear(picked, f"{self._prefix}.q", weight[:width], bias[:width])
-        shape = self._graph.integers(-1, self._heads, 1, self._head_width)
-        query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
-        kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
-        return [query, *self._split(kv, length, ("key", "value"))]
-
-    def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
-        """Attention of queries [B, H, Q, d] over [B, H, L, d]: [B * Q, W]."""
-        graph, prefix = self._graph, self._prefix
-        key = graph.op("Transpose", key, name=f"{key}.columns", perm=[0, 1, 3, 2])
-        scores = graph.op("MatMul", query, key, name=f"{prefix}.scores")
-        if mask is not None:
-            scores = graph.op("Add", scores, mask, name=f"{prefix}.scores.masked")
-        shares = graph.softmax(scores, f"{prefix}.shares")
-        mixed = graph.op("MatMul", shares, value, name=f"{prefix}.mixed")
-        mixed = graph.op("Transpose", mixed, name=f"{prefix}.mixed.rows", perm=[0, 2, 1, 3])
-        return graph.op("Reshape", mixed, graph.integers(-1, self._width), name=f"{prefix}.heads")
-
-    def _split(self, rows: str, length: str, parts: Sequence[str]) -> list[str]:
-        """[B * L, n * W] to n of [B, H, L, W / H]."""
-        graph = self._graph
-        per_head = [len(parts) * self._heads, self._head_width]
-        shape = graph.op(
-            "Concat",
-            graph.integers(-1),
-            length,
-            graph.integers(*per_head),
-            name=f"{rows}.shape",
-            axis=0,
-        )
-        rows = graph.op("Reshape", rows, shape, name=f"{rows}.by_head")
-        rows = graph.op("Transpose", rows, name=f"{rows}.first", perm=[0, 2, 1, 3])
-        return graph.split(rows, parts, axis=1)
 
 
 # --- residual network
@@ -558,7 +494,7 @@ def _attention_pool(graph: Graph, tower: _ResNet, states: str) -> str:
     names = [f"{prefix}{name}_proj" for name in "qkv"]
     weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
     bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
-    attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
+    attention = Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
     picked = _picker_of_first(graph, length)(states)
     query, key, value = attention.project_picked(picked, states, graph.integers(length))
     attended = attention.attend(query, key, value, mask=None)
