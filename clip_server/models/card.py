@@ -12,6 +12,8 @@ Interpolation = Literal["bicubic", "bilinear"]
 #   masked  padding is masked out in attention;
 #   fixed   the tower needs every position, never trim.
 Trim = Literal["causal", "masked", "fixed"]
+# A vocabulary that comes with the package, and the tokenizer that goes with it.
+Vocabulary = Literal["clip", "chinese-bert"]
 # What is done to a text before its tokens are looked up, in open_clip's words: `lower` and
 # `whitespace` mend it and make every gap one space; `canonicalize` removes punctuation too.
 Clean = Literal["lower", "whitespace", "canonicalize"]
@@ -38,8 +40,9 @@ class ImageSpec:
 class TextSpec:
     """How a text becomes tokens.
 
-    tokenizer: None for CLIP's own byte-pair vocabulary; else where a Hugging Face
+    tokenizer: None for a vocabulary that comes with the package; else where a Hugging Face
         `tokenizer.json` is, a repository of the hub or a folder.
+    vocabulary: which, where `tokenizer` is None.
     vocab_size: entries of the vocabulary that the model knows; with CLIP's own, fewer than its
         49,408 keep the first merges.
     strip_separator: a Hugging Face tokenizer's separator becomes id 0, as CLIPA was trained.
@@ -52,6 +55,7 @@ class TextSpec:
     trim: Trim = "causal"
     clean: Clean = "lower"
     strip_separator: bool = False
+    vocabulary: Vocabulary = "clip"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from clip_server.errors import ConfigurationError, ItemError, WeightsError
 from clip_server.models import weights
 from clip_server.models.card import Clean, TextSpec
+from clip_server.models.wordpiece import WordPieceTokenizer
 
 # Hugging Face's files: all of a tokenizer, and, beside it, what its special tokens are called.
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -68,9 +69,9 @@ def tokenizer_for(spec: TextSpec) -> Tokenizer:
         WeightsError: its files are neither here nor on the hub, or they are damaged.
         ConfigurationError: the model asks for a clean-up that its tokenizer lacks.
     """
-    if spec.tokenizer is None:
-        return ClipTokenizer(spec)
-    return HuggingFaceTokenizer(spec)
+    if spec.tokenizer is not None:
+        return HuggingFaceTokenizer(spec)
+    return WordPieceTokenizer(spec) if spec.vocabulary == "chinese-bert" else ClipTokenizer(spec)
 
 
 def fetch(spec: TextSpec) -> None:

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from clip_server.models.card import TextSpec
 
-# What `TextSpec.tokenizer` says of models with this vocabulary.
-NAME = "chinese-bert"
 _VOCABULARY = "data/chinese_bert_vocab.txt.gz"
 # A piece that does not begin its word.
 _CONTINUED = "##"

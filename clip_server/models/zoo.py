@@ -25,7 +25,7 @@ _LOGIT_SCALE = 100.0
 # The text towers of Hugging Face's that T5 is one of fill up with 0, the others with 1.
 _PADS_WITH_ZERO = ("google/mt5",)
 # Models of clip-as-service whose towers open_clip has not.
-_NOT_YET = ("M-CLIP/", "CN-CLIP/")
+_NOT_YET = ("M-CLIP/",)
 
 
 def names() -> list[str]:
@@ -81,7 +81,8 @@ def card_from_config(
 ) -> ModelCard:
     """A card from open_clip's JSON form.
 
-    config: `embed_dim`, `vision_cfg`, `text_cfg`, and `quick_gelu` where it is true.
+    config: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu` where it is true, and
+        `preprocess_cfg` where all models of an architecture have one.
     preprocess: `mean`, `std`, `interpolation`, `resize_mode`; what is absent is as in CLIP.
     folder: where the tokenizer is looked for before the hub.
 
@@ -92,7 +93,9 @@ def card_from_config(
         return ModelCard(
             name=name,
             dim=config["embed_dim"],
-            image=_image_spec(config["vision_cfg"], preprocess),
+            image=_image_spec(
+                config["vision_cfg"], {**config.get("preprocess_cfg", {}), **preprocess}
+            ),
             text=_text_spec(config["text_cfg"], folder),
             logit_scale=logit_scale,
             config=dict(config),
@@ -136,19 +139,20 @@ def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
         trim=_trim(text),
         clean=options.get("clean", "whitespace" if source else spec.clean),
         strip_separator=options.get("strip_sep_token", False),
+        vocabulary=text.get("vocabulary", spec.vocabulary),
     )
 
 
 def _pad_id(text: Mapping[str, Any]) -> int:
     if tower := text.get("hf_model_name"):
         return 0 if tower.startswith(_PADS_WITH_ZERO) else 1
-    pad_id: int = text.get("pad_id", TextSpec.pad_id)
+    pad_id: int = text.get("bert", text).get("pad_id", TextSpec.pad_id)
     return pad_id
 
 
 def _trim(text: Mapping[str, Any]) -> Trim:
     """What open_clip's text tower of this configuration allows."""
-    if "hf_model_name" in text:
+    if "hf_model_name" in text or "bert" in text:
         return "masked"
     # CoCa's class token stands after the padding, at a position of its own.
     every_position = text.get("no_causal_mask") or text.get("embed_cls")
