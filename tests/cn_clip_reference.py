@@ -27,7 +27,7 @@ FILE = Path(__file__).parent / "references" / "cn_clip.npz"
 Shapes = Mapping[str, tuple[int, ...]]
 
 SMALL_BERT = {"width": 64, "layers": 3, "heads": 4, "mlp_width": 160, "vocab_size": 21128}
-SMALL_TEXT = {"context_length": 52, "vocab_size": 21128, "tokenizer": "chinese-bert"}
+SMALL_TEXT = {"context_length": 52, "vocab_size": 21128, "vocabulary": "chinese-bert"}
 SMALL = {
     "embed_dim": 32,
     "quick_gelu": True,

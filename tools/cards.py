@@ -1,7 +1,7 @@
 """`python -m tools.cards`: writes the server's table of models from the installed open_clip's own.
 
-Run it after each release of open_clip. Only what open_clip does not know is written here: the
-names that OpenAI gave its models, and licences.
+Run it after each release of open_clip. Only what open_clip does not know is written here and in
+`families`: the names that OpenAI gave its models, licences, and models that are not open_clip's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import open_clip
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+from tools import families
 
 TABLE = Path(__file__).parents[1] / "clip_server/models/data/zoo.json"
 _QUICK_GELU = "-quickgelu"
@@ -51,15 +53,18 @@ def table() -> dict[str, dict[str, Any]]:
             name: open_clip.get_model_config(name)
             for name in open_clip.list_models()
             if not name.endswith(_QUICK_GELU)  # the tags say which activation they need
-        },
+        }
+        | families.architectures(),
         "checkpoints": {
             f"{architecture}::{tag}": _checkpoint(
                 tag, open_clip.get_pretrained_cfg(architecture, tag)
             )
             for architecture, tag in open_clip.list_pretrained()
             if not architecture.endswith(_QUICK_GELU)
-        },
-        "aliases": {theirs: f"{ours}::openai" for theirs, ours in _OPENAI.items()},
+        }
+        | families.checkpoints(),
+        "aliases": {theirs: f"{ours}::openai" for theirs, ours in _OPENAI.items()}
+        | families.aliases(),
     }
 
 
