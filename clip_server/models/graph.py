@@ -29,6 +29,7 @@ from clip_server.models.nodes import EPSILON, KINDS, Graph, Precision, Weights
 _INT64_MAX = 2**63 - 1
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_TEXT_KEYS |= {"hf_tokenizer_name", "tokenizer_kwargs"}  # which no tower is made of
 
 
 def build_visual(

@@ -263,12 +263,12 @@ def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
     """The encoder of the first merges, as many as a vocabulary of `vocab_size` leaves."""
     alphabet = _alphabet()
     symbols = [*alphabet, *(symbol + _END_OF_WORD for symbol in alphabet)]
-    merges = _merges(vocab_size - len(symbols) - len(_SPECIAL))
-    symbols += [left + right for left, right in merges]
+    pairs = merges(vocab_size)
+    symbols += [left + right for left, right in pairs]
     encoder = RustTokenizer(
         models.BPE(
             vocab={symbol: index for index, symbol in enumerate(symbols)},
-            merges=merges,
+            merges=pairs,
             end_of_word_suffix=_END_OF_WORD,
         )
     )
@@ -281,7 +281,10 @@ def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
     return encoder
 
 
-def _merges(count: int) -> list[tuple[str, str]]:
+def merges(vocab_size: int) -> list[tuple[str, str]]:
+    """The pairs of symbols that CLIP's own vocabulary merges, commonest first: as many as one of
+    `vocab_size` has room for beside the bytes and the special tokens."""
+    count = vocab_size - 2 * len(_alphabet()) - len(_SPECIAL)
     packed = resources.files(__package__).joinpath(_VOCABULARY).read_bytes()
     # The first line is a version; each later one is a pair of symbols, commonest first.
     lines = gzip.decompress(packed).decode().split("\n")[1 : count + 1]

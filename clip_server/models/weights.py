@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.models import names
 from clip_server.models.card import ModelCard
 
 Tensors = dict[str, NDArray[Any]]
@@ -29,6 +30,8 @@ _PICKLES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 # The same weights as open_clip's older repositories hold them.
 _PICKLED_CHECKPOINT = "open_clip_pytorch_model.bin"
+# And as transformers saves them.
+_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 # How long an unreachable hub may hold up the start, in seconds.
 _HUB_TIMEOUT = 5.0
 # How the names end that a checkpoint may hold or lack: no tower needs them.
@@ -84,7 +87,7 @@ def in_folder(path: Path) -> Path | None:
     """The checkpoint in a folder, or the file itself; None where there is none or a choice."""
     if not path.is_dir():
         return path if path.is_file() else None
-    for name in (CHECKPOINT, _PICKLED_CHECKPOINT):
+    for name in (CHECKPOINT, _PICKLED_CHECKPOINT, *_HUGGING_FACE):
         if (path / name).is_file():
             return path / name
     found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
@@ -92,17 +95,19 @@ def in_folder(path: Path) -> Path | None:
 
 
 def read(path: Path) -> Tensors:
-    """Every tensor of a checkpoint, as stored; bfloat16, which numpy lacks, as float32.
+    """Every tensor of a checkpoint, as stored; bfloat16, which numpy lacks, as float32. A Hugging
+    Face model's have open_clip's names (see `names`).
 
     Raises:
         WeightsError: the file is damaged, not a checkpoint at all, or holds code.
         ConfigurationError: it is pickled, and torch is not installed.
     """
     if path.suffix in _PICKLES:
-        return {name: _from_torch(tensor) for name, tensor in _unpickled(path).items()}
-    with _opened(path) as file:
-        names = file.keys()
-        return {name: _standard(file.get_tensor(name)) for name in names}
+        tensors = {name: _from_torch(tensor) for name, tensor in _unpickled(path).items()}
+    else:
+        with _opened(path) as file:
+            tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return names.standard(tensors)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -174,7 +179,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _standard(tensor: NDArray[Any]) -> NDArray[Any]:
+def _wide(tensor: NDArray[Any]) -> NDArray[Any]:
     return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
 
 

@@ -43,7 +43,7 @@ class WordPieceTokenizer:
 
     def __init__(self, spec: TextSpec) -> None:
         self.spec = spec
-        self._ids = _vocabulary()
+        self._ids = vocabulary()
         self._start, self._end = self._ids["[CLS]"], self._ids["[SEP]"]
         self._unknown = self._ids["[UNK]"]
         self._remembered = lru_cache(_REMEMBERED_WORDS)(self._pieces)
@@ -124,7 +124,8 @@ def _words(text: str, most: int) -> list[str]:
     return unicodedata.normalize("NFD", spaced).translate(_SPLIT).split(None, most)[:most]
 
 
-def _vocabulary() -> dict[str, int]:
+def vocabulary() -> dict[str, int]:
+    """The pieces that words are made of, with their ids."""
     packed = resources.files(__package__).joinpath(_VOCABULARY).read_bytes()
     lines = gzip.decompress(packed).decode().split("\n")
     return {line.strip(): index for index, line in enumerate(lines) if line.strip()}

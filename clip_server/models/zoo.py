@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.models import shapes, tokenizer, weights
+from clip_server.models import hugging_face, shapes, tokenizer, weights
 from clip_server.models.card import ImageSpec, ModelCard, TextSpec, Trim
 
 EMBEDDED = "emoji-small::embedded"
@@ -292,13 +292,8 @@ def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
 def _described_card(name: str, path: Path) -> ModelCard | None:
     """The card of a checkpoint that has its configuration beside it."""
     folder = path if path.is_dir() else path.parent
-    config_file = folder / weights.CONFIG
-    if not config_file.is_file() or (file := weights.in_folder(path)) is None:
+    if (file := weights.in_folder(path)) is None or (config := _description(folder)) is None:
         return None
-    try:
-        config = json.loads(config_file.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{config_file} is not JSON: {error}") from error
     return card_from_config(
         name or path.stem,
         config.get("model_cfg", config),
@@ -306,3 +301,15 @@ def _described_card(name: str, path: Path) -> ModelCard | None:
         logit_scale=weights.read_logit_scale(file),
         folder=folder,
     )
+
+
+def _description(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of its checkpoint, as open_clip or as Hugging Face writes it."""
+    file = folder / weights.CONFIG
+    if not file.is_file():
+        return hugging_face.configuration(folder)
+    try:
+        config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is not JSON: {error}") from error
+    return config
