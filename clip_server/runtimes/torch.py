@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
 from clip_server.models import weights
+from clip_server.models.bert import BertTower
 from clip_server.models.card import ImageSpec, ModelCard
 from clip_server.runtimes.base import load_checkpoint
 
@@ -21,14 +21,22 @@ try:
     from open_clip.convert import convert_state_dict
     from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict, text_global_pool
     from torch import Tensor, nn
+    from torch.overrides import TorchFunctionMode
+
+    from clip_server.runtimes.torch_bert import BertTextTower
 except ImportError as missing:
     raise ConfigurationError(
         "the torch runtime is not installed: pip install 'clip-server[torch]'"
     ) from missing
 
 # What says which of open_clip's classes a model is, and the part of CoCa that writes captions.
-_OTHER_CLASSES = {"custom_text", "multimodal_cfg"}
+_OTHER_CLASSES = {"custom_text", "multimodal_cfg", "preprocess_cfg"}
 _DECODER = "text_decoder."
+# What draws a parameter at random, and then cuts and scales it.
+_DRAWS = {
+    *("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"),
+    *("erfinv_", "mul_", "add_", "clamp_"),
+}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -168,52 +176,60 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
     """open_clip's two towers of a card with the checkpoint's weights, on the CPU.
 
     Every family is built as open_clip's CustomTextCLIP, which gives a CLIP whose text tower is
-    apart, and CoCa without its decoder.
+    apart, and CoCa without its decoder. A BERT of ours takes the place of its text tower.
     """
-    model = _empty_model(card)
-    empty = model.state_dict()
+    model, bert = _empty_model(card), BertTower.of(card.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    # Checkpoints of the makers of a model, and of CLIP, whose text tower was not apart.
-    state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
-    state = {name: value for name, value in state.items() if not name.startswith(_DECODER)}
-    weights.check(state, {name: tuple(tensor.shape) for name, tensor in empty.items()})
-    found = {
-        # What a checkpoint may lack, no tower needs.
-        name: state[name].reshape(tensor.shape) if name in state else torch.zeros(tensor.shape)
-        for name, tensor in empty.items()
-        if name in state or tensor.is_meta
-    }
-    model.load_state_dict(found, strict=False, assign=True)
+    if bert:
+        shapes |= bert.shapes(card.dim)
+    else:
+        # Checkpoints of the makers of a model, and of CLIP, whose text tower was not apart.
+        state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+        state = {name: value for name, value in state.items() if not name.startswith(_DECODER)}
+    weights.check(state, shapes)
+    for name, parameter in model.named_parameters():
+        # A parameter that a checkpoint may lack, no tower needs.
+        found = state[name] if name in state else torch.zeros_like(parameter)
+        state[name] = found.reshape(parameter.shape)
+    model.load_state_dict(state, strict=False, assign=True)
+    if bert:
+        model.text = BertTextTower(bert, state)
     return model
 
 
 def _empty_model(card: ModelCard) -> CustomTextCLIP:
-    """open_clip's two towers of a card, with parameters that have a shape alone."""
+    """open_clip's two towers of a card; what their parameters hold is left to chance."""
     config = {key: value for key, value in card.config.items() if key not in _OTHER_CLASSES}
+    bert = BertTower.of(card.config)
     # The tower of a Hugging Face model would be fetched with weights of its own.
-    config["text_cfg"] = config["text_cfg"] | {"hf_model_pretrained": False}
+    text = {} if bert else config["text_cfg"] | {"hf_model_pretrained": False}
     try:
-        with _no_parameters():
-            return CustomTextCLIP(**config).eval()
+        with _NothingDrawn():
+            model = CustomTextCLIP(**config | {"text_cfg": text}).eval()
     except Exception as error:  # of open_clip, timm or transformers
         raise ConfigurationError(f"open_clip cannot build {card.name}: {error}") from error
+    if bert:
+        model.text = nn.Identity()
+    return model
 
 
-@contextmanager
-def _no_parameters() -> Iterator[None]:
-    """Modules made inside have parameters without memory: to draw them at random takes seconds,
-    and a checkpoint replaces them. Buffers are real, as many are computed and in no checkpoint."""
-    register = nn.Module.register_parameter
+class _NothingDrawn(TorchFunctionMode):
+    """Modules made inside leave their parameters as they were allocated: to draw them at random
+    takes seconds, and a checkpoint replaces them. Buffers, which may be in none, are computed."""
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        empty = None if parameter is None else nn.Parameter(parameter.to("meta"), False)
-        register(module, name, empty)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = next(iter((*args, *kwargs.values())), None)
+        if func.__name__ in _DRAWS and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
 
 
 def _traced(
