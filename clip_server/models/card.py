@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 ResizeMode = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -17,6 +17,9 @@ Vocabulary = Literal["clip", "chinese-bert"]
 # What is done to a text before its tokens are looked up, in open_clip's words: `lower` and
 # `whitespace` mend it and make every gap one space; `canonicalize` removes punctuation too.
 Clean = Literal["lower", "whitespace", "canonicalize"]
+# What graphs can be built in, and a model converted into.
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)

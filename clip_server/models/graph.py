@@ -23,8 +23,8 @@ from clip_server.errors import ConfigurationError
 from clip_server.models import bert_graph
 from clip_server.models.attention import Attention, head
 from clip_server.models.bert import BertTower, Shapes
-from clip_server.models.card import ImageSpec
-from clip_server.models.nodes import EPSILON, KINDS, Graph, Precision, Weights
+from clip_server.models.card import ImageSpec, Precision
+from clip_server.models.nodes import EPSILON, KINDS, Graph, Weights
 
 _INT64_MAX = 2**63 - 1
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from clip_server.models import quantize
+from clip_server.models.card import Precision
 
-Precision = Literal["fp32", "fp16", "int8"]
 Weights = Mapping[str, NDArray[Any]]
 
 OPSET = 18

@@ -13,7 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_server.models.nodes import KINDS, Graph, Precision
+from clip_server.models.card import Precision
+from clip_server.models.nodes import KINDS, Graph
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
