@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
@@ -37,6 +38,8 @@ _HUB_TIMEOUT = 5.0
 # How the names end that a checkpoint may hold or lack: no tower needs them.
 _HARMLESS = ("attn_mask", "position_ids", "num_batches_tracked", "logit_bias")
 _SHOWN = 3
+_SHA256_DIGITS = 64
+_BLOCK = 2**20
 
 
 def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
@@ -274,17 +277,37 @@ def _download(repository: str, files: Sequence[str]) -> Path:
     for file in files:
         try:
             # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
-            hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_HUB_TIMEOUT)
+            known = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_HUB_TIMEOUT)
             if file.endswith(_PICKLES):
                 _torch(file)  # or it would be downloaded for nothing
-            return Path(hub.hf_hub_download(repository, file, etag_timeout=_HUB_TIMEOUT))
+            path = Path(hub.hf_hub_download(repository, file, etag_timeout=_HUB_TIMEOUT))
         except ConfigurationError:
             raise
         except Exception as error:  # each release of the client raises another library's errors
             lacks_file = isinstance(error, hub.errors.EntryNotFoundError)
             if file == files[-1] or not lacks_file:
                 raise _unreachable(repository, file, error) from error
+        else:
+            _check_download(path, known.etag or "")
+            return path
     raise AssertionError("there is no file to fetch")
+
+
+def _check_download(path: Path, etag: str) -> None:
+    """Refuses a file that is not the one the hub has, which the hub's client does not.
+
+    etag: of a large file, the SHA-256 of its content; of a small one, something else.
+    """
+    if len(etag) != _SHA256_DIGITS:
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != etag:
+        path.resolve().unlink()  # or it would be taken from the cache the next time
+        path.unlink(missing_ok=True)
+        raise WeightsError(f"{path.name} was damaged on its way from the hub: try again")
 
 
 def _unreachable(repository: str, file: str, error: Exception) -> WeightsError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.models import hugging_face, shapes, tokenizer, weights
+from clip_server.models import converted, hugging_face, shapes, tokenizer, weights
 from clip_server.models.card import ImageSpec, ModelCard, TextSpec, Trim
 
 EMBEDDED = "emoji-small::embedded"
@@ -22,8 +22,8 @@ EMBEDDED_PATH = Path(__file__).parent / "embedded"
 _QUICK_GELU = "-quickgelu"
 # What CLIP's temperature was held at, and most models arrive at; a checkpoint has its own.
 _LOGIT_SCALE = 100.0
-# The text towers of Hugging Face's that T5 is one of fill up with 0, the others with 1.
-_PADS_WITH_ZERO = ("google/mt5",)
+# Parts of the names of those tokenizers of Hugging Face's that fill up with 0; others do with 1.
+_PADS_WITH_ZERO = ("mt5", "bert-base", "SigLIP2")
 # Models of clip-as-service whose towers open_clip has not.
 _NOT_YET = ("M-CLIP/",)
 
@@ -31,6 +31,11 @@ _NOT_YET = ("M-CLIP/",)
 def names() -> list[str]:
     """Every canonical name, the embedded model first."""
     return [EMBEDDED, *_zoo()["checkpoints"]]
+
+
+def other_names(name: str) -> list[str]:
+    """What a model, by its canonical name, may be called too."""
+    return [alias for alias, canonical in _aliases().items() if canonical == name]
 
 
 def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
@@ -50,6 +55,8 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
     name, path = _located(name, model_path)
     if path is None:
         return _card(_canonical(name))
+    if found := converted.read(path):
+        return found.card
     return _described_card(name, path) or _card_for_checkpoint(name, path)
 
 
@@ -65,6 +72,9 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
         path = EMBEDDED_PATH
     file = weights.find(card, path)
     tokenizer.fetch(card.text)
+    tower = card.config["text_cfg"].get("hf_model_name")
+    if tower is not None and not Path(tower).is_dir():
+        weights.fetch(tower, hugging_face.CONFIG)
     return file
 
 
@@ -127,6 +137,8 @@ def _image_spec(vision: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
 
 
 def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
+    if mode := text.get("tokenizer_mode"):
+        raise ConfigurationError(f"tokenizer_mode {mode!r} is not supported")
     spec = TextSpec()
     source, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs", {})
     if source and folder is not None and (folder / tokenizer.FILE).is_file():
@@ -144,9 +156,10 @@ def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
 
 
 def _pad_id(text: Mapping[str, Any]) -> int:
-    if tower := text.get("hf_model_name"):
-        return 0 if tower.startswith(_PADS_WITH_ZERO) else 1
-    pad_id: int = text.get("bert", text).get("pad_id", TextSpec.pad_id)
+    tower, source = text.get("bert", text), text.get("hf_tokenizer_name")
+    if source and "pad_id" not in tower:
+        return 0 if any(part in source for part in _PADS_WITH_ZERO) else 1
+    pad_id: int = tower.get("pad_id", TextSpec.pad_id)
     return pad_id
 
 
