@@ -76,6 +76,15 @@ def build_textual(
     return graph.finished(source, embedding, config["embed_dim"])
 
 
+def builds(config: Mapping[str, Any]) -> bool:
+    """Whether an architecture is of a family that this builder has."""
+    try:
+        tensor_shapes(config)
+    except ConfigurationError:
+        return False
+    return True
+
+
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     """The name and shape of every tensor in a checkpoint of this architecture.
 
@@ -256,7 +265,7 @@ def _refuse_unknown(part: str, config: Mapping[str, Any], known: set[str]) -> No
     if unknown := sorted(config.keys() - known):
         raise ConfigurationError(
             f"the ONNX graph builder does not know {', '.join(unknown)} in {part}: "
-            "run this model with the torch runtime"
+            "convert this model first (python -m clip_server.convert), or run it with torch"
         )
 
 

@@ -88,6 +88,18 @@ def fetch(spec: TextSpec) -> None:
     weights.fetch(source, FILE)
 
 
+def files(spec: TextSpec) -> list[Path]:
+    """The files that `fetch` made sure of; none where the vocabulary comes with the package.
+
+    Raises:
+        WeightsError: as `fetch`.
+    """
+    if spec.tokenizer is None:
+        return []
+    config = _config_file(spec.tokenizer)
+    return [_file(spec.tokenizer), *([config] if config else [])]
+
+
 class ClipTokenizer:
     """CLIP's own tokenizer; see `Tokenizer`. A text that is cut ends in the end token all the
     same, and the empty text gives start and end.
@@ -187,11 +199,16 @@ def _file(source: str) -> Path:
     return file
 
 
-def _config(source: str) -> dict[str, Any]:
-    """What stands beside a tokenizer; empty where nothing does."""
+def _config_file(source: str) -> Path | None:
     folder = Path(source)
     file = folder / CONFIG if folder.is_dir() else weights.in_cache(source, CONFIG)
-    if file is None or not file.is_file():
+    return file if file and file.is_file() else None
+
+
+def _config(source: str) -> dict[str, Any]:
+    """What stands beside a tokenizer; empty where nothing does."""
+    file = _config_file(source)
+    if file is None:
         return {}
     try:
         config: dict[str, Any] = json.loads(file.read_text("utf-8"))

@@ -18,7 +18,7 @@ from clip_server.models.card import PRECISIONS, ModelCard, Precision
 from clip_server.runtimes.base import load_checkpoint
 
 _EXTRA = "the ONNX runtime is not installed: pip install 'clip-server[onnx]'"
-VISUAL, TEXTUAL = "visual.onnx", "textual.onnx"
+_FILES = tuple(converted.FILES["onnx"].values())
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {
     "tensor(uint8)": np.uint8,
@@ -68,11 +68,11 @@ class OnnxRuntime:
             ConfigurationError: the extra, the device, the dtype or the model is not to be had.
         """
         folder = Path(model_path) if model_path and has_graphs(model_path) else None
-        dtype = _dtype(dtype) if folder is None else _dtype_of(folder, dtype)
+        dtype = _dtype(dtype) if folder is None else converted.check_dtype(folder, dtype)
         sessions = _Sessions(_device_for_int8(device) if dtype == "int8" else device, threads)
         if folder is not None:
             card = zoo.resolve(name, folder)
-            graphs = iter([folder / VISUAL, folder / TEXTUAL])
+            graphs = (folder / file for file in _FILES)
         else:
             if dtype == "fp16" and sessions.device == "cpu":
                 # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
@@ -99,9 +99,7 @@ class OnnxRuntime:
 
 def has_graphs(model_path: str | Path | None) -> bool:
     """Whether a folder holds graphs: both `visual.onnx` and `textual.onnx`."""
-    return model_path is not None and all(
-        Path(model_path, file).is_file() for file in (VISUAL, TEXTUAL)
-    )
+    return model_path is not None and all(Path(model_path, file).is_file() for file in _FILES)
 
 
 def open_tower(
@@ -121,17 +119,6 @@ def _dtype(wanted: str | None) -> Precision:
     if found is None:
         known = ", ".join(PRECISIONS)
         raise ConfigurationError(f"dtype {wanted!r} is not one the ONNX runtime has: {known}")
-    return found
-
-
-def _dtype_of(folder: Path, wanted: str | None) -> str:
-    """The precision of the graphs in a folder. A person's own do not say, and pass for fp32."""
-    described = converted.read(folder)
-    found = described.precision if described else "fp32"
-    if wanted not in (None, found):
-        raise ConfigurationError(
-            f"dtype {wanted!r} is for checkpoints: the graphs in {folder} run as they are, {found}"
-        )
     return found
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.errors import ConfigurationError
-from clip_server.models import weights
+from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.models import converted, weights, zoo
 from clip_server.models.bert import BertTower
 from clip_server.models.card import ImageSpec, ModelCard
 from clip_server.runtimes.base import load_checkpoint
@@ -29,8 +31,8 @@ except ImportError as missing:
         "the torch runtime is not installed: pip install 'clip-server[torch]'"
     ) from missing
 
-# What says which of open_clip's classes a model is, and the part of CoCa that writes captions.
-_OTHER_CLASSES = {"custom_text", "multimodal_cfg", "preprocess_cfg"}
+# What a configuration says of the two towers, and the part of CoCa that writes captions.
+_TOWERS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 _DECODER = "text_decoder."
 # What draws a parameter at random, and then cuts and scales it.
 _DRAWS = {
@@ -38,6 +40,7 @@ _DRAWS = {
     *("erfinv_", "mul_", "add_", "clamp_"),
 }
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FILES = tuple(converted.FILES["torchscript"].values())
 
 
 class TorchRuntime:
@@ -66,10 +69,12 @@ class TorchRuntime:
         """Loads a model and puts it on its device.
 
         name: a canonical name or an alias.
-        model_path: a checkpoint as in `weights.find`.
+        model_path: a checkpoint as in `weights.find`, or a folder with `visual.pt`,
+            `textual.pt` and `card.json`, of `python -m clip_server.convert`.
         device: as torch names it; by default a CUDA GPU, an Apple GPU or the CPU, whichever
             is there first.
         dtype: of weights and arithmetic: `fp32` (the default), `bf16`, or on a GPU `fp16`.
+            Towers in a folder have theirs.
         jit: trace both towers.
         threads: cores that one call may use; torch keeps this for the whole process.
 
@@ -77,13 +82,17 @@ class TorchRuntime:
             ConfigurationError: the device, the dtype or the model is not to be had.
         """
         place = _device(device)
-        dtype = _dtype(dtype, place)
         if threads is not None:
             torch.set_num_threads(threads)
+        if model_path is not None and has_towers(model_path):
+            folder = Path(model_path)
+            dtype = converted.check_dtype(folder, dtype)
+            card = zoo.resolve(name, folder)
+            visual, textual = (_loaded(folder / file, place) for file in _FILES)
+            return cls(card, visual, textual, str(place), dtype)
+        dtype = _dtype(dtype, place)
         card, tensors = load_checkpoint(name, model_path)
-        model = _model(card, tensors).to(place, _DTYPES[dtype])
-        visual: nn.Module = _ImageTower(model, card.image, _DTYPES[dtype]).to(place)
-        textual = _text_tower(card, model)
+        visual, textual = (tower.to(place) for tower in towers(card, tensors, dtype))
         if jit:
             visual, textual = _traced(card, visual, textual, place)
         return cls(card, visual, textual, str(place), dtype)
@@ -96,12 +105,65 @@ class TorchRuntime:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
         return self._run(self._textual, tokens)
 
-    @torch.inference_mode()
     def _run(self, tower: nn.Module, batch: NDArray[Any]) -> NDArray[np.float32]:
-        # torch warns of an array that it may not write to.
-        writeable = torch.from_numpy(np.require(batch, requirements="W"))
-        embeddings: Tensor = tower(writeable.to(self.device))
-        return embeddings.float().cpu().numpy()
+        return _run(tower, batch, self.device)
+
+
+def towers(
+    card: ModelCard, tensors: weights.Tensors, dtype: str = "fp32"
+) -> tuple[nn.Module, nn.Module]:
+    """The image and the text tower of a checkpoint, on the CPU.
+
+    They take uint8 pixels [B, 3, S, S] and int32 tokens [B, L], and give embeddings [B, D].
+
+    Raises:
+        WeightsError, ConfigurationError: the checkpoint is not the card's; or open_clip cannot
+            build that.
+    """
+    model = _model(card, tensors).to(_DTYPES[dtype])
+    return _ImageTower(model, card.image, _DTYPES[dtype]), _text_tower(card, model)
+
+
+def has_towers(model_path: str | Path | None) -> bool:
+    """Whether a folder holds a model that was converted to TorchScript."""
+    return model_path is not None and all(
+        Path(model_path, file).is_file() for file in (*_FILES, converted.CARD)
+    )
+
+
+def save_traced(tower: nn.Module, batch: NDArray[Any], path: Path) -> None:
+    """Writes a tower on the CPU as TorchScript, for batches of any size.
+
+    batch: pixels or tokens, of which the shape counts.
+    """
+    torch.jit.save(_trace(tower, torch.from_numpy(batch)), path)
+
+
+def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """One tower by itself: TorchScript in a file, as pixels or tokens to embeddings [B, D]."""
+    return partial(_run, _loaded(path, torch.device("cpu")))
+
+
+@torch.inference_mode()
+def _run(tower: nn.Module, batch: NDArray[Any], device: str = "cpu") -> NDArray[np.float32]:
+    # torch warns of an array that it may not write to.
+    writeable = torch.from_numpy(np.require(batch, requirements="W"))
+    embeddings: Tensor = tower(writeable.to(device))
+    return embeddings.float().cpu().numpy()
+
+
+def _loaded(path: Path, place: torch.device) -> nn.Module:
+    """A tower in TorchScript.
+
+    Raises:
+        WeightsError: the file is damaged, or not TorchScript.
+    """
+    try:
+        with _no_warnings():
+            module: nn.Module = torch.jit.load(path, map_location=place)
+    except Exception as error:  # whatever the bytes of a damaged file make of it
+        raise WeightsError(f"{path} is damaged, or not TorchScript: convert it again") from error
+    return module
 
 
 class _ImageTower(nn.Module):
@@ -200,7 +262,7 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
 
 def _empty_model(card: ModelCard) -> CustomTextCLIP:
     """open_clip's two towers of a card; what their parameters hold is left to chance."""
-    config = {key: value for key, value in card.config.items() if key not in _OTHER_CLASSES}
+    config = {key: value for key, value in card.config.items() if key in _TOWERS}
     bert = BertTower.of(card.config)
     # The tower of a Hugging Face model would be fetched with weights of its own.
     text = {} if bert else config["text_cfg"] | {"hf_model_pretrained": False}
@@ -238,10 +300,21 @@ def _traced(
     size, context = card.image.size, card.text.context_length
     pixels = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=place)
     tokens = torch.zeros((2, context), dtype=torch.int32, device=place)
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its deprecation, and of lengths it handles well
+    return _trace(visual, pixels), _trace(textual, tokens)
+
+
+def _trace(tower: nn.Module, batch: Tensor) -> nn.Module:
+    with torch.inference_mode(), _no_warnings():
         trace: Callable[..., nn.Module] = torch.jit.trace
-        return trace(visual, pixels), trace(textual, tokens)
+        return trace(tower.eval(), batch)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """TorchScript's: of its deprecation, and of lengths it handles well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _device(wanted: str | None) -> torch.device:
