@@ -30,9 +30,7 @@ class BertTextTower(nn.Module):
         self.register_buffer("positions", places + kind)
         self.norm = nn.LayerNorm(tower.width, tower.epsilon)
         self.norm.load_state_dict(_affine(tensors, f"{prefix}LayerNorm", ""))
-        self.blocks = nn.ModuleList(
-            _block(tower, index, tensors) for index in range(tower.layers)
-        )
+        self.blocks = nn.ModuleList(_block(tower, index, tensors) for index in range(tower.layers))
         self.projection = _projection(tower, tensors)
 
     def forward(self, tokens: Tensor) -> Tensor:
