@@ -57,12 +57,22 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--name", default="embedded", help="the model; embedded by default")
     variants.add_arguments(shared)
     shared.add_argument(
+        "--converted",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder that `python -m clip_server.convert` wrote, to stand beside them; several "
+        "where given again",
+    )
+    shared.add_argument(
         "--exact", action="store_true", help="decode pictures at full size, as exact in a flow"
     )
     shared.add_argument(
         "--server",
         metavar="ADDRESS",
-        help="a running server, such as grpc://127.0.0.1:51000; beside it only what --runtime says",
+        help="a running server, such as grpc://127.0.0.1:51000; beside it only what --runtime and "
+        "--converted say",
     )
     reporting.add_argument(shared)
     parser = argparse.ArgumentParser(
@@ -109,33 +119,40 @@ def _measure(
     unavailable: dict[str, str] = {}
     if options.server:
         columns.append(_embedded(ServerEncoder(options.server), task))
-    if options.runtime or not options.server:
-        zoo.resolve(options.name, options.model_path)
-        for variant in variants.chosen(options):
-            try:
-                columns.append(_embedded(_engine(variant, options), task))
-            except ConfigurationError as error:
-                reporting.remark(f"{variant}: {error}")
-                unavailable[str(variant)] = str(error)
+    for variant in _variants(options):
+        try:
+            columns.append(_embedded(_engine(variant, options), task))
+        except ConfigurationError as error:
+            reporting.remark(f"{variant}: {error}")
+            unavailable[str(variant)] = str(error)
     if not columns:
         raise ConfigurationError("nothing could be evaluated")
     return columns, unavailable
 
 
+def _variants(options: argparse.Namespace) -> list[variants.Variant]:
+    """What is loaded here; beside a server only what is asked for."""
+    folders = [variants.of_folder(folder) for folder in options.converted]
+    if options.server and not options.runtime:
+        return folders
+    zoo.resolve(options.name, options.model_path)
+    return [*variants.chosen(options), *folders]
+
+
 def _engine(variant: variants.Variant, options: argparse.Namespace) -> Encoder:
-    return EngineEncoder(variants.load(variant, options.name, options), options.exact)
+    runtime = variants.load(variant, options.name, options)
+    return EngineEncoder(str(variant), runtime, options.exact)
 
 
 def _embedded(encoder: Encoder, task: data.Pairs | data.Classes) -> Column:
     """The encoder's column. It ends the encoder: memory is for one model at a time."""
-    name = f"{encoder.runtime} {encoder.dtype}"
     work = len(task.images) + len(task.texts)
-    with closing(encoder), reporting.progress(name, work) as advance:
+    with closing(encoder), reporting.progress(encoder.name, work) as advance:
         images = embed(encoder, task.images, advance)
         texts = embed(encoder, task.texts, advance)
     task.left_out.update({str(task.images[i]): why for i, why in images.errors.items()})
     task.left_out.update({repr(task.texts[i]): why for i, why in texts.errors.items()})
-    return Column(name, encoder.model, encoder.device, images.embeddings, texts.embeddings)
+    return Column(encoder.name, encoder.model, encoder.device, images.embeddings, texts.embeddings)
 
 
 def _report(

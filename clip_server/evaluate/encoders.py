@@ -24,13 +24,12 @@ _CHUNK = 256
 class Encoder(Protocol):
     """Embeds texts and encoded pictures.
 
-    model, runtime, dtype, device: what embeds, as shown to people.
+    name, model, device: what embeds, as shown to people; the name is of runtime and precision.
     dim: D, the length of an embedding.
     """
 
+    name: str
     model: str
-    runtime: str
-    dtype: str
     device: str
     dim: int
 
@@ -46,9 +45,9 @@ class Encoder(Protocol):
 class EngineEncoder:
     """The service's own engine over a runtime."""
 
-    def __init__(self, runtime: Runtime, exact: bool) -> None:
-        self.model, self.dim = runtime.card.name, runtime.card.dim
-        self.runtime, self.dtype, self.device = runtime.name, runtime.dtype, runtime.device
+    def __init__(self, name: str, runtime: Runtime, exact: bool) -> None:
+        self.name, self.model, self.device = name, runtime.card.name, runtime.device
+        self.dim = runtime.card.dim
         self._engine = Engine(runtime, transform=ImageTransform(runtime.card.image, exact))
         self._loop = asyncio.new_event_loop()
 
@@ -69,8 +68,8 @@ class ServerEncoder:
     def __init__(self, address: str) -> None:
         self._client = Client(address)
         info = self._client.info()
-        self.model, self.dim = info.model, info.dim
-        self.runtime, self.dtype, self.device = f"server {info.runtime}", info.dtype, info.device
+        self.name, self.model = f"server {info.runtime} {info.dtype}", info.model
+        self.device, self.dim = info.device, info.dim
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
         """See Encoder."""
@@ -109,4 +108,8 @@ def embed(encoder: Encoder, items: Sequence[str | Path], advance: Advance) -> Em
             embeddings[places], failed = encoder.encode(list(contents.values()))
             errors |= {places[row]: why for row, why in failed.items()}
         advance(len(chunk))
+    # A precision may be too small for a model: no item is lost without a word.
+    for index in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        errors.setdefault(int(index), f"{encoder.name} gives it no finite embedding")
+    embeddings[list(errors)] = np.nan
     return Embedded(embeddings, errors)

@@ -7,6 +7,8 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
+from clip_server.errors import ConfigurationError
+from clip_server.models import converted
 from clip_server.runtimes.base import Runtime
 
 # Imported when they are asked for: what they need may not be installed.
@@ -16,14 +18,20 @@ _CLASSES = {
 }
 
 
+# The runtime of what `clip_server.convert` writes.
+_RUNTIMES = {"onnx": "onnx", "torchscript": "torch"}
+
+
 class Variant(NamedTuple):
-    """A runtime in one precision, such as onnx fp32."""
+    """A runtime in one precision, such as onnx fp32; perhaps of a folder with converted towers."""
 
     runtime: str
     dtype: str
+    folder: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.runtime} {self.dtype}"
+        place = [str(self.folder)] if self.folder else []
+        return " ".join((*place, self.runtime, self.dtype))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +65,21 @@ def chosen(options: argparse.Namespace) -> list[Variant]:
     return [Variant(runtime, dtype) for runtime in runtimes for dtype in options.dtype]
 
 
+def of_folder(folder: Path) -> Variant:
+    """What `python -m clip_server.convert` wrote.
+
+    Raises:
+        ConfigurationError: the folder is not one of these.
+    """
+    described = converted.read(folder)
+    for kind, files in converted.FILES.items():
+        if described and all((folder / file).is_file() for file in files.values()):
+            return Variant(_RUNTIMES[kind], described.precision, folder)
+    raise ConfigurationError(
+        f"{folder} is not a folder of `python -m clip_server.convert` with both towers"
+    )
+
+
 def load(variant: Variant, name: str, options: argparse.Namespace) -> Runtime:
     """The model on a variant.
 
@@ -66,7 +89,7 @@ def load(variant: Variant, name: str, options: argparse.Namespace) -> Runtime:
     module, kind = _CLASSES[variant.runtime]
     runtime: Runtime = getattr(importlib.import_module(module), kind).load(
         name,
-        model_path=options.model_path,
+        model_path=variant.folder or options.model_path,
         device=options.device,
         dtype=variant.dtype,
         threads=options.threads,
