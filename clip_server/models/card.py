@@ -16,7 +16,7 @@ Trim = Literal["causal", "masked", "fixed"]
 Vocabulary = Literal["clip", "chinese-bert"]
 # What is done to a text before its tokens are looked up, in open_clip's words: `lower` and
 # `whitespace` mend it and make every gap one space; `canonicalize` removes punctuation too.
-Clean = Literal["lower", "whitespace", "canonicalize"]
+Clean = Literal["lower", "whitespace", "canonicalize", "none"]
 # What graphs can be built in, and a model converted into.
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -72,6 +72,8 @@ class ModelCard:
         `text_cfg`, `quick_gelu`), from which graphs and torch modules are built.
     hub: the hub repository that holds the weights, if any.
     hub_file: their file there, where it is not one of open_clip's usual names.
+    image_of: the model whose image tower and logit scale go with a checkpoint that has a text
+        tower alone, as M-CLIP's: a name, or the path of a checkpoint.
     licence: of the weights, for people to read; empty where it is not known.
     """
 
@@ -83,4 +85,5 @@ class ModelCard:
     config: dict[str, Any]
     hub: str | None = None
     hub_file: str | None = None
+    image_of: str | None = None
     licence: str = ""

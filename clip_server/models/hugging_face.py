@@ -17,6 +17,8 @@ _PREPROCESSING, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # Where a tokenizer is that has no `tokenizer.json`.
 _MERGES, _WORD_PIECES = "merges.txt", "vocab.txt"
 _CLIP, _CHINESE = "clip", "chinese_clip"
+# M-CLIP's, which does not say enough of its towers: its name does.
+_TEXT_ALONE = "M-CLIP"
 # What a configuration leaves out where it is as in the first model of its kind.
 _VISION = {
     "hidden_size": 768,
@@ -62,7 +64,7 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 
 def configuration(folder: Path) -> dict[str, Any] | None:
     """`model_cfg` and `preprocess_cfg`, as an `open_clip_config.json` has them, of a folder with
-    a `config.json`; None where there is none.
+    a `config.json`; None where there is none, or it is M-CLIP's.
 
     Raises:
         ConfigurationError: it is of another kind of model, or asks for what we do not do.
@@ -72,6 +74,8 @@ def configuration(folder: Path) -> dict[str, Any] | None:
         return None
     config = _read(file)
     kind = config.get("model_type")
+    if kind == _TEXT_ALONE:
+        return None
     if kind not in (_CLIP, _CHINESE):
         raise ConfigurationError(
             f"{file} is of a {kind!r} model: of Hugging Face's, {_CLIP!r} and {_CHINESE!r} are read"
@@ -133,7 +137,7 @@ def _causal(text: dict[str, Any], quick_gelu: bool, folder: Path) -> dict[str, A
     if end not in (_OLD_END, vocabulary - 1):
         config |= {"pool_type": "eos", "eos_id": end}
     if not _has_clips_merges(folder, vocabulary):
-        config |= {"hf_tokenizer_name": str(folder)}
+        config |= _own_tokenizer(folder)
     return config
 
 
@@ -157,7 +161,11 @@ def _bert(text: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{folder / CONFIG}: hidden_act {text['hidden_act']!r} of a BERT")
     if _has_chinese_berts_vocabulary(folder):
         return config | {"vocabulary": "chinese-bert"}
-    return config | {"hf_tokenizer_name": str(folder)}
+    return config | _own_tokenizer(folder)
+
+
+def _own_tokenizer(folder: Path) -> dict[str, Any]:
+    return {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"clean": "none"}}
 
 
 def _has_clips_merges(folder: Path, vocabulary: int) -> bool:

@@ -38,8 +38,8 @@ _PROJECTIONS = {
     "text_projection.weight": "text_projection",
 }
 _QUERY = re.compile(r"\.attn\.q_proj\.(weight|bias)$")
-# BERT's own pooling, which no text tower uses.
-_UNUSED = "bert.pooler."
+# BERT's own pooling, which no text tower uses, in Chinese-CLIP's checkpoints and in M-CLIP's.
+_UNUSED = ("bert.pooler.", "transformer.pooler.")
 
 
 def standard(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -251,21 +251,17 @@ def _canonicalize(text: str) -> str:
     return " ".join(bare.lower().split())
 
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# open_clip's clean-ups.
-_CLEANERS: dict[Clean, Callable[[str], str]] = {
-    "lower": _lower,
-    "whitespace": _whitespace,
-    "canonicalize": _canonicalize,
-}
-
-
 def _mend(text: str) -> str:
     """With a broken encoding repaired and HTML unescaped."""
     if _is_plain(text):
         return text
     import ftfy  # 90 ms, and many servers only ever see ASCII
 
+    return html.unescape(html.unescape(ftfy.fix_text(_valid(text))))
+
+
+def _valid(text: str) -> str:
+    """As it is, if it is Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -273,7 +269,17 @@ def _mend(text: str) -> str:
             f"the text is not valid Unicode: character {error.start} is half of a surrogate "
             "pair; send the whole character"
         ) from None
-    return html.unescape(html.unescape(ftfy.fix_text(text)))
+    return text
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# open_clip's clean-ups.
+_CLEANERS: dict[Clean, Callable[[str], str]] = {
+    "lower": _lower,
+    "whitespace": _whitespace,
+    "canonicalize": _canonicalize,
+    "none": _valid,
+}
 
 
 def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:

@@ -24,8 +24,6 @@ _QUICK_GELU = "-quickgelu"
 _LOGIT_SCALE = 100.0
 # Parts of the names of those tokenizers of Hugging Face's that fill up with 0; others do with 1.
 _PADS_WITH_ZERO = ("mt5", "bert-base", "SigLIP2")
-# Models of clip-as-service whose towers open_clip has not.
-_NOT_YET = ("M-CLIP/",)
 
 
 def names() -> list[str]:
@@ -61,7 +59,8 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
 
 
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
-    """The file with a model's weights. It and its tokenizer's are downloaded if they have to be.
+    """The file with a model's weights. It, its tokenizer's, and that of the image tower where a
+    model has another's, are downloaded if they have to be.
 
     Raises:
         UnknownModelError, WeightsError: as `resolve` and `weights.find`.
@@ -71,6 +70,8 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     if path is None and card.name == EMBEDDED:
         path = EMBEDDED_PATH
     file = weights.find(card, path)
+    if card.image_of is not None:
+        checkpoint(card.image_of)
     tokenizer.fetch(card.text)
     tower = card.config["text_cfg"].get("hf_model_name")
     if tower is not None and not Path(tower).is_dir():
@@ -86,6 +87,7 @@ def card_from_config(
     logit_scale: float = _LOGIT_SCALE,
     hub: str | None = None,
     hub_file: str | None = None,
+    image_of: str | None = None,
     licence: str = "",
     folder: Path | None = None,
 ) -> ModelCard:
@@ -111,6 +113,7 @@ def card_from_config(
             config=dict(config),
             hub=hub,
             hub_file=hub_file,
+            image_of=image_of,
             licence=licence,
         )
     except KeyError as error:
@@ -214,8 +217,6 @@ def _known(name: str) -> str | None:
 
 
 def _unknown(name: str) -> str:
-    if name.startswith(_NOT_YET):
-        return f"{name} is not supported yet: its towers are not among open_clip's"
     near = [known for known in names() if known.startswith(f"{name}::")][:3]
     if not near:
         known = {known.lower(): known for known in [*names(), *_aliases()]}
@@ -243,6 +244,7 @@ def _card(name: str) -> ModelCard:
         entry.get("preprocess", {}),
         hub=entry["hub"],
         hub_file=entry.get("file"),
+        image_of=entry.get("image_of"),
         licence=entry.get("licence", ""),
     )
 
@@ -307,11 +309,13 @@ def _described_card(name: str, path: Path) -> ModelCard | None:
     folder = path if path.is_dir() else path.parent
     if (file := weights.in_folder(path)) is None or (config := _description(folder)) is None:
         return None
+    image_of = config.get("image_of")
     return card_from_config(
         name or path.stem,
         config.get("model_cfg", config),
         config.get("preprocess_cfg", {}),
-        logit_scale=weights.read_logit_scale(file),
+        logit_scale=_LOGIT_SCALE if image_of else weights.read_logit_scale(file),
+        image_of=image_of,
         folder=folder,
     )
 
