@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity, samples
-from clip_server.convert.writers import Writer, writer
+from clip_server.convert.writers import Encode, Writer, writer
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
 from clip_server.evaluate.reporting import print_table, remark
 from clip_server.models import converted, zoo
@@ -153,7 +153,7 @@ def _embedded(
 ) -> tuple[str, Mapping[Tower, NDArray[np.float32]]]:
     """What the source calls itself, and its embeddings of the samples."""
     source = _source(name, path)
-    encode = {"image": source.encode_image, "text": source.encode_text}
+    encode: dict[Tower, Encode] = {"image": source.encode_image, "text": source.encode_text}
     found = {tower: encode[tower](samples(source.card, tower)) for tower in towers}
     return f"{source.name} {source.dtype}", found
 

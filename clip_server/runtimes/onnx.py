@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,17 +67,19 @@ class OnnxRuntime:
         Raises:
             ConfigurationError: the extra, the device, the dtype or the model is not to be had.
         """
-        folder = Path(model_path) if model_path and has_graphs(model_path) else None
-        dtype = _dtype(dtype) if folder is None else converted.check_dtype(folder, dtype)
-        sessions = _Sessions(_device_for_int8(device) if dtype == "int8" else device, threads)
-        if folder is not None:
-            card = zoo.resolve(name, folder)
-            graphs = (folder / file for file in _FILES)
+        graphs: Iterable[Path | bytes]
+        if model_path is not None and has_graphs(model_path):
+            dtype = converted.check_dtype(model_path, dtype)
+            sessions = _Sessions(device, threads, dtype)
+            card = zoo.resolve(name, model_path)
+            graphs = [Path(model_path, file) for file in _FILES]
         else:
-            if dtype == "fp16" and sessions.device == "cpu":
+            dtype = precision = _precision(dtype)
+            sessions = _Sessions(device, threads, precision)
+            if precision == "fp16" and sessions.device == "cpu":
                 # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
                 raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
-            card, graphs = _built(name, model_path, dtype)
+            card, graphs = _built(name, model_path, precision)
         visual, textual = map(sessions.open, graphs)
         return cls(card, visual, textual, sessions.device, dtype)
 
@@ -113,7 +115,7 @@ def open_tower(
     return _Sessions(device, threads).open(path).run
 
 
-def _dtype(wanted: str | None) -> Precision:
+def _precision(wanted: str | None) -> Precision:
     """The precision that graphs are built in."""
     found = next((each for each in PRECISIONS if each == (wanted or "fp32")), None)
     if found is None:
@@ -185,7 +187,8 @@ class _Tower:
 class _Sessions:
     """Opens sessions on one device, never silently on another."""
 
-    def __init__(self, device: str | None, threads: int | None) -> None:
+    def __init__(self, device: str | None, threads: int | None, dtype: str = "fp32") -> None:
+        device = _device_for_int8(device) if dtype == "int8" else device
         self._ort = _onnxruntime()
         self._threads = threads or _cores()
         self.device = _device(self._ort, device)

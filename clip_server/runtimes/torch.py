@@ -160,10 +160,10 @@ def _loaded(path: Path, place: torch.device) -> nn.Module:
     """
     try:
         with _no_warnings():
-            module: nn.Module = torch.jit.load(path, map_location=place)
+            load: Callable[..., nn.Module] = torch.jit.load
+            return load(path, map_location=place)
     except Exception as error:  # whatever the bytes of a damaged file make of it
         raise WeightsError(f"{path} is damaged, or not TorchScript: convert it again") from error
-    return module
 
 
 class _ImageTower(nn.Module):
