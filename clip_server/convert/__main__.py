@@ -93,7 +93,7 @@ def _convert(options: argparse.Namespace) -> bool:
     paths = {tower: folder / files[tower] for tower in chosen}
     _refuse_mixture(folder, card, precision, paths)
     remark(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
-    source, expected = _embedded(name, path, chosen)
+    source, expected = _embedded(name, path, card, chosen)
 
     held, tensors = load_checkpoint(name, path)
     card = replace(card, logit_scale=held.logit_scale)
@@ -149,12 +149,12 @@ def _refuse_mixture(
 
 
 def _embedded(
-    name: str, path: Path | None, towers: Sequence[Tower]
+    name: str, path: Path | None, card: ModelCard, towers: Sequence[Tower]
 ) -> tuple[str, Mapping[Tower, NDArray[np.float32]]]:
     """What the source calls itself, and its embeddings of the samples."""
     source = _source(name, path)
     encode: dict[Tower, Encode] = {"image": source.encode_image, "text": source.encode_text}
-    found = {tower: encode[tower](samples(source.card, tower)) for tower in towers}
+    found = {tower: encode[tower](samples(card, tower)) for tower in towers}
     return f"{source.name} {source.dtype}", found
 
 
@@ -184,7 +184,7 @@ def _report(
     least = LEAST_COSINE[precision]
     rows = [
         [
-            str(path),
+            path.name,
             _megabytes(path),
             f"{parity.cosine:.7f}",
             f"{parity.difference:.1e}",

@@ -136,7 +136,9 @@ def save_traced(tower: nn.Module, batch: NDArray[Any], path: Path) -> None:
 
     batch: pixels or tokens, of which the shape counts.
     """
-    torch.jit.save(_trace(tower, torch.from_numpy(batch)), path)
+    with _no_warnings():
+        save: Callable[..., None] = torch.jit.save
+        save(_trace(tower, torch.from_numpy(batch)), path)
 
 
 def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
