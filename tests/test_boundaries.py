@@ -71,6 +71,13 @@ ALLOWED = {
         "clip_server.process",
         "clip_server.errors",
     ],
+    "clip_server.convert": [
+        "clip_server.evaluate.reporting",
+        "clip_server.runtimes",
+        "clip_server.models",
+        "clip_server.process",
+        "clip_server.errors",
+    ],
     "clip_server.flow": ["clip_server.errors"],
     "clip_server.__main__": [
         "clip_client.proto",
@@ -85,10 +92,13 @@ FRAMEWORKS = {
     "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.flow",
              "clip_server.__main__"],
     "docarray": ["clip_server.executors"],
-    "torch": ["clip_server.runtimes.torch"],
+    "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",
+              "clip_server.models.weights", "clip_server.convert.export"],
     "open_clip": ["clip_server.runtimes.torch"],
     "onnxruntime": ["clip_server.runtimes.onnx"],
-    "onnx": ["clip_server.models.graph"],
+    "onnx": ["clip_server.models.graph", "clip_server.models.bert_graph",
+             "clip_server.models.nodes", "clip_server.models.onnx_file", "clip_server.convert"],
+    "onnxscript": ["clip_server.convert.export"],
 }  # fmt: skip
 
 
