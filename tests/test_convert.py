@@ -178,6 +178,8 @@ def test_one_tower_and_then_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
     out = ["--out", str(tmp_path)]
     assert main(["embedded", "--text", *out]) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["card.json", "textual.onnx"]
+    with pytest.raises(ConfigurationError, match="without both towers for this runtime"):
+        OnnxRuntime.load("any name", model_path=tmp_path)
     assert main(["embedded", "--image", "--precision", "int8", *out]) == 1
     assert "is of emoji-small::embedded in fp32: choose another folder" in capsys.readouterr().err
     assert main(["embedded", "--image", *out]) == 0

@@ -68,6 +68,17 @@ def check_dtype(folder: str | Path, wanted: str | None) -> str:
     return found
 
 
+def refuse(folder: str | Path) -> None:
+    """Raises ConfigurationError where what should be a checkpoint is a folder of converted towers:
+    a runtime that has both of its own there asks for no checkpoint."""
+    if read(folder) is not None:
+        kinds = " or ".join(" and ".join(files.values()) for files in FILES.values())
+        raise ConfigurationError(
+            f"{folder} is of a converted model, without both towers for this runtime ({kinds}): "
+            "convert what is missing, or take the other runtime"
+        )
+
+
 def write(folder: Path, card: ModelCard, precision: str) -> None:
     """Writes `card.json`, and beside it the tokenizer's files where the card names one."""
     for file in tokenizer.files(card.text):

@@ -69,6 +69,8 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     _, path = _located(name, model_path)
     if path is None and card.name == EMBEDDED:
         path = EMBEDDED_PATH
+    if path is not None:
+        converted.refuse(path)
     file = weights.find(card, path)
     if card.image_of is not None:
         checkpoint(card.image_of)
