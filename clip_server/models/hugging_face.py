@@ -80,7 +80,7 @@ def configuration(folder: Path) -> dict[str, Any] | None:
         raise ConfigurationError(
             f"{file} is of a {kind!r} model: of Hugging Face's, {_CLIP!r} and {_CHINESE!r} are read"
         )
-    vision = _VISION | _part(config, "vision")
+    vision: dict[str, Any] = _VISION | _part(config, "vision")
     model = {
         "embed_dim": config.get("projection_dim", 512),
         "quick_gelu": _is_quick(file, vision),

@@ -258,7 +258,7 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
         state[name] = found.reshape(parameter.shape)
     model.load_state_dict(state, strict=False, assign=True)
     if bert:
-        model.text = BertTextTower(bert, state)
+        model.text = BertTextTower(bert, state).eval()
     return model
 
 

@@ -17,17 +17,17 @@ class BertTextTower(nn.Module):
     """
 
     positions: Tensor
-    projection: Tensor
 
     def __init__(self, tower: BertTower, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._pad_id, self._pool = tower.pad_id, tower.pool
         prefix = f"{tower.prefix}embeddings."
-        self.words = nn.Embedding.from_pretrained(tensors[f"{prefix}word_embeddings.weight"])
+        words = tensors[f"{prefix}word_embeddings.weight"]
+        self.words = nn.Embedding(tower.vocab_size, tower.width, _weight=words)
         places = tensors[f"{prefix}position_embeddings.weight"][tower.first_position :]
         # Every token is of the first type.
         kind = tensors[f"{prefix}token_type_embeddings.weight"][0]
-        self.register_buffer("positions", places + kind)
+        self.register_buffer("positions", places.float() + kind)
         self.norm = nn.LayerNorm(tower.width, tower.epsilon)
         self.norm.load_state_dict(_affine(tensors, f"{prefix}LayerNorm", ""))
         self.blocks = nn.ModuleList(_block(tower, index, tensors) for index in range(tower.layers))
@@ -38,10 +38,15 @@ class BertTextTower(nn.Module):
         states = self.norm(self.words(tokens) + self.positions[: tokens.shape[1]])
         for block in self.blocks:
             states = block(states, src_key_padding_mask=padding)
+        embeddings: Tensor = self.projection(self._pooled(states, padding))
+        return embeddings
+
+    def _pooled(self, states: Tensor, padding: Tensor) -> Tensor:
+        """[B, L, W] to [B, W]."""
         if self._pool == "first":
-            return self.projection(states[:, 0])
+            return states[:, 0]
         present = (~padding).unsqueeze(-1).to(states.dtype)
-        return self.projection((states * present).sum(1) / present.sum(1))
+        return (states * present).sum(1) / present.sum(1)
 
 
 def _block(tower: BertTower, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
