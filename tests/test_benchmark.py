@@ -64,6 +64,7 @@ def test_lines_table_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @needs_torch
+@pytest.mark.usefixtures("one_torch_thread")
 def test_every_runtime_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = benchmark(tmp_path, "--tokens", "77", "--dtype", "fp32,fp0", *CPU)
     assert [each["runtime"] for each in report["results"]] == ["torch"] * 4 + ["onnx"] * 4

@@ -272,6 +272,7 @@ def test_embeddings_that_are_not_finite_are_told(gallery: Path, tmp_path: Path) 
 
 
 @needs_torch
+@pytest.mark.usefixtures("one_torch_thread")
 def test_the_difference_is_to_torch(
     gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,16 +376,28 @@ def test_what_cannot_be_done_is_said(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_command_line() -> None:
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--runtime", "caffe"], "no runtime is named 'caffe'"),
         (["--json", "absent/scores.json"], "'absent/scores.json' is not a file in a folder"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "clip_server.evaluate", "retrieval", ".", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2
-        assert message in done.stderr
+        (["--threads", "0"], "'0' is not a whole number from 1"),
+    ],
+)
+def test_misuse_is_said(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["retrieval", ".", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_server.evaluate", "retrieval", "absent"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("clip_server.evaluate: absent cannot be read")

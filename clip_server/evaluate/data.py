@@ -48,7 +48,7 @@ class Pairs:
     ) -> Mapping[str, float]:
         """Retrieval over those pairs of which both embeddings [N, D] and [T, D] are there."""
         image_of = np.array(self.image_of)
-        has_image, has_text = (~np.isnan(rows).any(axis=1) for rows in (images, texts))
+        has_image, has_text = (np.isfinite(rows).all(axis=1) for rows in (images, texts))
         usable = has_text & has_image[image_of]
         if not usable.any():
             raise DataError("no picture with a caption is left to evaluate")
@@ -77,7 +77,7 @@ class Classes:
         """Zero-shot classification of the pictures whose embedding [N, D] is there."""
         if np.isnan(texts).any():
             raise DataError("a prompt cannot be encoded, so its class cannot be named")
-        usable = ~np.isnan(images).any(axis=1)
+        usable = np.isfinite(images).all(axis=1)
         if not usable.any():
             raise DataError("no picture is left to evaluate")
         prompts = texts.reshape(-1, self.templates, texts.shape[1])

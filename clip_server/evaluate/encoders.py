@@ -109,7 +109,7 @@ def embed(encoder: Encoder, items: Sequence[str | Path], advance: Advance) -> Em
             errors |= {places[row]: why for row, why in failed.items()}
         advance(len(chunk))
     # A precision may be too small for a model: no item is lost without a word.
-    for index in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-        errors.setdefault(int(index), f"{encoder.name} gives it no finite embedding")
+    for lost in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        errors.setdefault(int(lost), f"{encoder.name} gives it no finite embedding")
     embeddings[list(errors)] = np.nan
     return Embedded(embeddings, errors)

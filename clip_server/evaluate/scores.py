@@ -57,7 +57,7 @@ def retrieval(
         found by each, and any of them is a right answer to it.
     """
     numbers = np.arange(len(images))
-    scores = {}
+    scores: dict[str, float] = {}
     for way, found in (
         ("text to image", ranks(texts, images, image_of, numbers)),
         ("image to text", ranks(images, texts, numbers, image_of)),
