@@ -55,7 +55,11 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
         return _card(_canonical(name))
     if found := converted.read(path):
         return found.card
-    return _described_card(name, path) or _card_for_checkpoint(name, path)
+    # In `ViT-B-32::path` is open_clip's architecture; the name ViT-B-32 alone is OpenAI's model.
+    known = _known(name) if model_path is not None or not _is_architecture(name) else None
+    if card := _described_card(name, path):
+        return card
+    return _card(known) if known else _card_for_checkpoint(name, path)
 
 
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
@@ -252,15 +256,14 @@ def _card(name: str) -> ModelCard:
 
 
 def _architecture(name: str, *, quick_gelu: bool = False) -> dict[str, Any]:
-    """open_clip's configuration of an architecture.
-
-    Raises:
-        KeyError: there is none of this name.
-    """
-    known = _zoo()["architectures"]
-    config: dict[str, Any] = known[name.removesuffix(_QUICK_GELU)]
+    """open_clip's configuration of an architecture."""
+    config: dict[str, Any] = _zoo()["architectures"][name.removesuffix(_QUICK_GELU)]
     quick = quick_gelu or name.endswith(_QUICK_GELU) or config.get("quick_gelu", False)
     return config | {"quick_gelu": quick}
+
+
+def _is_architecture(name: str) -> bool:
+    return name.removesuffix(_QUICK_GELU) in _zoo()["architectures"]
 
 
 def _located(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
@@ -276,20 +279,18 @@ def _located(name: str, model_path: str | Path | None) -> tuple[str, Path | None
 
 
 def _card_for_checkpoint(name: str, path: Path) -> ModelCard:
-    """The card of a checkpoint that has no configuration beside it."""
-    if known := _known(name):
-        return _card(known)
-    try:
-        config = _architecture(name.replace("/", "-"))
-    except KeyError:
-        if name:
-            raise UnknownModelError(_unknown(name)) from None
-        name, config = _read_architecture(path)
-    return card_from_config(f"{name}::{path.stem}", config, {})
+    """The card of a checkpoint that has no configuration beside it.
+
+    name: of an architecture, or empty.
+    """
+    name = name or _read_architecture(path)
+    if not _is_architecture(name):
+        raise UnknownModelError(_unknown(name))
+    return card_from_config(f"{name}::{path.stem}", _architecture(name), {})
 
 
-def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture that the tensors of a checkpoint have the shapes of."""
+def _read_architecture(path: Path) -> str:
+    """The name of the architecture that the tensors of a checkpoint have the shapes of."""
     file = weights.local(path)
     dimensions = shapes.of_tensors(weights.read_shapes(file))
     found = [
@@ -303,7 +304,7 @@ def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
             f"{file} does not say of which architecture it is ({which}): "
             f"give its name as architecture::{path}"
         )
-    return found[0], _architecture(found[0])
+    return found[0]
 
 
 def _described_card(name: str, path: Path) -> ModelCard | None:
