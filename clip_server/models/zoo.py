@@ -56,7 +56,8 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
     if found := converted.read(path):
         return found.card
     # In `ViT-B-32::path` is open_clip's architecture; the name ViT-B-32 alone is OpenAI's model.
-    known = _known(name) if model_path is not None or not _is_architecture(name) else None
+    # The name of a model that is not open_clip's is the same in both.
+    known = None if model_path is None and _is_ambiguous(name) else _known(name)
     if card := _described_card(name, path):
         return card
     return _card(known) if known else _card_for_checkpoint(name, path)
@@ -264,6 +265,10 @@ def _architecture(name: str, *, quick_gelu: bool = False) -> dict[str, Any]:
 
 def _is_architecture(name: str) -> bool:
     return name.removesuffix(_QUICK_GELU) in _zoo()["architectures"]
+
+
+def _is_ambiguous(name: str) -> bool:
+    return _is_architecture(name) and name not in _zoo()["checkpoints"]
 
 
 def _located(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
