@@ -48,8 +48,8 @@ class Pairs:
     ) -> Mapping[str, float]:
         """Retrieval over those pairs of which both embeddings [N, D] and [T, D] are there."""
         image_of = np.array(self.image_of)
-        has_image, has_text = (np.isfinite(rows).all(axis=1) for rows in (images, texts))
-        usable = has_text & has_image[image_of]
+        # A caption counts where its picture does.
+        usable = np.isfinite(texts).all(axis=1) & np.isfinite(images[image_of]).all(axis=1)
         if not usable.any():
             raise DataError("no picture with a caption is left to evaluate")
         kept, row_of = np.unique(image_of[usable], return_inverse=True)
