@@ -10,17 +10,19 @@ import cn_clip_reference as reference
 import numpy as np
 import pytest
 import seeded
+from conftest import Start, flow
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from clip_client import Client
 from clip_server.errors import WeightsError
-from clip_server.models import graph, weights, zoo
-from clip_server.models.card import TextSpec
+from clip_server.models import graph, onnx_file, weights, zoo
+from clip_server.models.card import Precision, TextSpec
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.rank import normalize
 from clip_server.runtimes.base import Runtime
-from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.onnx import OnnxRuntime, open_tower
 
 KINDS = ["onnx", "torch"]
 NAMES = [f"CN-CLIP/{size}" for size in reference.REAL]
@@ -111,6 +113,40 @@ def test_equals_cn_clip_when_traced(theirs: dict[str, Any], tmp_path: Path) -> N
     assert_equal_to_cn_clip(runtime, theirs, "small")
 
 
+@pytest.mark.parametrize(
+    ("precision", "least"), [("fp32", 0.99999), ("fp16", 0.9999), ("int8", 0.99)]
+)
+@pytest.mark.parametrize("name", reference.CONFIGS)
+def test_every_precision(
+    name: str, precision: Precision, least: float, theirs: dict[str, Any], tmp_path: Path
+) -> None:
+    config = reference.CONFIGS[name]
+    tensors = reference.drawn(graph.tensor_shapes(config))
+    image = zoo.card_from_config(name, config, {}).image
+    batches = {"images": theirs["pixels"], "texts": theirs["tokens"][: len(reference.CLASSES)]}
+    models = {
+        "images": graph.build_visual(config, tensors, image, precision=precision),
+        "texts": graph.build_textual(config, tensors, precision=precision),
+    }
+    for kind, model in models.items():
+        onnx_file.save(model, tmp_path / "tower.onnx")
+        found = normalize(open_tower(tmp_path / "tower.onnx")(batches[kind]))
+        cosines = (found * normalize(theirs[f"{name}.{kind}"])).sum(axis=1)
+        assert cosines.min() > least
+
+
+def test_a_server_ranks_as_cn_clip_does(
+    theirs: dict[str, Any], start: Start, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, reference.SMALL)
+    server = start(flow("onnx", name="mine", model_path=str(folder), exact=True))
+    client = Client(server.grpc)
+    for image, expected in zip(reference.PICTURES, theirs["small.probabilities"], strict=True):
+        ranked = client.rank(png(image), reference.CLASSES)
+        found = {match.item: match.probability for match in ranked}
+        np.testing.assert_allclose([found[text] for text in reference.CLASSES], expected, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", reference.MEASURED)
 def test_real_sizes_equal_cn_clip(name: str, theirs: dict[str, Any], tmp_path: Path) -> None:
@@ -181,6 +217,8 @@ def test_the_architecture_is_read_from_a_checkpoint(tmp_path: Path) -> None:
     shapes = graph.tensor_shapes(zoo.resolve("CN-CLIP/RN50").config)
     file = tmp_path / "epoch_latest.safetensors"
     save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, file)
+    for name in ("CN-CLIP/RN50", "RN50@RBT3-chinese"):
+        assert zoo.resolve(f"{name}::{file}") == zoo.resolve("CN-CLIP/RN50")
     card = zoo.resolve(str(file))
     assert (card.name, card.dim, card.image.resize) == (
         "CN-CLIP/RN50::epoch_latest",
