@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import seeded
+from cn_clip_reference import picture
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from clip_server.errors import ConfigurationError
 from clip_server.models import hugging_face, tokenizer, zoo
 from clip_server.models.card import ImageSpec
+from clip_server.models.image import ImageTransform
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
 
@@ -102,7 +106,7 @@ def test_clip_equals_transformers(kind: str, activation: str, tmp_path: Path) ->
     model = hugging_face_model("CLIP", text, hidden_act=activation)
     model.save_pretrained(tmp_path)
     runtime = load(kind, tmp_path)
-    assert (runtime.card.dim, runtime.card.image) == (32, ImageSpec(64))
+    assert (runtime.card.dim, runtime.card.image) == (32, ImageSpec(64, crop="floor"))
     assert (runtime.card.text.context_length, runtime.card.text.trim) == (20, "causal")
     assert runtime.card.logit_scale == pytest.approx(model.logit_scale.exp().item())
     tokens = np.zeros((3, 20), np.int32)
@@ -118,7 +122,7 @@ def test_chinese_clip_equals_transformers(kind: str, tmp_path: Path) -> None:
     runtime = load(kind, tmp_path)
     text = runtime.card.text
     assert (text.vocabulary, text.trim, text.context_length) == ("chinese-bert", "masked", 52)
-    assert runtime.card.image == ImageSpec(64, resize="squash")
+    assert runtime.card.image == ImageSpec(64, resize="squash", crop="floor")
     tokens = np.zeros((3, 52), np.int32)
     for row, length in zip(tokens, (3, 9, 5), strict=True):
         row[:length] = [101, *range(7, 5 + length), 102]
@@ -132,6 +136,26 @@ def test_an_end_token_that_is_not_the_last_of_the_vocabulary(tmp_path: Path) -> 
     tokens[0, :4], tokens[1, :5] = [598, 599, 7, 300], [598, 8, 9, 599, 300]
     runtime = load("torch", tmp_path)
     assert_equal_to_transformers(runtime, model, tokens, longest=5)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "ChineseCLIP"])
+def test_pixels_are_transformers_own(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    # Since release 5 the one that scales with Pillow, as open_clip does, has a name of its own.
+    names = (f"{kind}ImageProcessorPil", f"{kind}ImageProcessor")
+    processor = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+    size = {"CLIP": {"shortest_edge": 64}, "ChineseCLIP": {"height": 64, "width": 64}}[kind]
+    theirs = processor(size=size, crop_size={"height": 64, "width": 64}, do_normalize=False)
+    theirs.save_pretrained(tmp_path)
+    described(tmp_path, {"model_type": "clip", "vision_config": VISION})
+    save_file({"logit_scale": np.zeros((), np.float32)}, tmp_path / "model.safetensors")
+    ours = ImageTransform(zoo.resolve("mine", tmp_path).image, exact=True)
+    for sides in ((120, 90), (123, 90), (90, 125), (90, 131), (64, 64), (31, 17)):
+        image = picture(*sides)
+        expected = theirs(image, return_tensors="np")["pixel_values"][0]
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        np.testing.assert_array_equal(ours(buffer.getvalue()), np.round(expected * 255))
 
 
 def described(folder: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -180,7 +204,8 @@ def test_how_pictures_are_prepared(
     config = {"model_type": "clip", "vision_config": VISION}
     described(tmp_path, config, preprocessor_config=said)
     found = configuration(tmp_path)["preprocess_cfg"]
-    assert found == {"resize_mode": "shortest", "interpolation": "bicubic"} | expected
+    usual = {"resize_mode": "shortest", "interpolation": "bicubic", "crop": "floor"}
+    assert found == usual | expected
     (tmp_path / "preprocessor_config.json").unlink()
     described(tmp_path, config, processor_config={"image_processor": said})
     assert configuration(tmp_path)["preprocess_cfg"] == found

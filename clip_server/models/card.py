@@ -7,6 +7,9 @@ from typing import Any, Literal, get_args
 
 ResizeMode = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
+# Where the centre begins when an odd number of pixels is left over: to the nearest even one, as
+# open_clip crops, or to the one before, as transformers does.
+Crop = Literal["round", "floor"]
 # How a batch of texts may be cut to its longest:
 #   causal  pooled at the end token, so trailing padding cannot change the result;
 #   masked  padding is masked out in attention;
@@ -37,6 +40,7 @@ class ImageSpec:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     resize: ResizeMode = "shortest"
     interpolation: Interpolation = "bicubic"
+    crop: Crop = "round"
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,7 @@ def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
         )
     preprocess = {
         "resize_mode": "squash" if squash else "shortest",
+        "crop": "floor",
         "interpolation": _FILTERS.get(said.get("resample", 3)),
         "mean": said.get("image_mean"),
         "std": said.get("image_std"),

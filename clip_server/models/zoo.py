@@ -102,7 +102,8 @@ def card_from_config(
 
     config: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu` where it is true, and
         `preprocess_cfg` where all models of an architecture have one.
-    preprocess: `mean`, `std`, `interpolation`, `resize_mode`; what is absent is as in CLIP.
+    preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `crop`; what is absent is as in
+        CLIP.
     folder: where the tokenizer is looked for before the hub.
 
     Raises:
@@ -143,6 +144,7 @@ def _image_spec(vision: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
         std=tuple(preprocess.get("std", spec.std)),
         resize=resize,
         interpolation=preprocess.get("interpolation", spec.interpolation),
+        crop=preprocess.get("crop", spec.crop),
     )
 
 
@@ -298,7 +300,7 @@ def _read_architecture(path: Path) -> str:
     """The name of the architecture that the tensors of a checkpoint have the shapes of."""
     file = weights.local(path)
     dimensions = shapes.of_tensors(weights.read_shapes(file))
-    found = [
+    found: list[str] = [
         name
         for name, config in _zoo()["architectures"].items()
         if dimensions is not None and shapes.of_config(config) == dimensions
