@@ -219,7 +219,8 @@ def test_how_pictures_are_prepared(
         ({"text_config": {"layer_norm_eps": 1e-6}}, {}, "layer_norm_eps 1e-06"),
         ({"text_config": {"hidden_act": "gelu"}}, {}, "different activations"),
         ({}, {"size": {"shortest_edge": 256}}, "takes squares of 224 pixels"),
-        ({}, {"do_center_crop": False}, "not cropped"),
+        ({}, {"do_center_crop": False}, "cropped to None"),
+        ({}, {"crop_size": {"height": 200, "width": 200}}, "cropped to {'height': 200"),
     ],
 )
 def test_what_we_do_not_do_is_refused(

@@ -198,12 +198,13 @@ def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
     said = _said_of_pictures(folder)
     sides = said.get("size", {"height": size} if squash else {"shortest_edge": size})
     squash = isinstance(sides, Mapping) and "shortest_edge" not in sides
-    side = sides if isinstance(sides, int) else sides.get("shortest_edge", sides.get("height"))
     cropped = said.get("do_center_crop", not squash)
-    if side != size or not said.get("do_resize", True) or cropped == squash:
+    crop = said.get("crop_size", size) if cropped else None
+    fits = _side(sides) == size and (_side(crop) == size if cropped else squash)
+    if not fits or not said.get("do_resize", True):
         raise ConfigurationError(
-            f"{folder}: pictures are resized to {sides} and {'' if cropped else 'not '}cropped, "
-            f"but the model takes squares of {size} pixels"
+            f"{folder}: pictures are resized to {sides} and cropped to {crop}, but the model takes "
+            f"squares of {size} pixels"
         )
     preprocess = {
         "resize_mode": "squash" if squash else "shortest",
@@ -213,6 +214,13 @@ def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
         "std": said.get("image_std"),
     }
     return {key: value for key, value in preprocess.items() if value is not None}
+
+
+def _side(size: Any) -> int | None:
+    """Of a square, as the different releases wrote it; None where it is none."""
+    sides = set(size.values()) if isinstance(size, Mapping) else {size}
+    side: int | None = sides.pop() if len(sides) == 1 else None
+    return side
 
 
 def _said_of_pictures(folder: Path) -> dict[str, Any]:
