@@ -222,6 +222,7 @@ def test_an_architecture_of_open_clips_own_size(name: str, tmp_path: Path) -> No
     described = open_clip.get_model_config(name)
     model = open_clip_model(described)
     folder = seeded.save(model, tmp_path, described)
+    write_tokenizer(folder)  # SigLIP's would be fetched
     runtime = TorchRuntime.load(name, model_path=folder, device="cpu")
     pixels = seeded.random_pixels(described, 2)
     tokens = seeded.random_tokens(described, 2, longest=9)
