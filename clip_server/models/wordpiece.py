@@ -25,7 +25,8 @@ _VOCABULARY = "data/chinese_bert_vocab.txt.gz"
 # A piece that does not begin its word.
 _CONTINUED = "##"
 _LONGEST_WORD = 200
-_REMEMBERED_WORDS = 2**16
+# Words whose ids are remembered, and the characters that one may have.
+_REMEMBERED_WORDS, _REMEMBERED_LENGTH = 2**16, 32
 # Characters beyond are rare, and would take much memory if all were remembered.
 _REMEMBERED_CODES = 2**16
 _CHINESE = (
@@ -56,11 +57,14 @@ class WordPieceTokenizer:
         most = self.spec.context_length - 2  # two places go to the start and the end token
         ids: list[int] = []
         for word in _words(text, most):  # each has an id at least
-            ids += self._remembered(word) if len(word) <= _LONGEST_WORD else [self._unknown]
+            ids += self._remembered(word) if len(word) <= _REMEMBERED_LENGTH else self._pieces(word)
         return np.array([self._start, *ids[:most], self._end], dtype=np.int32)
 
     def _pieces(self, word: str) -> list[int]:
-        """The longest pieces, from the left; [UNK] alone where a part is in none."""
+        """The longest pieces, from the left; [UNK] alone where a part is in none, or for a word
+        that is too long."""
+        if len(word) > _LONGEST_WORD:
+            return [self._unknown]
         found: list[int] = []
         start = 0
         while start < len(word):
