@@ -142,15 +142,25 @@ def test_a_server_of_a_converted_model(start: Start, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_without_torch_the_source_is_our_own_graph(tmp_path: Path) -> None:
+def convert_without(package: str, out: Path) -> subprocess.CompletedProcess[str]:
     code = (
-        "import sys; sys.modules['torch'] = None\n"
+        f"import sys; sys.modules[{package!r}] = None\n"
         "from clip_server.convert.__main__ import main\n"
-        f"sys.exit(main(['embedded', '--precision', 'fp16', '--out', {str(tmp_path)!r}]))"
+        f"sys.exit(main(['embedded', '--precision', 'fp16', '--out', {str(out)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_without_torch_the_source_is_our_own_graph(tmp_path: Path) -> None:
+    done = convert_without("torch", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "least cosine with onnx fp32" in done.stdout
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path: Path) -> None:
+    done = convert_without("onnx", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == ("clip_server.convert: to convert, pip install 'clip-server[onnx]'\n")
 
 
 def test_what_falls_short_is_a_failure(

@@ -12,13 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity, samples
-from clip_server.convert.writers import Encode, Writer, writer
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
 from clip_server.evaluate.reporting import print_table, remark
 from clip_server.models import converted, zoo
@@ -28,6 +28,9 @@ from clip_server.models.converted import FILES, TOWERS, Tower
 from clip_server.process import stay_silent
 from clip_server.runtimes.base import Runtime, load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
+
+if TYPE_CHECKING:
+    from clip_server.convert.writers import Encode, Writer
 
 _TARGETS = ("onnx", "tensorrt", "torchscript")
 _FLOW = """
@@ -86,6 +89,8 @@ def _convert(options: argparse.Namespace) -> bool:
         raise ConfigurationError(
             "there is no TensorRT runtime yet: convert --to onnx, which runs on NVIDIA GPUs too"
         )
+    from clip_server.convert.writers import writer  # says what is not installed
+
     name, path = _located(options.name)
     card = _with_context(zoo.resolve(name, path), options.context_length)
     precision, folder, files = options.precision, options.out, FILES[options.to]

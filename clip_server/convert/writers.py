@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from clip_server.convert import parity, rewrite
+from clip_server.convert import parity
 from clip_server.errors import ConfigurationError
-from clip_server.models import graph, onnx_file, weights
+from clip_server.models import weights
 from clip_server.models.card import ModelCard, Precision
 from clip_server.models.converted import Tower
 from clip_server.runtimes import onnx as onnx_runtime
+
+try:
+    import onnx
+
+    from clip_server.convert import rewrite
+    from clip_server.models import graph, onnx_file
+except ImportError as missing:
+    raise ConfigurationError("to convert, pip install 'clip-server[onnx]'") from missing
 
 Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 
