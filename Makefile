@@ -2,7 +2,7 @@
 # need into .venv first, and so do the others.
 PYTHON ?= python3
 FLOW ?= onnx-flow.yml
-EXTRAS := onnx,torch,test,dev
+EXTRAS := onnx,torch,convert,test,dev
 BIN := .venv/bin
 # The packages as they are installed, for mypy: executors/ and flows/ inside clip_server/.
 TYPED := build/typed

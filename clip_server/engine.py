@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from clip_server.cache import Cache
 from clip_server.errors import ItemError, RequestError
 from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import Tokenizer, pad
+from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.queues import Entry, Job, Queue, TextQueue, Turns, by_size
 from clip_server.runtimes.base import Runtime
 
@@ -118,7 +118,7 @@ class Engine:
         self.metrics = Metrics()
         self._minibatch_size = minibatch_size
         self._max_queued_items = max_queued_items
-        self._tokenizer = Tokenizer(self.card.text)
+        self._tokenizer = tokenizer_for(self.card.text)
         self._transform = transform or ImageTransform(self.card.image)
         self.cache = Cache(cache_bytes)
         self._workers = num_worker_preprocess
@@ -343,7 +343,7 @@ class Engine:
         return self._timed(self.runtime.encode_image, np.stack(pixels))
 
     def _encode_texts(self, tokens: list[Any]) -> NDArray[np.float32]:
-        return self._timed(self.runtime.encode_text, pad(tokens, self.card.text))
+        return self._timed(self.runtime.encode_text, pad(tokens, self._tokenizer.spec))
 
     def _timed(self, encode: Callable[[Any], Any], batch: NDArray[Any]) -> NDArray[np.float32]:
         started = time.perf_counter()

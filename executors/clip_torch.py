@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
-from clip_server.runtimes.torch import TorchRuntime
+from clip_server.runtimes.torch import TorchRuntime, has_towers
 
 
 class CLIPEncoder(BaseCLIPEncoder):
     """Encodes with PyTorch, through open_clip."""
+
+    @staticmethod
+    def has_own_graphs(parameters: EncoderParameters) -> bool:
+        """See BaseCLIPEncoder."""
+        return has_towers(parameters.model_path)
 
     @classmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> TorchRuntime:

@@ -169,6 +169,16 @@ def torch_server(start: Start) -> Server:
     return start(flow("torch"))
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """On a busy machine torch's threads wait for each other longer than they work."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def photos() -> list[bytes]:
     """Real photographs, as the JPEG files people have."""

@@ -16,7 +16,7 @@ from PIL import Image
 from clip_server.engine import Engine
 from clip_server.errors import ItemError, RequestError
 from clip_server.models import zoo
-from clip_server.models.tokenizer import Tokenizer
+from clip_server.models.tokenizer import tokenizer_for
 
 
 class CountingRuntime:
@@ -69,7 +69,7 @@ def run(
 
 def test_order_and_errors() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        tokenizer = Tokenizer(runtime.card.text)
+        tokenizer = tokenizer_for(runtime.card.text)
         items = [picture(i) if i % 3 else f"text {i}" for i in range(90)]
         items[7] = b"nonsense"
         items[8] = ItemError("found unfit before")

@@ -12,7 +12,7 @@ import seeded
 
 from clip_server.errors import ConfigurationError
 from clip_server.models import graph
-from clip_server.models.card import ImageSpec
+from clip_server.models.card import ImageSpec, Precision
 from clip_server.runtimes.onnx import OnnxRuntime
 
 TOLERANCE = 1e-4
@@ -69,11 +69,12 @@ def random_tensors(config: dict[str, Any]) -> dict[str, Any]:
     return {name: rng.uniform(0.1, 1, shape).astype("f2") for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", SMALL)
-def test_graphs_are_valid_and_typed(name: str) -> None:
+def test_graphs_are_valid_and_typed(name: str, precision: Precision) -> None:
     config, tensors = SMALL[name], random_tensors(SMALL[name])
-    visual = graph.build_visual(config, tensors, ImageSpec(64))
-    textual = graph.build_textual(config, tensors)
+    visual = graph.build_visual(config, tensors, ImageSpec(64), precision=precision)
+    textual = graph.build_textual(config, tensors, precision=precision)
     for model in (visual, textual):
         onnx.checker.check_model(model, full_check=True)
         assert {opset.domain for opset in model.opset_import} == {""}
@@ -86,6 +87,31 @@ def test_graphs_are_valid_and_typed(name: str) -> None:
     assert signature(textual) == {
         "tokens": ("INT32", ["batch", "length"]),
         "embedding": ("FLOAT", ["batch", 32]),
+    }
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_half_graphs_sum_in_float32(name: str) -> None:
+    config, tensors = SMALL[name], random_tensors(SMALL[name])
+    for model in (
+        graph.build_visual(config, tensors, ImageSpec(64), precision="fp16"),
+        graph.build_textual(config, tensors, precision="fp16"),
+    ):
+        types = types_of(onnx.shape_inference.infer_shapes(model))
+        found = {kind: set[str]() for kind in ("LayerNormalization", "Softmax", "Gemm", "Conv")}
+        for node in model.graph.node:
+            if node.op_type in found:
+                found[node.op_type].update(types[name] for name in node.input)
+        assert found["LayerNormalization"] | found["Softmax"] == {"FLOAT"}
+        assert found["Gemm"] | found["Conv"] == {"FLOAT16"}
+
+
+def types_of(model: onnx.ModelProto) -> dict[str, str]:
+    """The type of every value in a model."""
+    values = {each.name: each.type.tensor_type.elem_type for each in model.graph.value_info}
+    constants = {each.name: each.data_type for each in model.graph.initializer}
+    return {
+        name: onnx.TensorProto.DataType.Name(kind) for name, kind in (values | constants).items()
     }
 
 

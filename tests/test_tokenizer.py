@@ -13,7 +13,7 @@ import pytest
 
 from clip_server.errors import ItemError
 from clip_server.models.card import TextSpec
-from clip_server.models.tokenizer import Tokenizer, pad
+from clip_server.models.tokenizer import pad, tokenizer_for
 
 SPEC = TextSpec()
 START, END = SPEC.vocab_size - 2, SPEC.vocab_size - 1
@@ -70,7 +70,7 @@ def fuzzed_word(rng: random.Random, ranges: list[tuple[int, int]]) -> str:
 
 def test_equals_open_clip_on_a_fuzzed_corpus() -> None:
     open_clip = pytest.importorskip("open_clip")
-    ours, theirs = Tokenizer(SPEC), open_clip.tokenizer.SimpleTokenizer()
+    ours, theirs = tokenizer_for(SPEC), open_clip.tokenizer.SimpleTokenizer()
     texts = ["", " ", *SNIPPETS, *corpus(6000)]
     expected = theirs(texts).numpy()
     for text, row in zip(texts, expected, strict=True):
@@ -80,18 +80,18 @@ def test_equals_open_clip_on_a_fuzzed_corpus() -> None:
 
 
 def test_special_tokens_spelled_in_a_text() -> None:
-    tokens = Tokenizer(SPEC).encode("a <start_of_text> b<end_of_text>").tolist()
+    tokens = tokenizer_for(SPEC).encode("a <start_of_text> b<end_of_text>").tolist()
     assert tokens == [START, 320, START, 321, END, END]
 
 
 def test_empty_text_is_start_and_end() -> None:
-    tokens = Tokenizer(SPEC).encode(" \n")
+    tokens = tokenizer_for(SPEC).encode(" \n")
     assert tokens.tolist() == [START, END]
     assert tokens.dtype == np.int32
 
 
 def test_a_long_text_is_cut_and_ends_with_the_end_token() -> None:
-    tokens = Tokenizer(SPEC).encode("cat " * 1000)
+    tokens = tokenizer_for(SPEC).encode("cat " * 1000)
     assert len(tokens) == SPEC.context_length
     assert (tokens[0], tokens[-1]) == (START, END)
     assert set(tokens[1:-1].tolist()) == {2368}
@@ -99,17 +99,17 @@ def test_a_long_text_is_cut_and_ends_with_the_end_token() -> None:
 
 def test_a_smaller_vocabulary_keeps_the_first_merges() -> None:
     small, text = TextSpec(vocab_size=8192), "a photograph of an archaeopteryx \U0001f995"
-    tokens = Tokenizer(small).encode(text)
+    tokens = tokenizer_for(small).encode(text)
     assert (tokens[0], tokens[-1]) == (8190, 8191)
     assert tokens[1:-1].max() < 8190
     # Ids do not move: what both vocabularies know is the same.
-    assert tokens[1] == Tokenizer(SPEC).encode(text)[1]
+    assert tokens[1] == tokenizer_for(SPEC).encode(text)[1]
 
 
 @pytest.mark.parametrize("text", ["\ud83d", "smile \ude00", "\U0001f600 \udfff"])
 def test_half_a_surrogate_pair_is_an_item_error(text: str) -> None:
     with pytest.raises(ItemError, match="surrogate"):
-        Tokenizer(SPEC).encode(text)
+        tokenizer_for(SPEC).encode(text)
 
 
 def test_padding_goes_to_the_longest_where_the_model_allows() -> None:
@@ -123,7 +123,7 @@ def test_padding_goes_to_the_longest_where_the_model_allows() -> None:
 
 
 def test_threads_share_a_tokenizer() -> None:
-    tokenizer, texts = Tokenizer(SPEC), corpus(400, seed=1)
+    tokenizer, texts = tokenizer_for(SPEC), corpus(400, seed=1)
     alone = [tokenizer.encode(text).tolist() for text in texts]
     with ThreadPoolExecutor(4) as pool:
         together = [tokens.tolist() for tokens in pool.map(tokenizer.encode, texts)]
@@ -134,8 +134,8 @@ def test_needs_neither_torch_nor_ftfy_for_ascii() -> None:
     program = (
         "import sys; sys.modules.update(torch=None, ftfy=None)\n"
         "from clip_server.models.card import TextSpec\n"
-        "from clip_server.models.tokenizer import Tokenizer\n"
-        "print(Tokenizer(TextSpec()).encode('a cat').tolist())"
+        "from clip_server.models.tokenizer import tokenizer_for\n"
+        "print(tokenizer_for(TextSpec()).encode('a cat').tolist())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == f"[{START}, 320, 2368, {END}]", done.stderr
@@ -150,7 +150,7 @@ def test_long_ascii_texts_equal_open_clip() -> None:
         ("x" * 100 + " ") * 60,
         "pneumonoultramicroscopicsilicovolcanoconiosis " * 200,
     ]
-    tokenizer = Tokenizer(SPEC)
+    tokenizer = tokenizer_for(SPEC)
     for text, expected in zip(texts, open_clip.tokenize(texts).numpy(), strict=True):
         ids = tokenizer.encode(text)
         assert ids.tolist() == expected[: len(ids)].tolist()

@@ -42,7 +42,7 @@ def reference(photos: list[bytes]) -> NDArray[np.float32]:
     from PIL import Image
 
     from clip_server.models import zoo
-    from clip_server.models.tokenizer import Tokenizer, pad
+    from clip_server.models.tokenizer import pad, tokenizer_for
     from clip_server.runtimes.base import load_checkpoint
 
     card, tensors = load_checkpoint("embedded")
@@ -55,7 +55,7 @@ def reference(photos: list[bytes]) -> NDArray[np.float32]:
     transform = open_clip.image_transform(
         size, is_train=False, mean=card.image.mean, std=card.image.std
     )
-    tokenizer = Tokenizer(card.text)
+    tokenizer = tokenizer_for(card.text)
     tokens = pad([tokenizer.encode(text) for text in TEXTS], card.text)
     tokens = np.pad(tokens, ((0, 0), (0, card.text.context_length - tokens.shape[1])))
     pixels = torch.stack([transform(Image.open(BytesIO(photo))) for photo in photos])

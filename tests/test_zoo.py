@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from safetensors.numpy import save_file
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
@@ -30,6 +32,11 @@ def folder_with(path: Path, described: dict[str, Any], scale: float = 30.0) -> P
 @pytest.mark.parametrize(
     ("name", "canonical", "dim", "size"),
     [
+        ("RN50", "RN50::openai", 1024, 224),
+        ("RN101", "RN101::openai", 512, 224),
+        ("RN50x4", "RN50x4::openai", 640, 288),
+        ("RN50x16", "RN50x16::openai", 768, 384),
+        ("RN50x64", "RN50x64::openai", 1024, 448),
         ("ViT-B/32", "ViT-B-32::openai", 512, 224),
         ("ViT-B-16", "ViT-B-16::openai", 512, 224),
         ("ViT-L/14", "ViT-L-14::openai", 768, 224),
@@ -47,29 +54,77 @@ def test_openais_models_under_their_names(name: str, canonical: str, dim: int, s
     assert zoo.resolve(canonical) == card
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if name != zoo.EMBEDDED])
-def test_cards_say_what_open_clip_says(name: str) -> None:
+def test_every_checkpoint_of_open_clips_has_a_card() -> None:
     open_clip = pytest.importorskip("open_clip")
-    card = zoo.resolve(name)
-    architecture, _, tag = name.partition("::")
-    expected = open_clip.get_pretrained_cfg(architecture, tag)
-    assert card.hub == expected["hf_hub"].rstrip("/")
-    assert (card.image.mean, card.image.std) == (expected["mean"], expected["std"])
-    assert card.image.interpolation == expected["interpolation"]
-    assert card.image.resize == expected["resize_mode"]
-    model = open_clip.get_model_config(architecture) | {"quick_gelu": expected["quick_gelu"]}
-    assert card.config == model
+    known = [(name, tag) for name, tag in open_clip.list_pretrained()]
+    assert len(known) > 150
+    for architecture, tag in known:
+        card = zoo.resolve(f"{architecture}::{tag}")
+        expected = open_clip.get_pretrained_cfg(architecture, tag)
+        assert card.name.endswith(f"::{tag}")
+        hub = "/".join(filter(None, (card.hub, card.hub_file)))
+        assert hub == expected["hf_hub"].rstrip("/")
+        assert (card.image.mean, card.image.std) == (expected["mean"], expected["std"])
+        assert card.image.interpolation == expected["interpolation"]
+        assert card.image.resize == expected["resize_mode"]
+        model = open_clip.get_model_config(architecture)
+        quick = model.get("quick_gelu", False) or expected.get("quick_gelu", False)
+        assert card.config == model | {"quick_gelu": quick}
+        assert card.dim == model["embed_dim"]
+        assert card.image.size == model["vision_cfg"]["image_size"]
+        assert card.text.context_length == model["text_cfg"].get("context_length", 77)
+
+
+def test_every_name_is_of_a_card() -> None:
+    for name in zoo.names():
+        card = zoo.resolve(name)
+        assert card.name == name
+        assert all(zoo.resolve(alias) is card for alias in zoo.other_names(name))
+
+
+def test_the_table_is_what_its_script_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m tools.cards` after a new release of open_clip."""
+    pytest.importorskip("open_clip")
+    monkeypatch.syspath_prepend(ROOT)
+    cards = importlib.import_module("tools.cards")
+    cards.write(tmp_path / "zoo.json")
+    assert (tmp_path / "zoo.json").read_text("utf-8") == cards.TABLE.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "trim", "pad_id", "clean"),
+    [
+        ("ViT-B-32::openai", "causal", 0, "lower"),
+        ("ViT-B-16-SigLIP::webli", "fixed", 1, "canonicalize"),
+        ("ViT-B-16-SigLIP2::webli", "fixed", 0, "canonicalize"),
+        ("ViT-L-14-CLIPA::datacomp1b", "fixed", 0, "whitespace"),
+        ("xlm-roberta-base-ViT-B-32::laion5b_s13b_b90k", "masked", 1, "whitespace"),
+        ("coca_ViT-B-32::laion2b_s13b_b90k", "fixed", 0, "lower"),
+        ("MobileCLIP-S1::datacompdr", "fixed", 0, "lower"),
+        ("PE-Core-B-16::meta", "causal", 0, "lower"),
+    ],
+)
+def test_how_texts_become_tokens(name: str, trim: str, pad_id: int, clean: str) -> None:
+    text = zoo.resolve(name).text
+    assert (text.trim, text.pad_id, text.clean) == (trim, pad_id, clean)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownModelError) as caught:
         zoo.resolve("vit-b/33")
     assert "did you mean ViT-B/32" in str(caught.value)
-    assert all(name in str(caught.value) for name in zoo.names())
+    assert "python -m clip_server.models" in str(caught.value)
 
 
-def test_a_name_like_no_other_is_still_answered_with_what_there_is() -> None:
-    with pytest.raises(UnknownModelError, match="no model is named 'xyzzy': The names are"):
+def test_an_architecture_without_openais_weights_is_answered_with_its_tags() -> None:
+    with pytest.raises(UnknownModelError, match="did you mean EVA02-B-16::merged2b_s8b_b131k"):
+        zoo.resolve("EVA02-B-16")
+
+
+def test_a_name_like_no_other_is_still_answered_with_where_they_are_listed() -> None:
+    with pytest.raises(UnknownModelError, match=r"no model is named 'xyzzy': `python -m"):
         zoo.resolve("xyzzy")
 
 
@@ -101,6 +156,52 @@ def test_a_checkpoint_alone_has_the_card_of_its_name(tmp_path: Path) -> None:
     assert zoo.checkpoint("ViT-B/32", file) == file
     with pytest.raises(UnknownModelError):
         zoo.resolve("mine", file)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "quick_gelu"),
+    [
+        ("EVA02-B-16", "EVA02-B-16::epoch_3", False),
+        ("ViT-B-32", "ViT-B-32::epoch_3", False),
+        ("ViT-B-32-quickgelu", "ViT-B-32-quickgelu::epoch_3", True),
+        ("ViT-B/32", "ViT-B-32::openai", True),
+    ],
+)
+def test_an_architecture_may_stand_before_the_path(
+    architecture: str, name: str, quick_gelu: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "epoch_3.safetensors"
+    save_file({"logit_scale": np.zeros((), np.float32)}, file)
+    card = zoo.resolve(f"{architecture}::{file}")
+    assert (card.name, card.dim, card.config["quick_gelu"]) == (name, 512, quick_gelu)
+    assert zoo.checkpoint(f"{architecture}::{file}") == file
+    with pytest.raises(WeightsError, match="no checkpoint at"):
+        zoo.checkpoint(f"{architecture}::{tmp_path / 'missing.pt'}")
+    with pytest.raises(UnknownModelError, match="no model is named 'ViT-B-23'"):
+        zoo.resolve(f"ViT-B-23::{file}")
+
+
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-L-14-336", "RN50x4", "RN101"])
+def test_shapes_tell_the_architecture(architecture: str, tmp_path: Path) -> None:
+    """Of tensors, only the shapes are looked at: these are as long as they must be, and empty."""
+    graph = pytest.importorskip("clip_server.models.graph")
+    torch = pytest.importorskip("torch")
+    shapes = graph.tensor_shapes(zoo.resolve(f"{architecture}::openai").config)
+    number = torch.zeros(())
+    file = tmp_path / "epoch_3.pt"
+    torch.save({name: number.expand(shape) for name, shape in shapes.items()}, file)
+    card = zoo.resolve(str(file))
+    assert card.name == f"{architecture}::epoch_3"
+    assert card.config == zoo.resolve(f"{architecture}::openai").config | {"quick_gelu": False}
+
+
+def test_shapes_that_tell_nothing_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "epoch_3.safetensors"
+    save_file({"logit_scale": np.zeros((), np.float32)}, file)
+    with pytest.raises(ConfigurationError) as caught:
+        zoo.resolve(str(file))
+    assert "no architecture has its tensors" in str(caught.value)
+    assert f"give its name as architecture::{file}" in str(caught.value)
 
 
 def test_a_folder_with_nothing_in_it_is_an_error(tmp_path: Path) -> None:

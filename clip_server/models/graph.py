@@ -2,8 +2,8 @@
 
 Nothing is traced, so neither torch nor open_clip is needed. Both towers take a dynamic batch
 and pool early: the last block computes its query and its MLP for the one position that becomes
-the embedding. They compute in float32, in standard operators; or their linear layers in int8
-(see `quantize`), with one operator that only onnxruntime on a CPU has.
+the embedding. They compute in float32; in float16, but for sums (see `nodes.HalfGraph`); or their
+linear layers in int8 (see `quantize`), with one operator that only onnxruntime on a CPU has.
 
 Within a tower activations are [N, W], so that every linear layer is one Gemm; `layout` tells
 which of the B * L positions the N rows are.
@@ -11,8 +11,7 @@ which of the B * L positions the N rows are.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,37 +21,35 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from clip_server.errors import ConfigurationError
-from clip_server.models import quantize
-from clip_server.models.card import ImageSpec
+from clip_server.models import bert_graph
+from clip_server.models.attention import Attention, head
+from clip_server.models.bert import BertTower, Shapes
+from clip_server.models.card import ImageSpec, Precision
 from clip_server.models.layout import Layout, of_first_positions, of_texts
+from clip_server.models.nodes import EPSILON, KINDS, Graph, Weights
 
-OPSET = 17
-IR_VERSION = 8  # the one that came with the opset
-# The domain of onnxruntime's own operators.
-_ONNXRUNTIME = "com.microsoft"
-_EPSILON = 1e-5
-# The slope in QuickGELU, x * sigmoid(1.702 x).
-_QUICK_GELU = 1.702
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-
-Shapes = dict[str, tuple[int, ...]]
-Weights = Mapping[str, NDArray[Any]]
+_TEXT_KEYS |= {"hf_tokenizer_name", "tokenizer_kwargs"}  # which no tower is made of
 
 
 def build_visual(
-    config: Mapping[str, Any], tensors: Weights, image: ImageSpec, *, int8: bool = False
+    config: Mapping[str, Any],
+    tensors: Weights,
+    image: ImageSpec,
+    *,
+    precision: Precision = "fp32",
 ) -> onnx.ModelProto:
     """The image tower: `pixels` uint8 [B, 3, S, S] to `embedding` float32 [B, D].
 
     config: open_clip's JSON form. tensors: a checkpoint that has `tensor_shapes(config)`.
-    int8: linear layers in integers; the convolutions of a residual network stay in float32.
+    precision: in int8 the convolutions of a residual network stay in float32.
 
     Raises:
         ConfigurationError: the architecture is of a family that this builder lacks.
     """
     vision = _vision(config)
-    graph = _graph("visual", config, tensors, int8)
+    graph = _graph("visual", config, tensors, precision)
     if isinstance(vision, _ResNet):
         embedding = _resnet(graph, vision, _normalised(graph, image))
     else:
@@ -63,17 +60,30 @@ def build_visual(
 
 
 def build_textual(
-    config: Mapping[str, Any], tensors: Weights, *, int8: bool = False
+    config: Mapping[str, Any], tensors: Weights, *, precision: Precision = "fp32"
 ) -> onnx.ModelProto:
     """The text tower: `tokens` int32 [B, L], any L up to the context, to `embedding` [B, D].
 
     Arguments and errors are those of `build_visual`.
     """
     text = _text(config)
-    graph = _graph("textual", config, tensors, int8)
-    embedding = _text_transformer(graph, text)
+    if isinstance(text, BertTower):
+        graph = KINDS[precision]("textual", tensors)
+        embedding = bert_graph.text_transformer(graph, text)
+    else:
+        graph = _graph("textual", config, tensors, precision)
+        embedding = _text_transformer(graph, text)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
     return graph.finished(source, embedding, config["embed_dim"])
+
+
+def builds(config: Mapping[str, Any]) -> bool:
+    """Whether an architecture is of a family that this builder has."""
+    try:
+        tensor_shapes(config)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -236,7 +246,9 @@ def _vision(config: Mapping[str, Any]) -> _VisionTransformer | _ResNet:
     )
 
 
-def _text(config: Mapping[str, Any]) -> _TextTransformer:
+def _text(config: Mapping[str, Any]) -> _TextTransformer | BertTower:
+    if bert := BertTower.of(config):
+        return bert
     text = config["text_cfg"]
     _refuse_unknown("text_cfg", text, _TEXT_KEYS)
     return _TextTransformer(
@@ -254,187 +266,21 @@ def _refuse_unknown(part: str, config: Mapping[str, Any], known: set[str]) -> No
     if unknown := sorted(config.keys() - known):
         raise ConfigurationError(
             f"the ONNX graph builder does not know {', '.join(unknown)} in {part}: "
-            "run this model with the torch runtime"
+            "convert this model first (python -m clip_server.convert), or run it with torch"
         )
 
 
-class _Graph:
-    """A model to which nodes and weights are added. An op gives the name of its output."""
-
-    def __init__(self, name: str, tensors: Weights, *, quick_gelu: bool) -> None:
-        self._tensors = tensors
-        self._quick_gelu = quick_gelu
-        self._constants: set[str] = set()
-        # Weights go straight into this one message: each copy of them takes time and memory.
-        self._model = onnx.ModelProto(
-            ir_version=IR_VERSION,
-            producer_name="clip-server",
-            opset_import=[helper.make_opsetid("", OPSET)],
-        )
-        self._graph = self._model.graph
-        self._graph.name = name
-
-    def op(self, kind: str, *inputs: str, name: str, **attributes: Any) -> str:
-        """Adds a node whose name and only output are `name`."""
-        self._graph.node.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
-        return name
-
-    def split(self, source: str, parts: Sequence[str], axis: int) -> list[str]:
-        outputs = [f"{source}.{part}" for part in parts]
-        name = f"{source}.split"
-        self._graph.node.append(helper.make_node("Split", [source], outputs, name=name, axis=axis))
-        return outputs
-
-    def weight(self, name: str) -> NDArray[np.float32]:
-        """A tensor of the checkpoint, as float32."""
-        return self._tensors[name].astype(np.float32, copy=False)
-
-    def constant(self, name: str, value: NDArray[Any]) -> str:
-        if name not in self._constants:
-            self._constants.add(name)
-            self._graph.initializer.add(
-                name=name,
-                dims=value.shape,
-                data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
-                raw_data=value.tobytes(),
-            )
-        return name
-
-    def integers(self, *values: int) -> str:
-        """An int64 constant [n], such as a shape; equal ones are stored once."""
-        return self.constant(f"i64{list(values)}", np.array(values, dtype=np.int64))
-
-    def number(self, value: float) -> str:
-        return self.constant(f"f32({value:.6g})", np.array(value, dtype=np.float32))
-
-    def linear(
-        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
-    ) -> str:
-        """source [N, I] by weight [O, I], as torch stores it, plus bias [O]."""
-        inputs = self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)
-        return self.op("Gemm", source, *inputs, name=name, transB=1)
-
-    def stored_linear(self, source: str, tensor: str) -> str:
-        """A torch Linear of the checkpoint."""
-        weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
-        return self.linear(source, tensor, weight, bias)
-
-    def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
-        """source [N, I] by a matrix [I, O]."""
-        return self.op("Gemm", source, self.constant(name, matrix), name=f"{name}.out")
-
-    def product_of_bytes(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
-        """As `product`, of a uint8 source."""
-        values = self.op("Cast", source, name=f"{source}.float", to=TensorProto.FLOAT)
-        return self.product(values, name, matrix)
-
-    def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
-        """The rows of a table [V, W] that `indices` name, in float32."""
-        return self.op("Gather", self.constant(name, table), indices, name=f"{name}.rows")
-
-    def projection(self, source: str, tensor: str) -> str:
-        """source [N, I] by a matrix [I, O] of the checkpoint."""
-        return self.product(source, tensor, self.weight(tensor))
-
-    def layer_norm(self, source: str, tensor: str) -> str:
-        scale = self.constant(f"{tensor}.weight", self.weight(f"{tensor}.weight"))
-        bias = self.constant(f"{tensor}.bias", self.weight(f"{tensor}.bias"))
-        return self.op(
-            "LayerNormalization", source, scale, bias, name=tensor, axis=-1, epsilon=_EPSILON
-        )
-
-    def gelu(self, source: str, name: str) -> str:
-        if self._quick_gelu:
-            steeper = self.op("Mul", source, self.number(_QUICK_GELU), name=f"{name}.scaled")
-            gate = self.op("Sigmoid", steeper, name=f"{name}.gate")
-            return self.op("Mul", source, gate, name=name)
-        root = self.op("Div", source, self.number(math.sqrt(2)), name=f"{name}.scaled")
-        gate = self.op("Erf", root, name=f"{name}.erf")
-        gate = self.op("Add", gate, self.number(1), name=f"{name}.gate")
-        doubled = self.op("Mul", source, gate, name=f"{name}.doubled")
-        return self.op("Mul", doubled, self.number(0.5), name=name)
-
-    def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
-        """The model, from `source` to `embedding` [B, dim]."""
-        self.op("Identity", embedding, name="embedding")
-        target = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dim])
-        self._graph.input.append(source)
-        self._graph.output.append(target)
-        return self._model
+def _graph(name: str, config: Mapping[str, Any], tensors: Weights, precision: Precision) -> Graph:
+    return KINDS[precision](name, tensors, quick_gelu=config.get("quick_gelu", False))
 
 
-class _Int8Graph(_Graph):
-    """A graph that multiplies by its matrices in integers, and keeps its tables in float16."""
-
-    def linear(
-        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
-    ) -> str:
-        product = self.product(source, name, weight.T)
-        return self.op("Add", product, self.constant(f"{name}.bias", bias), name=f"{name}.biased")
-
-    def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
-        rows, scale = self._quantized_rows(source, name)
-        product = self._integer_product(rows, quantize.ROW_ZERO, name, matrix)
-        return self.op("Mul", product, scale, name=f"{name}.out")
-
-    def product_of_bytes(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
-        return self._integer_product(source, 0, name, matrix)
-
-    def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
-        rows = self.op(
-            "Gather", self.constant(name, table.astype("f2")), indices, name=f"{name}.half"
-        )
-        return self.op("Cast", rows, name=f"{name}.rows", to=TensorProto.FLOAT)
-
-    def _quantized_rows(self, source: str, name: str) -> tuple[str, str]:
-        """source [N, I] as uint8 about `ROW_ZERO`, and the scale of each row [N, 1]."""
-        highest = self.op("ReduceMax", source, name=f"{name}.highest", axes=[1])
-        lowest = self.op("ReduceMin", source, name=f"{name}.lowest", axes=[1])
-        lowest = self.op("Neg", lowest, name=f"{name}.depth")
-        least = self.number(quantize.SMALLEST)
-        largest = self.op("Max", highest, lowest, least, name=f"{name}.largest")
-        step = self.number(1 / quantize.LARGEST)
-        scale = self.op("Mul", largest, step, name=f"{name}.scale")
-        inverse = self.op("Reciprocal", scale, name=f"{name}.inverse")
-        values = self.op("Mul", source, inverse, name=f"{name}.scaled")
-        zero = self._byte(quantize.ROW_ZERO)
-        rows = self.op("QuantizeLinear", values, self.number(1), zero, name=f"{name}.rows")
-        return rows, scale
-
-    def _integer_product(self, rows: str, zero: int, name: str, matrix: NDArray[np.float32]) -> str:
-        """uint8 rows [N, I], less `zero`, by a matrix [I, O], in float32."""
-        integers, scale = quantize.quantized(matrix)
-        return self.op(
-            "MatMulIntegerToFloat",
-            rows,
-            self.constant(f"{name}.integers", integers),
-            self.number(1),
-            self.constant(f"{name}.scales", scale),
-            self._byte(zero),
-            name=f"{name}.product",
-            domain=_ONNXRUNTIME,
-        )
-
-    def _byte(self, value: int) -> str:
-        return self.constant(f"u8({value})", np.array(value, dtype=np.uint8))
-
-    def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
-        model = super().finished(source, embedding, dim)
-        model.opset_import.append(helper.make_opsetid(_ONNXRUNTIME, 1))
-        return model
-
-
-def _graph(name: str, config: Mapping[str, Any], tensors: Weights, int8: bool) -> _Graph:
-    kind = _Int8Graph if int8 else _Graph
-    return kind(name, tensors, quick_gelu=config.get("quick_gelu", False))
-
-
-def _normalised(graph: _Graph, image: ImageSpec) -> str:
+def _normalised(graph: Graph, image: ImageSpec) -> str:
     """Pixels 0..255 to the float range the tower was trained on."""
     scale, shift = (values.astype(np.float32) for values in _normalisation(image))
-    values = graph.op("Cast", "pixels", name="pixels.float", to=TensorProto.FLOAT)
+    values = graph.cast("pixels", TensorProto.FLOAT, "pixels.float")
     values = graph.op("Mul", values, graph.constant("pixels.scale", scale), name="pixels.scaled")
-    return graph.op("Add", values, graph.constant("pixels.shift", shift), name="pixels.normalised")
+    values = graph.op("Add", values, graph.constant("pixels.shift", shift), name="pixels.shifted")
+    return graph.computed(values)
 
 
 def _normalisation(image: ImageSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -446,16 +292,16 @@ def _normalisation(image: ImageSpec) -> tuple[NDArray[np.float64], NDArray[np.fl
 # --- transformers
 
 
-def _vision_transformer(graph: _Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
+def _vision_transformer(graph: Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
     prefix, width, length = tower.prefix, tower.width, tower.grid**2 + 1
-    patches, bias = _patches(graph, tower, image)
+    patches = _patches(graph, tower, image)
     patches = graph.op("Reshape", patches, graph.integers(-1, length - 1, width), name="patches")
     positions = graph.weight(f"{prefix}positional_embedding")
-    shift = graph.constant("patches.position", positions[1:] + bias)
+    shift = graph.floats("patches.position", positions[1:])
     patches = graph.op("Add", patches, shift, name="patches.placed")
     # The class token is the same for every image, its position included.
     token = positions[0] + graph.weight(f"{prefix}class_embedding")
-    token = graph.constant("class_token", token.reshape(1, 1, width))
+    token = graph.floats("class_token", token.reshape(1, 1, width))
     batch = graph.op("Shape", "pixels", name="batch", start=0, end=1)
     shape = graph.op("Concat", batch, graph.integers(1, width), name="class_token.shape", axis=0)
     token = graph.op("Expand", token, shape, name="class_tokens")
@@ -468,10 +314,8 @@ def _vision_transformer(graph: _Graph, tower: _VisionTransformer, image: ImageSp
     return graph.projection(pooled, f"{prefix}proj")
 
 
-def _patches(
-    graph: _Graph, tower: _VisionTransformer, image: ImageSpec
-) -> tuple[str, NDArray[np.float32]]:
-    """The embedding of every patch, [B * G * G, W], and the bias [W] that it still lacks.
+def _patches(graph: Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
+    """The embedding of every patch, [B * G * G, W].
 
     A stride as wide as the kernel makes the convolution one Gemm. The pixels are moved while
     they are bytes, and their normalisation is part of the weight and the bias.
@@ -484,12 +328,12 @@ def _patches(
     pixels = graph.op("Reshape", pixels, graph.integers(-1, 3 * patch**2), name="pixels.rows")
     scale, shift = _normalisation(image)
     kernel = graph.weight(f"{tower.prefix}conv1.weight").astype(np.float64)
-    weight = (kernel * scale).reshape(tower.width, -1).T.astype(np.float32)
-    patches = graph.product_of_bytes(pixels, f"{tower.prefix}conv1", weight)
-    return patches, (kernel * shift).sum(axis=(1, 2, 3)).astype(np.float32)
+    weight = (kernel * scale).reshape(tower.width, -1).astype(np.float32)
+    bias = (kernel * shift).sum(axis=(1, 2, 3)).astype(np.float32)
+    return graph.linear_of_bytes(pixels, f"{tower.prefix}conv1", weight, bias)
 
 
-def _cropped(graph: _Graph, wanted: int, size: int) -> str:
+def _cropped(graph: Graph, wanted: int, size: int) -> str:
     """The pixels that the patches cover: those left over at the end have never counted."""
     if wanted == size:
         return "pixels"
@@ -497,16 +341,16 @@ def _cropped(graph: _Graph, wanted: int, size: int) -> str:
     return graph.op("Slice", "pixels", starts, ends, axes, name="pixels.cropped")
 
 
-def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
+def _text_transformer(graph: Graph, tower: _TextTransformer) -> str:
     layout = of_texts(graph)
     table = graph.weight("token_embedding.weight")
     states = graph.lookup("token_embedding", table, layout.tokens)
-    positions = graph.constant("positional_embedding", graph.weight("positional_embedding"))
+    positions = graph.floats("positional_embedding", graph.weight("positional_embedding"))
     positions = graph.op("Gather", positions, layout.positions, name="positions.rows", axis=0)
     states = graph.op("Add", states, positions, name="states")
 
     mask = np.triu(np.full((tower.context, tower.context), -np.inf, dtype=np.float32), k=1)
-    causal = _head(graph, graph.constant("causal_mask", mask), layout.length, axes=[0, 1])
+    causal = head(graph, graph.floats("causal_mask", mask), layout.length, axes=[0, 1])
     last = graph.op("Gather", causal, layout.ends, name="end.mask.rows", axis=0)
     last = graph.op("Unsqueeze", last, graph.integers(1, 2), name="end.mask")
 
@@ -515,16 +359,8 @@ def _text_transformer(graph: _Graph, tower: _TextTransformer) -> str:
     return graph.projection(pooled, "text_projection")
 
 
-def _head(graph: _Graph, table: str, length: str, axes: Sequence[int]) -> str:
-    """The first `length` entries of a constant along `axes`."""
-    starts, ends = graph.integers(*(0 for _ in axes)), length
-    if len(axes) > 1:
-        ends = graph.op("Concat", *(length for _ in axes), name=f"{table}.ends", axis=0)
-    return graph.op("Slice", table, starts, ends, graph.integers(*axes), name=f"{table}.head")
-
-
 def _blocks(
-    graph: _Graph,
+    graph: Graph,
     tower: _Transformer,
     states: str,
     layout: Layout,
@@ -543,7 +379,7 @@ def _blocks(
 
 
 def _block(
-    graph: _Graph,
+    graph: Graph,
     tower: _Transformer,
     index: int,
     states: str,
@@ -556,9 +392,9 @@ def _block(
     normed = graph.layer_norm(states, f"{prefix}ln_1")
     weight = graph.weight(f"{prefix}attn.in_proj_weight")
     bias = graph.weight(f"{prefix}attn.in_proj_bias")
-    attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
+    attention = Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
     if pool:
-        query, key, value = attention.project_picked(normed, layout)
+        query, key, value = attention.project_picked(layout.pick(normed), normed, layout)
         attended = attention.attend(query, key, value, mask)
         states = layout.pick(states)
     else:
@@ -572,74 +408,10 @@ def _block(
     return graph.op("Add", states, hidden, name=f"{prefix}states")
 
 
-class _Attention:
-    """Multi-head attention. weight [3 W, W] and bias [3 W] project to query, key and value."""
-
-    def __init__(
-        self,
-        graph: _Graph,
-        prefix: str,
-        heads: int,
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32],
-    ) -> None:
-        self._graph, self._prefix = graph, prefix
-        self._heads, self._width = heads, weight.shape[1]
-        self._head_width = self._width // heads
-        scale = np.ones(3 * self._width, dtype=np.float32)
-        # Scaling the queries here spares scaling the scores at every call.
-        scale[: self._width] = self._head_width**-0.5
-        self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
-
-    def project_all(self, states: str, layout: Layout) -> list[str]:
-        """Query, key and value of every position, each [B, H, L, W / H]."""
-        qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
-        return self._split(layout.spread(qkv), layout.length, ("query", "key", "value"))
-
-    def project_picked(self, states: str, layout: Layout) -> list[str]:
-        """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
-        width = self._width
-        weight, bias = self._weight, self._bias
-        picked = layout.pick(states)
-        query = self._graph.linear(picked, f"{self._prefix}.q", weight[:width], bias[:width])
-        shape = self._graph.integers(-1, self._heads, 1, self._head_width)
-        query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
-        kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
-        return [query, *self._split(layout.spread(kv), layout.length, ("key", "value"))]
-
-    def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
-        """Attention of queries [B, H, Q, d] over [B, H, L, d]: [B * Q, W]."""
-        graph, prefix = self._graph, self._prefix
-        key = graph.op("Transpose", key, name=f"{key}.columns", perm=[0, 1, 3, 2])
-        scores = graph.op("MatMul", query, key, name=f"{prefix}.scores")
-        if mask is not None:
-            scores = graph.op("Add", scores, mask, name=f"{prefix}.scores.masked")
-        shares = graph.op("Softmax", scores, name=f"{prefix}.shares", axis=-1)
-        mixed = graph.op("MatMul", shares, value, name=f"{prefix}.mixed")
-        mixed = graph.op("Transpose", mixed, name=f"{prefix}.mixed.rows", perm=[0, 2, 1, 3])
-        return graph.op("Reshape", mixed, graph.integers(-1, self._width), name=f"{prefix}.heads")
-
-    def _split(self, rows: str, length: str, parts: Sequence[str]) -> list[str]:
-        """[B * L, n * W] to n of [B, H, L, W / H]."""
-        graph = self._graph
-        per_head = [len(parts) * self._heads, self._head_width]
-        shape = graph.op(
-            "Concat",
-            graph.integers(-1),
-            length,
-            graph.integers(*per_head),
-            name=f"{rows}.shape",
-            axis=0,
-        )
-        rows = graph.op("Reshape", rows, shape, name=f"{rows}.by_head")
-        rows = graph.op("Transpose", rows, name=f"{rows}.first", perm=[0, 2, 1, 3])
-        return graph.split(rows, parts, axis=1)
-
-
 # --- residual network
 
 
-def _resnet(graph: _Graph, tower: _ResNet, pixels: str) -> str:
+def _resnet(graph: Graph, tower: _ResNet, pixels: str) -> str:
     states = _convolved(graph, pixels, tower.prefix, 1, stride=2)
     states = _convolved(graph, states, tower.prefix, 2)
     states = _convolved(graph, states, tower.prefix, 3)
@@ -650,7 +422,7 @@ def _resnet(graph: _Graph, tower: _ResNet, pixels: str) -> str:
     return _attention_pool(graph, tower, states)
 
 
-def _bottleneck(graph: _Graph, states: str, prefix: str, stride: int, project: bool) -> str:
+def _bottleneck(graph: Graph, states: str, prefix: str, stride: int, project: bool) -> str:
     hidden = _convolved(graph, states, prefix, 1)
     hidden = _convolved(graph, hidden, prefix, 2)
     hidden = _average(graph, hidden, stride, f"{prefix}avgpool")
@@ -662,50 +434,51 @@ def _bottleneck(graph: _Graph, states: str, prefix: str, stride: int, project: b
     return graph.op("Relu", summed, name=f"{prefix}relu3")
 
 
-def _convolved(graph: _Graph, states: str, prefix: str, index: int, stride: int = 1) -> str:
+def _convolved(graph: Graph, states: str, prefix: str, index: int, stride: int = 1) -> str:
     states = _folded(graph, states, f"{prefix}conv{index}", f"{prefix}bn{index}", stride)
     return graph.op("Relu", states, name=f"{prefix}relu{index}")
 
 
-def _folded(graph: _Graph, states: str, conv: str, norm: str, stride: int = 1) -> str:
+def _folded(graph: Graph, states: str, conv: str, norm: str, stride: int = 1) -> str:
     """A convolution with the batch norm that follows it folded into its weights."""
     variance = graph.weight(f"{norm}.running_var").astype(np.float64)
-    scale = graph.weight(f"{norm}.weight") / np.sqrt(variance + _EPSILON)
+    scale = graph.weight(f"{norm}.weight") / np.sqrt(variance + EPSILON)
     shift = graph.weight(f"{norm}.bias") - graph.weight(f"{norm}.running_mean") * scale
     kernel = (graph.weight(f"{conv}.weight") * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
     return graph.op(
         "Conv",
         states,
-        graph.constant(f"{conv}.weight", kernel),
-        graph.constant(f"{conv}.bias", shift.astype(np.float32)),
+        graph.floats(f"{conv}.weight", kernel),
+        graph.floats(f"{conv}.bias", shift.astype(np.float32)),
         name=conv,
         strides=[stride] * 2,
         pads=[kernel.shape[-1] // 2] * 4,
     )
 
 
-def _average(graph: _Graph, states: str, stride: int, name: str) -> str:
+def _average(graph: Graph, states: str, stride: int, name: str) -> str:
     if stride == 1:
         return states
     size = [stride] * 2
     return graph.op("AveragePool", states, name=name, kernel_shape=size, strides=size)
 
 
-def _attention_pool(graph: _Graph, tower: _ResNet, states: str) -> str:
+def _attention_pool(graph: Graph, tower: _ResNet, states: str) -> str:
     """Attention of the mean over the positions [B, C, G, G]: [B, D]."""
     prefix, channels, length = f"{tower.prefix}attnpool.", 32 * tower.width, tower.grid**2 + 1
     states = graph.op("Reshape", states, graph.integers(0, channels, -1), name="positions.flat")
-    mean = graph.op("ReduceMean", states, name="positions.mean", axes=[2], keepdims=1)
+    mean = graph.op("ReduceMean", states, graph.integers(2), name="positions.mean")
     states = graph.op("Concat", mean, states, name="positions.all", axis=2)
     states = graph.op("Transpose", states, name="positions", perm=[0, 2, 1])
     table = graph.weight(f"{prefix}positional_embedding")
-    shift = graph.constant("positions.shift", table)
+    shift = graph.floats("positions.shift", table)
     states = graph.op("Add", states, shift, name="positions.placed")
     states = graph.op("Reshape", states, graph.integers(-1, channels), name="positions.rows")
     names = [f"{prefix}{name}_proj" for name in "qkv"]
     weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
     bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
-    attention = _Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
-    query, key, value = attention.project_picked(states, of_first_positions(graph, length))
+    attention = Attention(graph, f"{prefix}attn", tower.heads, weight, bias)
+    layout = of_first_positions(graph, length)
+    query, key, value = attention.project_picked(layout.pick(states), states, layout)
     attended = attention.attend(query, key, value, mask=None)
     return graph.stored_linear(attended, f"{prefix}c_proj")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from clip_server.errors import ItemError
-from clip_server.models.card import ImageSpec
+from clip_server.models.card import Crop, ImageSpec
 
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
 MAX_PIXELS = 2**27
@@ -109,10 +109,10 @@ class ImageTransform:
             image = image.convert("RGB")  # the same pixels come of it, in less time
         if self.spec.resize == "squash":
             return _rgb(self._resize(image, (size, size), box))
-        # open_clip truncates the longer side, and rounds where the crop begins.
+        # open_clip truncates the longer side, and so does transformers.
         short = min(width, height)
         wide, high = size * width // short, size * height // short
-        left, top = round((wide - size) / 2), round((high - size) / 2)
+        left, top = (_half(side - size, self.spec.crop) for side in (wide, high))
         if wide * high <= _MAX_RESIZED:
             image = self._resize(image, (wide, high), box)
             return _rgb(image.crop((left, top, left + size, top + size)))
@@ -158,6 +158,10 @@ def _largest_part(image: Image.Image) -> Size:
     tags = image.tag_v2
     tile = (tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0))
     return max(image.size, tile, key=lambda size: size[0] * size[1])
+
+
+def _half(rest: int, crop: Crop) -> int:
+    return round(rest / 2) if crop == "round" else rest // 2
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import TensorProto
 
-if TYPE_CHECKING:
-    from clip_server.models.graph import _Graph as Graph
+from clip_server.models.nodes import Graph
 
 _NO_TOKEN = -1
 
@@ -30,7 +28,7 @@ class Layout:
     """
 
     length: str
-    pick: Callable[[str], str]
+    pick: Callable[[str], str] = _as_they_are
     spread: Callable[[str], str] = _as_they_are
     gather: Callable[[str], str] = _as_they_are
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -14,78 +18,130 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from clip_server.errors import WeightsError
+from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.models import names
 from clip_server.models.card import ModelCard
 
 Tensors = dict[str, NDArray[Any]]
 
 CHECKPOINT = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
+# Pickled checkpoints, which only torch reads.
+_PICKLES = (".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *_PICKLES)
+# The same weights as open_clip's older repositories hold them.
+_PICKLED_CHECKPOINT = "open_clip_pytorch_model.bin"
+# And as transformers saves them.
+_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 # How long an unreachable hub may hold up the start, in seconds.
 _HUB_TIMEOUT = 5.0
 # How the names end that a checkpoint may hold or lack: no tower needs them.
 _HARMLESS = ("attn_mask", "position_ids", "num_batches_tracked", "logit_bias")
 _SHOWN = 3
+_SHA256_DIGITS = 64
+_BLOCK = 2**20
 
 
 def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
-    """The safetensors checkpoint of a card, downloaded if it has to be.
+    """The checkpoint of a card, downloaded if it has to be.
 
-    model_path: a `.safetensors` file, or a folder with `open_clip_model.safetensors`; without
-        it the file comes from the card's hub repository, or the cache of that.
+    model_path: as in `local`; without it the file comes from the card's hub repository, or the
+        cache of that.
 
     Raises:
         WeightsError: there is no such file, or the hub cannot be reached.
+        ConfigurationError: there is only a pickled one, and torch is not installed.
     """
     if model_path is not None:
         return local(Path(model_path))
     if card.hub is None:
         raise WeightsError(f"{card.name} names no place to fetch weights from: give a model_path")
-    return _cached(card.hub) or _download(card.hub)
+    return cached(card) or _download(card.hub, _hub_files(card))
+
+
+def cached(card: ModelCard) -> Path | None:
+    """The checkpoint of a card in the hub's cache, if it is there."""
+    files = _hub_files(card) if card.hub else ()
+    found = (in_cache(card.hub, file) for file in files if card.hub)
+    return next((path for path in found if path), None)
 
 
 def local(path: Path) -> Path:
     """The checkpoint that a person's `model_path` means.
 
+    path: a file of one of `SUFFIXES`; or a folder with `open_clip_model.safetensors`, or with
+        one file of those.
+
     Raises:
-        WeightsError: it is neither a `.safetensors` file nor a folder with one.
+        WeightsError: it is none of these.
     """
-    file = path / CHECKPOINT if path.is_dir() else path
-    if not file.is_file():
+    file = in_folder(path)
+    if file is None:
         raise WeightsError(
-            f"no checkpoint at {file}: model_path is a .safetensors file, or a folder with "
-            f"{CHECKPOINT}"
+            f"no checkpoint at {path}: model_path is a file ({', '.join(SUFFIXES)}), or a folder "
+            f"with {CHECKPOINT} or with a single one of those"
         )
-    if file.suffix != ".safetensors":
-        raise WeightsError(
-            f"{file} is not a .safetensors file; other checkpoints may hold code and are not read"
-        )
+    if file.suffix not in SUFFIXES:
+        raise WeightsError(f"{file} is not a checkpoint: they end in {', '.join(SUFFIXES)}")
     return file
 
 
+def in_folder(path: Path) -> Path | None:
+    """The checkpoint in a folder, or the file itself; None where there is none or a choice."""
+    if not path.is_dir():
+        return path if path.is_file() else None
+    for name in (CHECKPOINT, _PICKLED_CHECKPOINT, *_HUGGING_FACE):
+        if (path / name).is_file():
+            return path / name
+    found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    return found[0] if len(found) == 1 else None
+
+
 def read(path: Path) -> Tensors:
-    """Every tensor of a checkpoint, as stored; bfloat16, which numpy lacks, as float32.
+    """Every tensor of a checkpoint, as stored; bfloat16, which numpy lacks, as float32. A Hugging
+    Face model's have open_clip's names (see `names`).
 
     Raises:
-        WeightsError: the file is damaged or not safetensors at all.
+        WeightsError: the file is damaged, not a checkpoint at all, or holds code.
+        ConfigurationError: it is pickled, and torch is not installed.
     """
+    if path.suffix in _PICKLES:
+        tensors = {name: _from_torch(tensor) for name, tensor in _unpickled(path).items()}
+    else:
+        with _opened(path) as file:
+            tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return names.standard(tensors)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint. Errors are those of `read`."""
+    if path.suffix in _PICKLES:
+        return {name: tuple(tensor.shape) for name, tensor in _unpickled(path).items()}
     with _opened(path) as file:
-        names = file.keys()
-        return {name: _standard(file.get_tensor(name)) for name in names}
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_logit_scale(path: Path) -> float:
     """The factor on cosines, exp(logit_scale), without reading the other tensors.
 
     Raises:
-        WeightsError: the file is damaged, or holds no logit scale.
+        WeightsError: as `read`, or the checkpoint holds no logit scale.
     """
-    with _opened(path) as file:
-        return float(np.exp(file.get_tensor("logit_scale").astype(np.float64)).item())
+    if path.suffix in _PICKLES:
+        tensors = _unpickled(path)
+        if "logit_scale" not in tensors:
+            raise WeightsError(f"{path} is not a CLIP checkpoint: it has no logit_scale")
+        scale = _from_torch(tensors["logit_scale"])
+    else:
+        with _opened(path) as file:
+            scale = file.get_tensor("logit_scale")
+    return float(np.exp(scale.astype(np.float64)).item())
 
 
-def check(tensors: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Checks that a checkpoint is of the architecture whose tensors have `shapes`.
+
+    tensors: numpy's or torch's. A single number may have any number of axes.
 
     Raises:
         WeightsError: tensors are missing, of another shape, or left over; names the first few.
@@ -96,12 +152,12 @@ def check(tensors: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, .
         if name not in tensors and not name.endswith(_HARMLESS)
     ]
     mismatched = [
-        f"{name} is {tensors[name].shape}, expected {shape}"
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
         for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
+        if name in tensors and not _fits(tuple(tensors[name].shape), shape)
     ]
     left_over = [
-        f"{name} {tensor.shape}"
+        f"{name} {tuple(tensor.shape)}"
         for name, tensor in tensors.items()
         if name not in shapes and not name.endswith(_HARMLESS)
     ]
@@ -109,6 +165,10 @@ def check(tensors: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, .
     found = [f"{_first(names)} ({what})" for what, names in faults.items() if names]
     if found:
         raise WeightsError("the checkpoint is of another architecture: " + "; ".join(found))
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return shape == expected or math.prod(shape) == math.prod(expected) == 1
 
 
 @contextmanager
@@ -122,8 +182,57 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _standard(tensor: NDArray[Any]) -> NDArray[Any]:
+def _wide(tensor: NDArray[Any]) -> NDArray[Any]:
     return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    """The torch tensors of a pickled checkpoint, read without running any code in it.
+
+    As open_clip's trainer writes them: under `state_dict`, and with `module.` before each name
+    where several GPUs trained.
+    """
+    torch = _torch(path)
+    try:
+        # Mapped, so that a look at the shapes does not read gigabytes.
+        mapped = zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever the bytes of a damaged file make of it
+        raise WeightsError(_why_not(path, error)) from error
+    held = found.get("state_dict", found) if isinstance(found, dict) else {}
+    tensors = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise WeightsError(f"{path} is not a checkpoint: it holds no tensors by name")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """Why torch does not read a pickled checkpoint, in our words."""
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+        return (
+            f"{path} is damaged, or holds code beside its tensors, which is not run: save the "
+            "model's state_dict() alone, as .safetensors if you can"
+        )
+    return f"{path} is damaged, or not a checkpoint ({type(error).__name__}): copy it again"
+
+
+def _torch(path: Path | str) -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigurationError(
+            f"only torch reads {path}: pip install 'clip-server[torch]', or save the tensors as "
+            ".safetensors"
+        ) from error
+    return torch
+
+
+def _from_torch(tensor: Any) -> NDArray[Any]:
+    wide = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+    array: NDArray[Any] = wide.detach().numpy()
+    return array
 
 
 def _first(names: Iterable[str]) -> str:
@@ -140,26 +249,72 @@ def _hub() -> ModuleType:
     return huggingface_hub
 
 
-def _cached(repo: str) -> Path | None:
-    path = _hub().try_to_load_from_cache(repo, CHECKPOINT)
+def _hub_files(card: ModelCard) -> tuple[str, ...]:
+    """The names that a card's weights may have in their repository, the best first."""
+    if card.hub_file is None:
+        return CHECKPOINT, _PICKLED_CHECKPOINT
+    return str(Path(card.hub_file).with_suffix(".safetensors")), card.hub_file
+
+
+def in_cache(repository: str, file: str) -> Path | None:
+    """A file of a hub repository in the hub's cache, if it is there."""
+    path = _hub().try_to_load_from_cache(repository, file)
     return Path(path) if isinstance(path, str) else None
 
 
-def _download(repo: str) -> Path:
+def fetch(repository: str, file: str) -> Path:
+    """A file of a hub repository, from the cache or the hub.
+
+    Raises:
+        WeightsError: it is in neither, or the hub cannot be reached.
+    """
+    return in_cache(repository, file) or _download(repository, (file,))
+
+
+def _download(repository: str, files: Sequence[str]) -> Path:
+    """The first of these files that the hub has."""
     hub = _hub()
-    try:
-        # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, CHECKPOINT), timeout=_HUB_TIMEOUT)
-        return Path(hub.hf_hub_download(repo, CHECKPOINT, etag_timeout=_HUB_TIMEOUT))
-    except Exception as error:  # each release of the client raises another library's errors
-        raise _unreachable(repo, error) from error
+    for file in files:
+        try:
+            # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
+            known = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_HUB_TIMEOUT)
+            if file.endswith(_PICKLES):
+                _torch(file)  # or it would be downloaded for nothing
+            path = Path(hub.hf_hub_download(repository, file, etag_timeout=_HUB_TIMEOUT))
+        except ConfigurationError:
+            raise
+        except Exception as error:  # each release of the client raises another library's errors
+            lacks_file = isinstance(error, hub.errors.EntryNotFoundError)
+            if file == files[-1] or not lacks_file:
+                raise _unreachable(repository, file, error) from error
+        else:
+            _check_download(path, known.etag or "")
+            return path
+    raise AssertionError("there is no file to fetch")
 
 
-def _unreachable(repo: str, error: Exception) -> WeightsError:
+def _check_download(path: Path, etag: str) -> None:
+    """Refuses a file that is not the one the hub has, which the hub's client does not.
+
+    etag: of a large file, the SHA-256 of its content; of a small one, something else.
+    """
+    if len(etag) != _SHA256_DIGITS:
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != etag:
+        path.resolve().unlink()  # or it would be taken from the cache the next time
+        path.unlink(missing_ok=True)
+        raise WeightsError(f"{path.name} was damaged on its way from the hub: try again")
+
+
+def _unreachable(repository: str, file: str, error: Exception) -> WeightsError:
     constants = _hub().constants
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return WeightsError(
-        f"cannot get {CHECKPOINT} of {repo}: {reason}\n"
+        f"cannot get {file} of {repository}: {reason}\n"
         f"  looked in the cache {constants.HF_HUB_CACHE} (HF_HOME) and then at "
         f"{constants.ENDPOINT} (HF_ENDPOINT)\n"
         "  with no network, copy the file over and give its model_path, or use the embedded "

@@ -1,4 +1,5 @@
-"""The models by name. Cards are data (`data/zoo.json`); this module only reads them."""
+"""The models by name. Cards are data (`data/zoo.json`, written by `tools/cards.py` from
+open_clip's own tables); this module only reads them."""
 
 from __future__ import annotations
 
@@ -11,11 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.models import weights
-from clip_server.models.card import ImageSpec, ModelCard, TextSpec
+from clip_server.models import converted, hugging_face, shapes, tokenizer, weights
+from clip_server.models.card import ImageSpec, ModelCard, TextSpec, Trim
 
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
+
+# Ends the name of an architecture whose activation is QuickGELU.
+_QUICK_GELU = "-quickgelu"
+# What CLIP's temperature was held at, and most models arrive at; a checkpoint has its own.
+_LOGIT_SCALE = 100.0
+# Parts of the names of those tokenizers of Hugging Face's that fill up with 0; others do with 1.
+_PADS_WITH_ZERO = ("mt5", "bert-base", "SigLIP2")
 
 
 def names() -> list[str]:
@@ -23,43 +31,59 @@ def names() -> list[str]:
     return [EMBEDDED, *_zoo()["checkpoints"]]
 
 
-def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
-    """The card of a model, by canonical name or alias.
+def other_names(name: str) -> list[str]:
+    """What a model, by its canonical name, may be called too."""
+    return [alias for alias, canonical in _aliases().items() if canonical == name]
 
-    model_path: where a person keeps a checkpoint. With an `open_clip_config.json` beside it,
-        that gives the card and `name` is free; else the card is that of `name`.
+
+def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
+    """The card of a model.
+
+    name: a canonical name or an alias; or a person's own checkpoint, as its path or as
+        `architecture::path`.
+    model_path: the path of a person's own checkpoint, where `name` is not one. With an
+        `open_clip_config.json` beside it, that gives the card and `name` is free; else the card
+        is that of `name`, which may be an architecture alone.
 
     Raises:
         UnknownModelError: no model has this name; the nearest ones are listed.
         WeightsError: a checkpoint that the card is read from is missing or damaged.
         ConfigurationError: an `open_clip_config.json` describes a model we do not know.
     """
-    if model_path is not None and (card := _own_card(name, Path(model_path))):
+    name, path = _located(name, model_path)
+    if path is None:
+        return _card(_canonical(name))
+    if found := converted.read(path):
+        return found.card
+    # In `ViT-B-32::path` is open_clip's architecture; the name ViT-B-32 alone is OpenAI's model.
+    # The name of a model that is not open_clip's is the same in both.
+    known = None if model_path is None and _is_ambiguous(name) else _known(name)
+    if card := _described_card(name, path):
         return card
-    canonical = _canonical(name)
-    if canonical == EMBEDDED:
-        return _embedded_card()
-    zoo = _zoo()
-    entry = zoo["checkpoints"][canonical]
-    return card_from_config(
-        canonical,
-        zoo["architectures"][canonical.partition("::")[0]] | {"quick_gelu": entry["quick_gelu"]},
-        entry.get("preprocess", {}),
-        logit_scale=entry["logit_scale"],
-        hub=entry["hub"],
-        licence=entry["licence"],
-    )
+    return _card(known) if known else _card_for_checkpoint(name, path)
 
 
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
-    """The safetensors file with a model's weights, downloaded if it has to be.
+    """The file with a model's weights. It, its tokenizer's, and that of the image tower where a
+    model has another's, are downloaded if they have to be.
 
     Raises:
         UnknownModelError, WeightsError: as `resolve` and `weights.find`.
     """
-    if model_path is None and _canonical(name) == EMBEDDED:
-        model_path = EMBEDDED_PATH
-    return weights.find(resolve(name, model_path), model_path)
+    card = resolve(name, model_path)
+    _, path = _located(name, model_path)
+    if path is None and card.name == EMBEDDED:
+        path = EMBEDDED_PATH
+    if path is not None:
+        converted.refuse(path)
+    file = weights.find(card, path)
+    if card.image_of is not None:
+        checkpoint(card.image_of)
+    tokenizer.fetch(card.text)
+    tower = card.config["text_cfg"].get("hf_model_name")
+    if tower is not None and not Path(tower).is_dir():
+        weights.fetch(tower, hugging_face.CONFIG)
+    return file
 
 
 def card_from_config(
@@ -67,14 +91,20 @@ def card_from_config(
     config: Mapping[str, Any],
     preprocess: Mapping[str, Any],
     *,
-    logit_scale: float,
+    logit_scale: float = _LOGIT_SCALE,
     hub: str | None = None,
+    hub_file: str | None = None,
+    image_of: str | None = None,
     licence: str = "",
+    folder: Path | None = None,
 ) -> ModelCard:
     """A card from open_clip's JSON form.
 
-    config: `embed_dim`, `vision_cfg`, `text_cfg`, and `quick_gelu` where it is true.
-    preprocess: `mean`, `std`, `interpolation`, `resize_mode`; what is absent is as in CLIP.
+    config: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu` where it is true, and
+        `preprocess_cfg` where all models of an architecture have one.
+    preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `crop`; what is absent is as in
+        CLIP.
+    folder: where the tokenizer is looked for before the hub.
 
     Raises:
         ConfigurationError: it lacks a part, or asks for preprocessing we do not do.
@@ -83,11 +113,15 @@ def card_from_config(
         return ModelCard(
             name=name,
             dim=config["embed_dim"],
-            image=_image_spec(config["vision_cfg"], preprocess),
-            text=_text_spec(config["text_cfg"]),
+            image=_image_spec(
+                config["vision_cfg"], {**config.get("preprocess_cfg", {}), **preprocess}
+            ),
+            text=_text_spec(config["text_cfg"], folder),
             logit_scale=logit_scale,
             config=dict(config),
             hub=hub,
+            hub_file=hub_file,
+            image_of=image_of,
             licence=licence,
         )
     except KeyError as error:
@@ -110,17 +144,45 @@ def _image_spec(vision: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
         std=tuple(preprocess.get("std", spec.std)),
         resize=resize,
         interpolation=preprocess.get("interpolation", spec.interpolation),
+        crop=preprocess.get("crop", spec.crop),
     )
 
 
-def _text_spec(text: Mapping[str, Any]) -> TextSpec:
+def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
+    if mode := text.get("tokenizer_mode"):
+        raise ConfigurationError(f"tokenizer_mode {mode!r} is not supported")
     spec = TextSpec()
+    source, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs", {})
+    if source and folder is not None and (folder / tokenizer.FILE).is_file():
+        source = str(folder)
     return TextSpec(
+        tokenizer=source,
         context_length=text.get("context_length", spec.context_length),
         vocab_size=text.get("vocab_size", spec.vocab_size),
-        pad_id=text.get("pad_id", spec.pad_id),
-        trim="fixed" if text.get("no_causal_mask") else "causal",
+        pad_id=_pad_id(text),
+        trim=_trim(text),
+        clean=options.get("clean", "whitespace" if source else spec.clean),
+        strip_separator=options.get("strip_sep_token", False),
+        vocabulary=text.get("vocabulary", spec.vocabulary),
     )
+
+
+def _pad_id(text: Mapping[str, Any]) -> int:
+    tower, source = text.get("bert", text), text.get("hf_tokenizer_name")
+    if source and "pad_id" not in tower:
+        return 0 if any(part in source for part in _PADS_WITH_ZERO) else 1
+    pad_id: int = tower.get("pad_id", TextSpec.pad_id)
+    return pad_id
+
+
+def _trim(text: Mapping[str, Any]) -> Trim:
+    """What open_clip's text tower of this configuration allows."""
+    if "hf_model_name" in text or "bert" in text:
+        return "masked"
+    # CoCa's class token stands after the padding, at a position of its own.
+    every_position = text.get("no_causal_mask") or text.get("embed_cls")
+    at_end_token = text.get("pool_type", "argmax") in ("argmax", "eos")
+    return "causal" if at_end_token and not every_position else "fixed"
 
 
 @cache
@@ -132,45 +194,149 @@ def _zoo() -> dict[str, Any]:
 
 @cache
 def _aliases() -> dict[str, str]:
-    checkpoints = _zoo()["checkpoints"]
-    aliases = {alias: name for name, entry in checkpoints.items() for alias in entry["aliases"]}
-    return aliases | {"embedded": EMBEDDED}
+    """OpenAI's names, architectures alone for OpenAI's weights, and open_clip's second name
+    of an architecture with QuickGELU."""
+    aliases = {"embedded": EMBEDDED, **_zoo()["aliases"]}
+    for name, entry in _zoo()["checkpoints"].items():
+        architecture, _, tag = name.partition("::")
+        if tag == "openai":
+            aliases[architecture] = name
+        if entry.get("quick_gelu"):
+            aliases[f"{architecture}{_QUICK_GELU}::{tag}"] = name
+    return aliases
 
 
 def _canonical(name: str) -> str:
-    if name in names():
-        return name
-    if name in _aliases():
-        return _aliases()[name]
-    known = {known.lower(): known for known in [*names(), *_aliases()]}
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(known[match] for match in near)}? " if near else ""
-    raise UnknownModelError(
-        f"no model is named {name!r}: {hint}The names are {', '.join(names())}; or give a "
-        "model_path to a folder with open_clip_config.json and open_clip_model.safetensors"
+    known = _known(name)
+    if known is None:
+        raise UnknownModelError(_unknown(name))
+    return known
+
+
+def _known(name: str) -> str | None:
+    """The canonical name; open_clip, too, takes `/` for `-`, and in tags `-` for `_`."""
+    architecture, separator, tag = name.partition("::")
+    same = architecture.replace("/", "-") + separator + tag.lower().replace("-", "_")
+    for spelling in (name, same):
+        if spelling in _aliases():
+            return _aliases()[spelling]
+        if spelling == EMBEDDED or spelling in _zoo()["checkpoints"]:
+            return spelling
+    return None
+
+
+def _unknown(name: str) -> str:
+    near = [known for known in names() if known.startswith(f"{name}::")][:3]
+    if not near:
+        known = {known.lower(): known for known in [*names(), *_aliases()]}
+        matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        near = [known[match] for match in matches]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"no model is named {name!r}: {hint}`python -m clip_server.models` lists the "
+        f"{len(names())} names; or give the path of a checkpoint, as architecture::path"
     )
 
 
 @cache
-def _embedded_card() -> ModelCard:
-    card = _own_card(EMBEDDED, EMBEDDED_PATH)
-    if card is None:
-        raise WeightsError(f"this installation lacks the embedded model ({EMBEDDED_PATH})")
-    return card
-
-
-def _own_card(name: str, path: Path) -> ModelCard | None:
-    """The card of a checkpoint that has its configuration beside it."""
-    folder, file = (path, path / weights.CHECKPOINT) if path.is_dir() else (path.parent, path)
-    if not (file.is_file() and (folder / weights.CONFIG).is_file()):
-        return None
-    try:
-        config = json.loads((folder / weights.CONFIG).read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{folder / weights.CONFIG} is not JSON: {error}") from error
+def _card(name: str) -> ModelCard:
+    """The card of a canonical name."""
+    if name == EMBEDDED:
+        card = _described_card(EMBEDDED, EMBEDDED_PATH)
+        if card is None:
+            raise WeightsError(f"this installation lacks the embedded model ({EMBEDDED_PATH})")
+        return card
+    entry = _zoo()["checkpoints"][name]
     return card_from_config(
         name,
+        _architecture(name.partition("::")[0], quick_gelu=entry.get("quick_gelu", False)),
+        entry.get("preprocess", {}),
+        hub=entry["hub"],
+        hub_file=entry.get("file"),
+        image_of=entry.get("image_of"),
+        licence=entry.get("licence", ""),
+    )
+
+
+def _architecture(name: str, *, quick_gelu: bool = False) -> dict[str, Any]:
+    """open_clip's configuration of an architecture."""
+    config: dict[str, Any] = _zoo()["architectures"][name.removesuffix(_QUICK_GELU)]
+    quick = quick_gelu or name.endswith(_QUICK_GELU) or config.get("quick_gelu", False)
+    return config | {"quick_gelu": quick}
+
+
+def _is_architecture(name: str) -> bool:
+    return name.removesuffix(_QUICK_GELU) in _zoo()["architectures"]
+
+
+def _is_ambiguous(name: str) -> bool:
+    return _is_architecture(name) and name not in _zoo()["checkpoints"]
+
+
+def _located(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
+    """A name, and the path of a person's own checkpoint, which may be part of the name."""
+    if model_path is not None:
+        return name, Path(model_path)
+    if _known(name) is not None:
+        return name, None
+    architecture, _, place = name.rpartition("::")
+    if place.endswith(weights.SUFFIXES) or ("/" in place and Path(place).exists()):
+        return architecture, Path(place)
+    return name, None
+
+
+def _card_for_checkpoint(name: str, path: Path) -> ModelCard:
+    """The card of a checkpoint that has no configuration beside it.
+
+    name: of an architecture, or empty.
+    """
+    name = name or _read_architecture(path)
+    if not _is_architecture(name):
+        raise UnknownModelError(_unknown(name))
+    return card_from_config(f"{name}::{path.stem}", _architecture(name), {})
+
+
+def _read_architecture(path: Path) -> str:
+    """The name of the architecture that the tensors of a checkpoint have the shapes of."""
+    file = weights.local(path)
+    dimensions = shapes.of_tensors(weights.read_shapes(file))
+    found: list[str] = [
+        name
+        for name, config in _zoo()["architectures"].items()
+        if dimensions is not None and shapes.of_config(config) == dimensions
+    ]
+    if len(found) != 1:
+        which = f"it may be {' or '.join(found)}" if found else "no architecture has its tensors"
+        raise ConfigurationError(
+            f"{file} does not say of which architecture it is ({which}): "
+            f"give its name as architecture::{path}"
+        )
+    return found[0]
+
+
+def _described_card(name: str, path: Path) -> ModelCard | None:
+    """The card of a checkpoint that has its configuration beside it."""
+    folder = path if path.is_dir() else path.parent
+    if (file := weights.in_folder(path)) is None or (config := _description(folder)) is None:
+        return None
+    image_of = config.get("image_of")
+    return card_from_config(
+        name or path.stem,
         config.get("model_cfg", config),
         config.get("preprocess_cfg", {}),
-        logit_scale=weights.read_logit_scale(file),
+        logit_scale=_LOGIT_SCALE if image_of else weights.read_logit_scale(file),
+        image_of=image_of,
+        folder=folder,
     )
+
+
+def _description(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of its checkpoint, as open_clip or as Hugging Face writes it."""
+    file = folder / weights.CONFIG
+    if not file.is_file():
+        return hugging_face.configuration(folder)
+    try:
+        config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is not JSON: {error}") from error
+    return config

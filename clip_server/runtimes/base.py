@@ -48,8 +48,15 @@ def load_checkpoint(
     Raises:
         UnknownModelError, WeightsError: as `zoo.resolve`, `zoo.checkpoint`, `weights.read`.
     """
-    path = zoo.checkpoint(name, model_path)
+    card, path = zoo.resolve(name, model_path), zoo.checkpoint(name, model_path)
+    image = path if card.image_of is None else zoo.checkpoint(card.image_of)
     # A checkpoint knows its own logit scale better than a table does.
-    logit_scale = weights.read_logit_scale(path)
-    card = replace(zoo.resolve(name, model_path), logit_scale=logit_scale)
-    return card, weights.read(path)
+    card = replace(card, logit_scale=weights.read_logit_scale(image))
+    tensors = weights.read(path)
+    if image != path:
+        tensors |= {key: each for key, each in weights.read(image).items() if _is_of_image(key)}
+    return card, tensors
+
+
+def _is_of_image(tensor: str) -> bool:
+    return tensor == "logit_scale" or tensor.startswith("visual.")

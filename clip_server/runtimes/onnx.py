@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
-from clip_server.models import weights, zoo
-from clip_server.models.card import ModelCard
+from clip_server.models import converted, weights, zoo
+from clip_server.models.card import PRECISIONS, ModelCard, Precision
 from clip_server.runtimes.base import load_checkpoint
 
 _EXTRA = "the ONNX runtime is not installed: pip install 'clip-server[onnx]'"
-_VISUAL, _TEXTUAL = "visual.onnx", "textual.onnx"
+_FILES = tuple(converted.FILES["onnx"].values())
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {
     "tensor(uint8)": np.uint8,
@@ -56,21 +57,29 @@ class OnnxRuntime:
 
         name: a canonical name or an alias.
         model_path: a checkpoint as in `weights.find`, or a folder with `visual.onnx` and
-            `textual.onnx`, whose card is that of `name`.
+            `textual.onnx`, whose card is in its `card.json` or else that of `name`.
         device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
-        dtype: `fp32`, the default, or `int8`: linear layers in integers (see
-            `models.quantize`), on the CPU, of a checkpoint.
+        dtype: that the graphs of a checkpoint are built in: `fp32`, the default; on a GPU
+            `fp16`; on the CPU `int8`: linear layers in integers (see `models.quantize`).
+            Graphs in a folder have theirs.
         threads: cores that one call may use; by default all that this process may run on.
 
         Raises:
             ConfigurationError: the extra, the device, the dtype or the model is not to be had.
         """
-        dtype = dtype or "fp32"
-        if dtype not in ("fp32", "int8"):
-            raise ConfigurationError(f"dtype {dtype!r} is not one the ONNX runtime has: fp32, int8")
-        int8 = dtype == "int8"
-        sessions = _Sessions(_device_for_int8(device) if int8 else device, threads)
-        card, graphs = _graphs(name, model_path, int8)
+        graphs: Iterable[Path | bytes]
+        if model_path is not None and has_graphs(model_path):
+            dtype = converted.check_dtype(model_path, dtype)
+            sessions = _Sessions(device, threads, dtype)
+            card = zoo.resolve(name, model_path)
+            graphs = [Path(model_path, file) for file in _FILES]
+        else:
+            dtype = precision = _precision(dtype)
+            sessions = _Sessions(device, threads, precision)
+            if precision == "fp16" and sessions.device == "cpu":
+                # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
+                raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
+            card, graphs = _built(name, model_path, precision)
         visual, textual = map(sessions.open, graphs)
         return cls(card, visual, textual, sessions.device, dtype)
 
@@ -95,37 +104,66 @@ class OnnxRuntime:
 
 
 def has_graphs(model_path: str | Path | None) -> bool:
-    """Whether a folder holds a person's own `visual.onnx` and `textual.onnx`."""
-    return model_path is not None and all(
-        Path(model_path, file).is_file() for file in (_VISUAL, _TEXTUAL)
-    )
+    """Whether a folder holds graphs: both `visual.onnx` and `textual.onnx`."""
+    return model_path is not None and all(Path(model_path, file).is_file() for file in _FILES)
 
 
-def _graphs(
-    name: str, model_path: str | Path | None, int8: bool
-) -> tuple[ModelCard, Iterable[str | bytes]]:
-    """A card, and the image and the text tower: paths of graphs, or graphs in memory."""
-    if model_path is not None and has_graphs(model_path):
-        if int8:
-            raise ConfigurationError(
-                f"dtype 'int8' is for checkpoints: the graphs in {model_path} run as they are"
-            )
-        paths = [str(Path(model_path, file)) for file in (_VISUAL, _TEXTUAL)]
-        return zoo.resolve(name, model_path), paths
-    card, tensors = load_checkpoint(name, model_path)
-    return card, _built(card, tensors, int8)
+def open_tower(
+    path: Path, *, device: str = "cpu", threads: int | None = None
+) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """One tower by itself: a graph in a file, as pixels or tokens to embeddings [B, D].
+
+    Raises:
+        ConfigurationError: the extra is not installed, or the file is not a tower.
+    """
+    return _Sessions(device, threads).open(path).run
 
 
-def _built(card: ModelCard, tensors: weights.Tensors, int8: bool) -> Iterator[bytes]:
-    """Each graph when it is asked for: with its weights in it, it is large."""
+def _precision(wanted: str | None) -> Precision:
+    """The precision that graphs are built in."""
+    found = next((each for each in PRECISIONS if each == (wanted or "fp32")), None)
+    if found is None:
+        known = ", ".join(PRECISIONS)
+        raise ConfigurationError(f"dtype {wanted!r} is not one the ONNX runtime has: {known}")
+    return found
+
+
+def _built(
+    name: str, model_path: str | Path | None, precision: Precision
+) -> tuple[ModelCard, Iterator[Path | bytes]]:
+    """The card of a checkpoint, and the image and the text tower."""
     try:
         from clip_server.models import graph
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
 
+    card, tensors = load_checkpoint(name, model_path)
     weights.check(tensors, graph.tensor_shapes(card.config))
-    yield graph.build_visual(card.config, tensors, card.image, int8=int8).SerializeToString()
-    yield graph.build_textual(card.config, tensors, int8=int8).SerializeToString()
+
+    def graphs() -> Iterator[Path | bytes]:
+        """Each when it is asked for: with its weights in it, it is large."""
+        yield from _packed(
+            graph.build_visual(card.config, tensors, card.image, precision=precision)
+        )
+        yield from _packed(graph.build_textual(card.config, tensors, precision=precision))
+
+    return card, graphs()
+
+
+def _packed(model: Any) -> Iterator[Path | bytes]:
+    """A graph as onnxruntime takes it: in memory, or where it is too large for that, in a file
+    that is there until the next one is asked for."""
+    from clip_server.models import onnx_file
+
+    if onnx_file.fits(model):
+        message = model.SerializeToString()
+        del model  # or its weights would be in memory a third time
+        yield message
+        return
+    with TemporaryDirectory(prefix="clip-server-") as folder:
+        path = Path(folder, "tower.onnx")
+        onnx_file.save(model, path)
+        yield path
 
 
 class _Tower:
@@ -153,13 +191,15 @@ class _Tower:
 class _Sessions:
     """Opens sessions on one device, never silently on another."""
 
-    def __init__(self, device: str | None, threads: int | None) -> None:
+    def __init__(self, device: str | None, threads: int | None, dtype: str = "fp32") -> None:
+        device = _device_for_int8(device) if dtype == "int8" else device
         self._ort = _onnxruntime()
         self._threads = threads or _cores()
         self.device = _device(self._ort, device)
 
-    def open(self, model: str | bytes) -> _Tower:
-        """A session of a graph in a file (str) or in memory (bytes)."""
+    def open(self, graph: Path | bytes) -> _Tower:
+        """A session of a graph in a file or in memory."""
+        model = str(graph) if isinstance(graph, Path) else graph
         kind, _, index = self.device.partition(":")
         provider = _PROVIDERS[kind]
         options = self._ort.SessionOptions()

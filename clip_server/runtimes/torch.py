@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.errors import ConfigurationError
-from clip_server.models import weights
+from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.models import converted, weights, zoo
+from clip_server.models.bert import BertTower
 from clip_server.models.card import ImageSpec, ModelCard
 from clip_server.runtimes.base import load_checkpoint
 
 try:
     import torch
-    from open_clip.model import CLIP
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict, text_global_pool
     from torch import Tensor, nn
+    from torch.overrides import TorchFunctionMode
+
+    from clip_server.runtimes.torch_bert import BertTextTower
 except ImportError as missing:
     raise ConfigurationError(
         "the torch runtime is not installed: pip install 'clip-server[torch]'"
     ) from missing
 
+# What a configuration says of the two towers, and the part of CoCa that writes captions.
+_TOWERS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+_DECODER = "text_decoder."
+# What draws a parameter at random, and then cuts and scales it.
+_DRAWS = {
+    *("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"),
+    *("erfinv_", "mul_", "add_", "clamp_"),
+}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FILES = tuple(converted.FILES["torchscript"].values())
 
 
 class TorchRuntime:
@@ -53,10 +69,12 @@ class TorchRuntime:
         """Loads a model and puts it on its device.
 
         name: a canonical name or an alias.
-        model_path: a checkpoint as in `weights.find`.
+        model_path: a checkpoint as in `weights.find`, or a folder with `visual.pt`,
+            `textual.pt` and `card.json`, of `python -m clip_server.convert`.
         device: as torch names it; by default a CUDA GPU, an Apple GPU or the CPU, whichever
             is there first.
         dtype: of weights and arithmetic: `fp32` (the default), `bf16`, or on a GPU `fp16`.
+            Towers in a folder have theirs.
         jit: trace both towers.
         threads: cores that one call may use; torch keeps this for the whole process.
 
@@ -64,13 +82,17 @@ class TorchRuntime:
             ConfigurationError: the device, the dtype or the model is not to be had.
         """
         place = _device(device)
-        dtype = _dtype(dtype, place)
         if threads is not None:
             torch.set_num_threads(threads)
+        if model_path is not None and has_towers(model_path):
+            folder = Path(model_path)
+            dtype = converted.check_dtype(folder, dtype)
+            card = zoo.resolve(name, folder)
+            visual, textual = (_loaded(folder / file, place) for file in _FILES)
+            return cls(card, visual, textual, str(place), dtype)
+        dtype = _dtype(dtype, place)
         card, tensors = load_checkpoint(name, model_path)
-        model = _model(card, tensors).to(place, _DTYPES[dtype])
-        visual: nn.Module = _ImageTower(model, card.image, _DTYPES[dtype]).to(place)
-        textual: nn.Module = _TextTower(model)
+        visual, textual = (tower.to(place) for tower in towers(card, tensors, dtype))
         if jit:
             visual, textual = _traced(card, visual, textual, place)
         return cls(card, visual, textual, str(place), dtype)
@@ -83,12 +105,67 @@ class TorchRuntime:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
         return self._run(self._textual, tokens)
 
-    @torch.inference_mode()
     def _run(self, tower: nn.Module, batch: NDArray[Any]) -> NDArray[np.float32]:
-        # torch warns of an array that it may not write to.
-        writeable = torch.from_numpy(np.require(batch, requirements="W"))
-        embeddings: Tensor = tower(writeable.to(self.device))
-        return embeddings.float().cpu().numpy()
+        return _run(tower, batch, self.device)
+
+
+def towers(
+    card: ModelCard, tensors: weights.Tensors, dtype: str = "fp32"
+) -> tuple[nn.Module, nn.Module]:
+    """The image and the text tower of a checkpoint, on the CPU.
+
+    They take uint8 pixels [B, 3, S, S] and int32 tokens [B, L], and give embeddings [B, D].
+
+    Raises:
+        WeightsError, ConfigurationError: the checkpoint is not the card's; or open_clip cannot
+            build that.
+    """
+    model = _model(card, tensors).to(_DTYPES[dtype])
+    return _ImageTower(model, card.image, _DTYPES[dtype]), _text_tower(card, model)
+
+
+def has_towers(model_path: str | Path | None) -> bool:
+    """Whether a folder holds a model that was converted to TorchScript."""
+    return model_path is not None and all(
+        Path(model_path, file).is_file() for file in (*_FILES, converted.CARD)
+    )
+
+
+def save_traced(tower: nn.Module, batch: NDArray[Any], path: Path) -> None:
+    """Writes a tower on the CPU as TorchScript, for batches of any size.
+
+    batch: pixels or tokens, of which the shape counts.
+    """
+    with _no_warnings():
+        save: Callable[..., None] = torch.jit.save
+        save(_trace(tower, torch.from_numpy(batch)), path)
+
+
+def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """One tower by itself: TorchScript in a file, as pixels or tokens to embeddings [B, D]."""
+    return partial(_run, _loaded(path, torch.device("cpu")))
+
+
+@torch.inference_mode()
+def _run(tower: nn.Module, batch: NDArray[Any], device: str = "cpu") -> NDArray[np.float32]:
+    # torch warns of an array that it may not write to.
+    writeable = torch.from_numpy(np.require(batch, requirements="W"))
+    embeddings: Tensor = tower(writeable.to(device))
+    return embeddings.float().cpu().numpy()
+
+
+def _loaded(path: Path, place: torch.device) -> nn.Module:
+    """A tower in TorchScript.
+
+    Raises:
+        WeightsError: the file is damaged, or not TorchScript.
+    """
+    try:
+        with _no_warnings():
+            load: Callable[..., nn.Module] = torch.jit.load
+            return load(path, map_location=place)
+    except Exception as error:  # whatever the bytes of a damaged file make of it
+        raise WeightsError(f"{path} is damaged, or not TorchScript: convert it again") from error
 
 
 class _ImageTower(nn.Module):
@@ -97,7 +174,7 @@ class _ImageTower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: CLIP, image: ImageSpec, dtype: torch.dtype) -> None:
+    def __init__(self, model: CustomTextCLIP, image: ImageSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.visual = model.visual
         self.dtype = dtype
@@ -106,50 +183,117 @@ class _ImageTower(nn.Module):
         self.register_buffer("std", 255 * std)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        embeddings: Tensor = self.visual(((pixels - self.mean) / self.std).to(self.dtype))
-        return embeddings
+        return _embeddings(self.visual(((pixels - self.mean) / self.std).to(self.dtype)))
 
 
 class _TextTower(nn.Module):
-    """open_clip's text tower for any length up to the context, which its own is fixed to."""
+    """A text tower as open_clip has it, for tokens as the card says they may be trimmed."""
+
+    def __init__(self, model: CustomTextCLIP) -> None:
+        super().__init__()
+        self.text = model.text
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _embeddings(self.text(tokens))
+
+
+class _CausalTextTower(nn.Module):
+    """CLIP's own text tower, which pools before it does what each position has for itself."""
 
     attn_mask: Tensor
 
-    def __init__(self, model: CLIP) -> None:
+    def __init__(self, model: CustomTextCLIP) -> None:
         super().__init__()
-        self.token_embedding = model.token_embedding
-        self.positional_embedding = model.positional_embedding
-        self.transformer = model.transformer
-        self.ln_final = model.ln_final
-        self.text_projection = model.text_projection
-        self.register_buffer("attn_mask", model.attn_mask)
+        text = model.text
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = text.transformer
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+        self.pool_type, self.end = text.pool_type, text.eos_id
+        self.register_buffer("attn_mask", text.attn_mask)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         states = self.token_embedding(tokens) + self.positional_embedding[:length]
         states = self.transformer(states, attn_mask=self.attn_mask[:length, :length])
-        # The end token has the largest id of the vocabulary.
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        pooled = self.ln_final(states[rows, tokens.argmax(dim=1)])
-        embeddings: Tensor = pooled @ self.text_projection
+        # The end token has the largest id of the vocabulary, or one that is known.
+        pooled = self.ln_final(text_global_pool(states, tokens, self.pool_type, self.end))
+        embeddings: Tensor = pooled
+        if isinstance(self.text_projection, nn.Module):
+            embeddings = self.text_projection(pooled)
+        elif self.text_projection is not None:
+            embeddings = pooled @ self.text_projection
         return embeddings
 
 
-def _model(card: ModelCard, tensors: weights.Tensors) -> CLIP:
-    """open_clip's model of a card with the checkpoint's weights, on the CPU."""
-    with torch.device("meta"):  # random weights would take seconds to draw
-        model = CLIP(**card.config).eval()
-    empty = model.state_dict()
-    weights.check(tensors, {name: tuple(tensor.shape) for name, tensor in empty.items()})
-    # What a checkpoint may lack, no tower needs.
-    state = {
-        name: torch.from_numpy(tensors[name]) if name in tensors else torch.zeros(tensor.shape)
-        for name, tensor in empty.items()
-    }
-    model.load_state_dict(state, assign=True)
-    context = card.text.context_length
-    model.attn_mask = torch.full((context, context), -torch.inf).triu(1)
+def _embeddings(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a tower pooled, where it gives its other tokens too, as CoCa's do."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _text_tower(card: ModelCard, model: CustomTextCLIP) -> nn.Module:
+    return _CausalTextTower(model) if card.text.trim == "causal" else _TextTower(model)
+
+
+def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
+    """open_clip's two towers of a card with the checkpoint's weights, on the CPU.
+
+    Every family is built as open_clip's CustomTextCLIP, which gives a CLIP whose text tower is
+    apart, and CoCa without its decoder. A BERT of ours takes the place of its text tower.
+    """
+    model, bert = _empty_model(card), BertTower.of(card.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    if bert:
+        shapes |= bert.shapes(card.dim)
+    else:
+        # Checkpoints of the makers of a model, and of CLIP, whose text tower was not apart.
+        state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+        state = {name: value for name, value in state.items() if not name.startswith(_DECODER)}
+    weights.check(state, shapes)
+    for name, parameter in model.named_parameters():
+        # A parameter that a checkpoint may lack, no tower needs.
+        found = state[name] if name in state else torch.zeros_like(parameter)
+        state[name] = found.reshape(parameter.shape)
+    model.load_state_dict(state, strict=False, assign=True)
+    if bert:
+        model.text = BertTextTower(bert, state).eval()
     return model
+
+
+def _empty_model(card: ModelCard) -> CustomTextCLIP:
+    """open_clip's two towers of a card; what their parameters hold is left to chance."""
+    config = {key: value for key, value in card.config.items() if key in _TOWERS}
+    bert = BertTower.of(card.config)
+    # The tower of a Hugging Face model would be fetched with weights of its own.
+    text = {} if bert else config["text_cfg"] | {"hf_model_pretrained": False}
+    try:
+        with _NothingDrawn():
+            model = CustomTextCLIP(**config | {"text_cfg": text}).eval()
+    except Exception as error:  # of open_clip, timm or transformers
+        raise ConfigurationError(f"open_clip cannot build {card.name}: {error}") from error
+    if bert:
+        model.text = nn.Identity()
+    return model
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Modules made inside leave their parameters as they were allocated: to draw them at random
+    takes seconds, and a checkpoint replaces them. Buffers, which may be in none, are computed."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = next(iter((*args, *kwargs.values())), None)
+        if func.__name__ in _DRAWS and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
 
 
 def _traced(
@@ -158,10 +302,21 @@ def _traced(
     size, context = card.image.size, card.text.context_length
     pixels = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=place)
     tokens = torch.zeros((2, context), dtype=torch.int32, device=place)
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its deprecation, and of lengths it handles well
+    return _trace(visual, pixels), _trace(textual, tokens)
+
+
+def _trace(tower: nn.Module, batch: Tensor) -> nn.Module:
+    with torch.inference_mode(), _no_warnings():
         trace: Callable[..., nn.Module] = torch.jit.trace
-        return trace(visual, pixels), trace(textual, tokens)
+        return trace(tower.eval(), batch)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """TorchScript's: of its deprecation, and of lengths it handles well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _device(wanted: str | None) -> torch.device:

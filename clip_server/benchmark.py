@@ -1,0 +1,234 @@
+"""`python -m clip_server.benchmark [NAME ...]`: how fast the runtimes are by themselves.
+
+No server, tokenizer or decoder takes part: each call is of a runtime's `encode_image` on random
+pixels or `encode_text` on random tokens. These give arrays in the host's memory, so a call ends
+when the device has: a GPU's queue cannot hide work from the timer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server import reporting, variants
+from clip_server.errors import ClipServerError, ConfigurationError
+from clip_server.models import zoo
+from clip_server.models.card import ModelCard
+from clip_server.process import stay_silent
+from clip_server.runtimes.base import Runtime
+
+# Calls that are not timed: the first ones allocate, and choose kernels for the shape.
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: a tower, the items of a batch, and the tokens of each text (0: images)."""
+
+    tower: str
+    batch_size: int
+    tokens: int = 0
+
+    def batch(self, card: ModelCard) -> NDArray[Any]:
+        """Random pixels [B, 3, S, S] uint8, or texts [B, L] int32; the same each time."""
+        rng = np.random.default_rng(0)
+        if not self.tokens:
+            size = card.image.size
+            return rng.integers(0, 256, (self.batch_size, 3, size, size), dtype=np.uint8)
+        # The last two ids of the vocabulary are the start token and the end token.
+        end = card.text.vocab_size - 1
+        texts = rng.integers(1, end - 1, (self.batch_size, self.tokens), dtype=np.int32)
+        texts[:, 0], texts[:, -1] = end - 1, end
+        return texts
+
+
+@dataclass(frozen=True)
+class Result:
+    """The milliseconds of each call of a case, on a runtime that need not be loaded any more."""
+
+    model: str
+    runtime: str
+    dtype: str
+    device: str
+    case: Case
+    milliseconds: NDArray[np.float64]
+
+    @property
+    def median(self) -> float:
+        """Milliseconds of a call, whatever other work came between a few of them."""
+        return float(np.median(self.milliseconds))
+
+    @property
+    def items_per_second(self) -> float:
+        """Items a second at the median."""
+        return 1000 * self.case.batch_size / self.median
+
+    def figures(self) -> dict[str, float]:
+        """Statistics of the calls, in milliseconds; `sd` is of these calls (divided by N)."""
+        values = self.milliseconds
+        return {
+            "mean": float(values.mean()),
+            "sd": float(values.std()),
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "median": self.median,
+            "95p": float(np.percentile(values, 95)),
+            "99p": float(np.percentile(values, 99)),
+        }
+
+    def line(self) -> str:
+        """The statistics, for people."""
+        figures = ", ".join(f"{name}={value:.2f}ms" for name, value in self.figures().items())
+        what = f"{self.runtime.upper()} {self.case.tower} inference speed"
+        return f"[{what} (batch-size: {self.case.batch_size}):] {figures}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. The exit status: 0 done, 1 nothing could be timed, 2 misused."""
+    options = _parser().parse_args(arguments)
+    stay_silent()
+    results: list[Result] = []
+    unavailable: list[dict[str, str]] = []
+    try:
+        for name in options.names:
+            measured = _measure(name, options, unavailable)
+            _print_table(measured)
+            results += measured
+    except ClipServerError as error:
+        reporting.remark(f"clip_server.benchmark: {error}")
+        return 1
+    reporting.write_json(
+        options.json,
+        {"results": [_record(each) for each in results], "unavailable": unavailable},
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_server.benchmark",
+        description="Times a model's two towers, by runtime, precision and batch size.",
+    )
+    parser.add_argument(
+        "names", nargs="*", default=["embedded"], metavar="NAME", help="models; embedded by default"
+    )
+    variants.add_arguments(parser)
+    parser.add_argument(
+        "--batch-sizes",
+        type=lambda text: [variants.positive(each) for each in text.split(",")],
+        default=[1, 4, 16, 32],
+        metavar="N,...",
+        help="1,4,16,32 by default",
+    )
+    parser.add_argument(
+        "--repeat", type=variants.positive, default=30, metavar="N", help="calls timed; 30"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=variants.positive,
+        default=16,
+        metavar="N",
+        help="of a text, its start and end included; 16. A full context is timed as well",
+    )
+    reporting.add_argument(parser)
+    return parser
+
+
+def _measure(
+    name: str, options: argparse.Namespace, unavailable: list[dict[str, str]]
+) -> list[Result]:
+    """Times a model on every variant there is, one after the other."""
+    zoo.resolve(name, options.model_path)
+    results: list[Result] = []
+    for variant in variants.chosen(options):
+        try:
+            # Loaded in the call: memory is for one model at a time.
+            results += _times(variants.load(variant, name, options), options)
+        except ConfigurationError as error:
+            reporting.remark(f"{variant}: {error}")
+            unavailable.append({"model": name, "variant": str(variant), "why": str(error)})
+    if not results:
+        raise ConfigurationError(f"nothing of {name} could be timed")
+    return results
+
+
+def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
+    """Times every case on a runtime, and prints each result as it is there."""
+    print(f"{runtime.card.name} on {runtime.name} {runtime.dtype} ({runtime.device})", flush=True)
+    cases = list(_cases(runtime.card, options))
+    with reporting.progress(f"{runtime.name} {runtime.dtype}", len(cases)) as advance:
+        tokens = 0
+        for case in cases:
+            if case.tokens != tokens:
+                tokens = case.tokens
+                print(f"texts of {tokens} tokens", flush=True)
+            encode = runtime.encode_text if case.tokens else runtime.encode_image
+            milliseconds = _timed(encode, case.batch(runtime.card), options.repeat)
+            result = Result(
+                runtime.card.name, runtime.name, runtime.dtype, runtime.device, case, milliseconds
+            )
+            print(result.line(), flush=True)
+            yield result
+            advance(1)
+
+
+def _cases(card: ModelCard, options: argparse.Namespace) -> Iterator[Case]:
+    context = card.text.context_length
+    # A model that takes no shorter texts is always given its full context.
+    typical = context if card.text.trim == "fixed" else min(options.tokens, context)
+    yield from (Case("image", size) for size in options.batch_sizes)
+    for tokens in dict.fromkeys((typical, context)):
+        yield from (Case("text", size, tokens) for size in options.batch_sizes)
+
+
+def _timed(
+    encode: Callable[[NDArray[Any]], NDArray[np.float32]], batch: NDArray[Any], repeat: int
+) -> NDArray[np.float64]:
+    """Milliseconds of each of `repeat` calls."""
+    for _ in range(_WARM_UP):
+        encode(batch)
+    milliseconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        encode(batch)
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    return np.array(milliseconds)
+
+
+def _print_table(results: list[Result]) -> None:
+    """One model's medians: a line for each runtime, precision and batch size."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    columns = ["runtime", "precision", "device", "batch"]
+    for each in results:
+        what = f"text({each.case.tokens})" if each.case.tokens else "image"
+        for unit in ("ms", "/s"):
+            if f"{what} {unit}" not in columns:
+                columns.append(f"{what} {unit}")
+        key = (each.runtime, each.dtype, each.device, str(each.case.batch_size))
+        rows.setdefault(key, []).extend((f"{each.median:.2f}", f"{each.items_per_second:,.0f}"))
+    print(f"\n{results[0].model}: the median of {len(results[0].milliseconds)} calls\n")
+    reporting.print_table(columns, [[*key, *cells] for key, cells in rows.items()])
+
+
+def _record(result: Result) -> dict[str, Any]:
+    return {
+        "model": result.model,
+        "runtime": result.runtime,
+        "dtype": result.dtype,
+        "device": result.device,
+        **asdict(result.case),
+        "calls": len(result.milliseconds),
+        "milliseconds": result.figures(),
+        "items_per_second": result.items_per_second,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

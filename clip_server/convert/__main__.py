@@ -1,0 +1,211 @@
+"""`python -m clip_server.convert NAME|PATH --to onnx --precision fp16 --out DIR`.
+
+Writes a folder that a flow serves with `model_path: DIR` and nothing else, and tells how near
+its towers are to the model they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.convert import chinese_clip
+from clip_server.convert.parity import LEAST_COSINE, Parity, samples
+from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
+from clip_server.models import converted, zoo
+from clip_server.models.bert import BertTower
+from clip_server.models.card import PRECISIONS, ModelCard, Precision
+from clip_server.models.converted import FILES, TOWERS, Tower
+from clip_server.process import stay_silent
+from clip_server.reporting import print_table, remark
+from clip_server.runtimes.base import Runtime, load_checkpoint
+from clip_server.runtimes.onnx import OnnxRuntime
+
+if TYPE_CHECKING:
+    from clip_server.convert.writers import Encode, Writer
+
+_TARGETS = ("onnx", "tensorrt", "torchscript")
+_FLOW = """
+In a flow:
+
+    uses:
+      jtype: CLIPEncoder
+      with:
+        model_path: {folder}
+      metas:
+        py_modules:
+          - clip_server.executors.{executor}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. The exit status: 0 done, 1 failed or fallen short, 2 misused."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(chinese_clip.translated(given))
+    stay_silent()
+    try:
+        near = _convert(options)
+    except ClipServerError as error:
+        remark(f"clip_server.convert: {error}")
+        return 1
+    return 0 if near else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_server.convert",
+        description="Converts a model into what a runtime serves, and compares it with its source.",
+        epilog="The flags of Chinese-CLIP's pytorch_to_onnx.py are understood too.",
+    )
+    parser.add_argument(
+        "name",
+        metavar="NAME|PATH",
+        help="a model's name; a checkpoint or the folder of one; or architecture::PATH",
+    )
+    parser.add_argument("--to", choices=_TARGETS, default="onnx", help="onnx by default")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 by default")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
+    )
+    parser.add_argument("--image", action="store_true", help="the image tower alone")
+    parser.add_argument("--text", action="store_true", help="the text tower alone")
+    parser.add_argument(
+        "--context-length", type=int, metavar="N", help="tokens that a text is cut to; the model's"
+    )
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> bool:
+    """Converts, and says whether what came of it is near enough to its source."""
+    if options.to == "tensorrt":
+        raise ConfigurationError(
+            "there is no TensorRT runtime yet: convert --to onnx, which runs on NVIDIA GPUs too"
+        )
+    from clip_server.convert.writers import writer  # says what is not installed
+
+    name, path = _located(options.name)
+    card = _with_context(zoo.resolve(name, path), options.context_length)
+    precision, folder, files = options.precision, options.out, FILES[options.to]
+    chosen = [tower for tower in TOWERS if getattr(options, tower)] or TOWERS
+    paths = {tower: folder / files[tower] for tower in chosen}
+    _refuse_mixture(folder, card, precision, paths)
+    remark(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
+    source, expected = _embedded(name, path, card, chosen)
+
+    held, tensors = load_checkpoint(name, path)
+    card = replace(card, logit_scale=held.logit_scale)
+    target = writer(options.to, card, tensors, precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [_made(target, card, tower, paths[tower], expected[tower]) for tower in chosen]
+    converted.write(folder, card, precision)
+    _report(source, precision, paths, found)
+    print(_FLOW.format(folder=folder.resolve(), executor=target.executor))
+    return all(parity.suffices(precision) for parity in found)
+
+
+def _located(given: str) -> tuple[str, Path | None]:
+    """The name, or the path of a checkpoint."""
+    try:
+        zoo.resolve(given)
+    except UnknownModelError:
+        if Path(given).exists():
+            return "", Path(given)
+        raise
+    return given, None
+
+
+def _with_context(card: ModelCard, length: int | None) -> ModelCard:
+    """The card with another context length.
+
+    Raises:
+        ConfigurationError: the text tower has not so many positions, or always takes all.
+    """
+    if length in (None, card.text.context_length):
+        return card
+    bert = BertTower.of(card.config)
+    most = bert.positions if bert else card.text.context_length
+    if card.text.trim == "fixed" or not 2 < length <= most:
+        allowed = f"is {most}" if card.text.trim == "fixed" else f"may be 3 to {most}"
+        raise ConfigurationError(f"the context length of {card.name} {allowed}, not {length}")
+    return replace(card, text=replace(card.text, context_length=length))
+
+
+def _refuse_mixture(
+    folder: Path, card: ModelCard, precision: Precision, paths: Mapping[Tower, Path]
+) -> None:
+    """Raises ConfigurationError where a folder keeps a tower that its new card is not of."""
+    held = converted.read(folder)
+    if held is None or (held.card.name, held.precision) == (card.name, precision):
+        return
+    every = [folder / file for files in FILES.values() for file in files.values()]
+    kept = [path for path in every if path.exists() and path not in paths.values()]
+    if kept:
+        raise ConfigurationError(
+            f"{kept[0]} is of {held.card.name} in {held.precision}: choose another folder"
+        )
+
+
+def _embedded(
+    name: str, path: Path | None, card: ModelCard, towers: Sequence[Tower]
+) -> tuple[str, Mapping[Tower, NDArray[np.float32]]]:
+    """What the source calls itself, and its embeddings of the samples."""
+    source = _source(name, path)
+    encode: dict[Tower, Encode] = {"image": source.encode_image, "text": source.encode_text}
+    found = {tower: encode[tower](samples(card, tower)) for tower in towers}
+    return f"{source.name} {source.dtype}", found
+
+
+def _source(name: str, path: Path | None) -> Runtime:
+    """The model in torch; where that is not installed, in graphs of float32."""
+    try:
+        from clip_server.runtimes.torch import TorchRuntime
+    except ConfigurationError:
+        return OnnxRuntime.load(name, model_path=path, device="cpu")
+    return TorchRuntime.load(name, model_path=path, device="cpu")
+
+
+def _made(
+    target: Writer, card: ModelCard, tower: Tower, path: Path, expected: NDArray[np.float32]
+) -> Parity:
+    """Makes a tower's file, and compares what it gives with what the source gave."""
+    remark(f"{path.name}: being made")
+    start = time.perf_counter()
+    target.write(tower, path)
+    remark(f"{path.name}: made in {time.perf_counter() - start:.1f} s; comparing")
+    return Parity.of(target.open(path)(samples(card, tower)), expected)
+
+
+def _report(
+    source: str, precision: Precision, paths: Mapping[Tower, Path], found: Sequence[Parity]
+) -> None:
+    least = LEAST_COSINE[precision]
+    rows = [
+        [
+            path.name,
+            _megabytes(path),
+            f"{parity.cosine:.7f}",
+            f"{parity.difference:.1e}",
+            "near enough" if parity.suffices(precision) else f"FALLS SHORT of {least}",
+        ]
+        for path, parity in zip(paths.values(), found, strict=True)
+    ]
+    columns = ["tower", "size", f"least cosine with {source}", "greatest difference", precision]
+    print_table(columns, rows)
+
+
+def _megabytes(path: Path) -> str:
+    """The size of a graph, with that of the weights beside it."""
+    files = [path, path.with_name(f"{path.name}.data")]
+    return f"{sum(file.stat().st_size for file in files if file.exists()) / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""A tower in torch as an ONNX graph, by torch's own exporter."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from clip_server.errors import ConfigurationError
+from clip_server.models.nodes import OPSET
+
+_OUTPUT = "embedding"
+
+
+def exported(
+    tower: nn.Module, name: str, example: NDArray[Any], axes: list[str]
+) -> onnx.ModelProto:
+    """The graph of a tower, in float32.
+
+    name: of its input.
+    example: a batch of at least two, of which the shape counts.
+    axes: names of the first axes of the input, which may have any length.
+
+    Raises:
+        ConfigurationError: the exporter is not installed, or cannot export the tower.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            "torch cannot export graphs: pip install 'clip-server[convert]'"
+        ) from error
+    with _quietly():
+        try:
+            program: Any = torch.onnx.export(
+                tower.eval(),
+                (torch.from_numpy(example),),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[name],
+                dynamic_shapes=(dict(enumerate(axes)),),
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's own, of many kinds
+            raise ConfigurationError(f"torch cannot export this model: {error}") from error
+    _name_output(program.model.graph)
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _name_output(graph: Any) -> None:
+    """Names the output, which the exporter cannot where a value inside has that name."""
+    for node in graph:
+        for value in node.outputs:
+            if value.name == _OUTPUT:
+                value.name = f"{_OUTPUT}.inner"
+    graph.outputs[0].name = _OUTPUT
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter has to say of its own working."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,126 @@
+"""The towers of a model as files that a runtime serves: ONNX graphs, or TorchScript."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.convert import parity
+from clip_server.errors import ConfigurationError
+from clip_server.models import weights
+from clip_server.models.card import ModelCard, Precision
+from clip_server.models.converted import Tower
+from clip_server.runtimes import onnx as onnx_runtime
+
+try:
+    import onnx
+
+    from clip_server.convert import rewrite
+    from clip_server.models import graph, onnx_file
+except ImportError as missing:
+    raise ConfigurationError("to convert, pip install 'clip-server[onnx]'") from missing
+
+Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
+
+
+class Writer(Protocol):
+    """Writes one kind of file, which `executor` serves."""
+
+    executor: str
+
+    def write(self, tower: Tower, path: Path) -> None:
+        """Makes a tower's file."""
+        ...
+
+    def open(self, path: Path) -> Encode:
+        """A tower's file as it is served."""
+        ...
+
+
+def writer(to: str, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> Writer:
+    """The writer for `onnx` or `torchscript`.
+
+    Raises:
+        ConfigurationError: torch has not this precision, or is not installed.
+    """
+    if to == "onnx":
+        return OnnxWriter(card, tensors, precision)
+    if precision == "int8":
+        raise ConfigurationError("TorchScript has no int8: convert --to onnx")
+    return TorchScriptWriter(card, tensors, precision)
+
+
+class OnnxWriter:
+    """Graphs built from the weights, or of other architectures exported from torch."""
+
+    executor = "clip_onnx"
+
+    def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
+        self._card, self._tensors, self._precision = card, tensors, precision
+
+    def write(self, tower: Tower, path: Path) -> None:
+        """See `Writer`."""
+        built = graph.builds(self._card.config)
+        onnx_file.save(self._built(tower) if built else self._exported(tower), path)
+
+    def open(self, path: Path) -> Encode:
+        """See `Writer`."""
+        return onnx_runtime.open_tower(path)
+
+    def _built(self, tower: Tower) -> onnx.ModelProto:
+        card, tensors, precision = self._card, self._tensors, self._precision
+        weights.check(tensors, graph.tensor_shapes(card.config))
+        if tower == "image":
+            return graph.build_visual(card.config, tensors, card.image, precision=precision)
+        return graph.build_textual(card.config, tensors, precision=precision)
+
+    def _exported(self, tower: Tower) -> onnx.ModelProto:
+        modules = self._modules
+        from clip_server.convert.export import exported
+
+        name = "pixels" if tower == "image" else "tokens"
+        trimmed = tower == "text" and self._card.text.trim != "fixed"
+        axes = ["batch", "length"] if trimmed else ["batch"]
+        example = parity.samples(self._card, tower)
+        return rewrite.rewritten(exported(modules[tower], name, example, axes), self._precision)
+
+    @cached_property
+    def _modules(self) -> Mapping[Tower, Any]:
+        return _torch_towers(self._card, self._tensors)
+
+
+class TorchScriptWriter:
+    """Towers traced in torch."""
+
+    executor = "clip_torch"
+
+    def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
+        self._card = card
+        self._modules = _torch_towers(card, tensors, precision)
+
+    def write(self, tower: Tower, path: Path) -> None:
+        """See `Writer`."""
+        from clip_server.runtimes import torch as torch_runtime
+
+        example = parity.samples(self._card, tower)
+        torch_runtime.save_traced(self._modules[tower], example, path)
+
+    def open(self, path: Path) -> Encode:
+        """See `Writer`."""
+        from clip_server.runtimes import torch as torch_runtime
+
+        return torch_runtime.open_tower(path)
+
+
+def _torch_towers(
+    card: ModelCard, tensors: weights.Tensors, precision: Precision = "fp32"
+) -> Mapping[Tower, Any]:
+    from clip_server.runtimes import torch as torch_runtime
+
+    visual, textual = torch_runtime.towers(card, tensors, precision)
+    return {"image": visual, "text": textual}

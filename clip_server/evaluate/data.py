@@ -1,0 +1,253 @@
+"""What is evaluated: pictures with captions, or pictures by class, read from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.errors import ClipServerError
+from clip_server.evaluate import scores
+
+TEMPLATES = (
+    "{}",
+    "a {}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a drawing of a {}.",
+    "a close-up of a {}.",
+)
+_LINE = 'a line is {"image": "a path", "caption": "a text"}, or a list of texts for the caption'
+
+
+class DataError(ClipServerError):
+    """What was to be evaluated cannot be read; the message says where, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures and their captions.
+
+    images: each picture once.
+    texts: the captions; image_of: for each the index of its picture.
+    left_out: why something could not be used, by where it stands.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    image_of: list[int] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def scores(
+        self, images: NDArray[np.float32], texts: NDArray[np.float32]
+    ) -> Mapping[str, float]:
+        """Retrieval over those pairs of which both embeddings [N, D] and [T, D] are there."""
+        image_of = np.array(self.image_of)
+        # A caption counts where its picture does.
+        usable = np.isfinite(texts).all(axis=1) & np.isfinite(images[image_of]).all(axis=1)
+        if not usable.any():
+            raise DataError("no picture with a caption is left to evaluate")
+        kept, row_of = np.unique(image_of[usable], return_inverse=True)
+        return scores.retrieval(images[kept], texts[usable], row_of)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Pictures by class.
+
+    class_of: for each picture the index of its class.
+    texts: the prompts, all of the first class first, `templates` of them for each class.
+    left_out: as of Pairs.
+    """
+
+    images: list[Path]
+    class_of: list[int]
+    texts: list[str]
+    templates: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def scores(
+        self, images: NDArray[np.float32], texts: NDArray[np.float32]
+    ) -> Mapping[str, float]:
+        """Zero-shot classification of the pictures whose embedding [N, D] is there."""
+        if np.isnan(texts).any():
+            raise DataError("a prompt cannot be encoded, so its class cannot be named")
+        usable = np.isfinite(images).all(axis=1)
+        if not usable.any():
+            raise DataError("no picture is left to evaluate")
+        prompts = texts.reshape(-1, self.templates, texts.shape[1])
+        return scores.zero_shot(
+            images[usable], scores.ensemble(prompts), np.array(self.class_of)[usable]
+        )
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Pictures and captions from a JSONL file, or from a folder.
+
+    A line of the file is `{"image": PATH, "caption": TEXT}`; the path is from the file's folder,
+    the caption may be a list, and a picture may stand on several lines. In a folder and those
+    below it, `cat.txt` holds the captions of `cat.png` (or whatever picture has its name), one
+    a line.
+
+    What cannot be used is left out: a line that is not so, an empty caption, a file of a
+    folder without its partner.
+
+    Raises:
+        DataError: neither a file nor a folder, or nothing is left.
+    """
+    pairs = Pairs()
+    indices: dict[Path, int] = {}
+    entries = _folder_pairs if path.is_dir() else _lines
+    for place, image, captions in entries(path, pairs.left_out):
+        texts = [caption for caption in captions if caption.strip()]
+        if len(texts) < max(1, len(captions)):
+            pairs.left_out[place] = "the caption is empty"
+        if texts and image not in indices:
+            indices[image] = len(indices)
+            pairs.images.append(image)
+        pairs.texts.extend(texts)
+        pairs.image_of.extend(indices[image] for _ in texts)
+    if not pairs.texts:
+        first = next((f" ({place}: {why})" for place, why in pairs.left_out.items()), "")
+        raise DataError(f"{path} has no picture with a caption{first}: {_LINE}")
+    return pairs
+
+
+def read_classes(folder: Path, names: Path | None, templates: Sequence[str]) -> Classes:
+    """A folder with a subfolder of pictures for each class.
+
+    names: a file with a class a line: its subfolder, a tab, and what the prompts call it, or
+        the subfolder alone where that is its name. A class whose subfolder is absent only
+        competes with the others. None: all subfolders, by name, with spaces for underscores.
+    templates: each with {} for the name of the class.
+
+    Raises:
+        DataError: there is no such folder, no class, or a class is not named.
+    """
+    subfolders = sorted(each.name for each in _children(folder) if each.is_dir())
+    named = {name: name.replace("_", " ") for name in subfolders}
+    if names is not None:
+        lines = [_class_line(line) for line in _text_lines(names)]
+        named = dict(lines)
+        if len(named) < len(lines):
+            raise DataError(f"{names} names a subfolder twice")
+        for name in subfolders:
+            if name not in named:
+                raise DataError(f"{names} does not name the class of {folder / name}")
+    if not subfolders:
+        raise DataError(f"{folder} has no subfolders: there is to be one for each class")
+    images, class_of = [], []
+    for index, name in enumerate(named):
+        inside = _files(folder / name)
+        images += inside
+        class_of += [index] * len(inside)
+    texts = [template.replace("{}", name) for name in named.values() for template in templates]
+    return Classes(images, class_of, texts, len(templates))
+
+
+def read_templates(file: Path) -> list[str]:
+    """A template a line, each with {} for the name of the class.
+
+    Raises:
+        DataError: the file cannot be read or has none, or a line has no {}.
+    """
+    templates = _text_lines(file)
+    for template in templates:
+        if "{}" not in template:
+            raise DataError(f"{file}: the template {template!r} has no {{}} for the class")
+    return templates
+
+
+def _lines(file: Path, left_out: dict[str, str]) -> Iterator[tuple[str, Path, list[str]]]:
+    """Where each line of a JSONL file stands, its picture and its captions."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{file}:{number}"
+            try:
+                image, captions = _parse(line)
+            except DataError as error:
+                left_out[place] = str(error)
+            else:
+                yield place, file.parent / image, captions
+
+
+def _parse(line: bytes) -> tuple[str, list[str]]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"it is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise DataError("it is not a JSON object")
+    image, captions = entry.get("image"), entry.get("caption")
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(image, str) or not image:
+        raise DataError("'image' is not a path")
+    if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+        raise DataError("'caption' is not a text or a list of texts")
+    return image, captions
+
+
+def _folder_pairs(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, Path, list[str]]]:
+    """Each caption file below a folder, its picture and its lines."""
+    partners: dict[Path, list[Path]] = {}
+    for file in _files(folder):
+        partners.setdefault(file.with_suffix(""), []).append(file)
+    for files in partners.values():
+        captions = [file for file in files if file.suffix == ".txt"]
+        pictures = [file for file in files if file.suffix != ".txt"]
+        if len(captions) == len(pictures) == 1:
+            place = str(pictures[0])
+            try:
+                lines = _text_lines(captions[0])
+            except DataError as error:
+                left_out[place] = str(error)
+            else:
+                yield place, pictures[0], lines
+        elif captions:
+            left_out[str(captions[0])] = f"{len(pictures)} pictures have its name, not one"
+        else:
+            left_out.update({str(picture): "it has no .txt" for picture in pictures})
+
+
+def _class_line(line: str) -> tuple[str, str]:
+    subfolder, _, name = line.partition("\t")
+    return subfolder.strip(), (name or subfolder).strip()
+
+
+def _text_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not empty; one at least."""
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+    found = [line for line in lines if line]
+    if not found:
+        raise DataError(f"{file} has no lines")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below a folder, sorted; what is hidden is no one's picture."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and "/." not in f"/{file.relative_to(folder).as_posix()}"
+    )
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [each for each in folder.iterdir() if not each.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None

@@ -1,0 +1,115 @@
+"""What embeds the pictures and texts: an engine in this process, or a running server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_client import Client
+from clip_server.engine import Engine
+from clip_server.models.image import ImageTransform
+from clip_server.reporting import Advance
+from clip_server.runtimes.base import Runtime
+
+# Items read and encoded at once: a bound on the bytes of files that are held.
+_CHUNK = 256
+
+
+class Encoder(Protocol):
+    """Embeds texts and encoded pictures.
+
+    name, model, device: what embeds, as shown to people; the name is of runtime and precision.
+    dim: D, the length of an embedding.
+    """
+
+    name: str
+    model: str
+    device: str
+    dim: int
+
+    def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
+        """Embeddings [N, D], and why an item has none, by its index."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it runs."""
+        ...
+
+
+class EngineEncoder:
+    """The service's own engine over a runtime."""
+
+    def __init__(self, name: str, runtime: Runtime, exact: bool) -> None:
+        self.name, self.model, self.device = name, runtime.card.name, runtime.device
+        self.dim = runtime.card.dim
+        self._engine = Engine(runtime, transform=ImageTransform(runtime.card.image, exact))
+        self._loop = asyncio.new_event_loop()
+
+    def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
+        """See Encoder."""
+        encoded = self._loop.run_until_complete(self._engine.encode(items))
+        return encoded.embeddings, encoded.errors
+
+    def close(self) -> None:
+        """See Encoder."""
+        self._engine.close()
+        self._loop.close()
+
+
+class ServerEncoder:
+    """A running server. Raises ClipError where it does not answer."""
+
+    def __init__(self, address: str) -> None:
+        self._client = Client(address)
+        info = self._client.info()
+        self.name, self.model = f"server {info.runtime} {info.dtype}", info.model
+        self.device, self.dim = info.device, info.dim
+
+    def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
+        """See Encoder."""
+        # A caption such as "cat.jpg" is a text all the same.
+        things = [{"text": item} if isinstance(item, str) else item for item in items]
+        embeddings, failures = self._client.encode(things, on_item_error="return")
+        return embeddings, {failure.index: failure.message for failure in failures}
+
+    def close(self) -> None:
+        """See Encoder."""
+        self._client.close()
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """embeddings: [N, D], NaN in the rows of items that failed; errors: why, by their index."""
+
+    embeddings: NDArray[np.float32]
+    errors: Mapping[int, str]
+
+
+def embed(encoder: Encoder, items: Sequence[str | Path], advance: Advance) -> Embedded:
+    """Embeds texts (str) and the pictures at paths, a chunk at a time."""
+    embeddings = np.full((len(items), encoder.dim), np.nan, np.float32)
+    errors: dict[int, str] = {}
+    for start in range(0, len(items), _CHUNK):
+        chunk = items[start : start + _CHUNK]
+        contents: dict[int, str | bytes] = {}
+        for index, item in enumerate(chunk, start):
+            try:
+                contents[index] = item if isinstance(item, str) else item.read_bytes()
+            except OSError as error:
+                errors[index] = f"it cannot be read: {error.strerror}"
+        places = list(contents)
+        if places:
+            embeddings[places], failed = encoder.encode(list(contents.values()))
+            errors |= {places[row]: why for row, why in failed.items()}
+        advance(len(chunk))
+    # A precision may be too small for a model: no item is lost without a word.
+    for lost in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        errors.setdefault(int(lost), f"{encoder.name} gives it no finite embedding")
+    embeddings[list(errors)] = np.nan
+    return Embedded(embeddings, errors)

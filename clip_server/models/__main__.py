@@ -1,0 +1,105 @@
+"""`python -m clip_server.models [FILTER ...]`: the models there are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from clip_server.models import shapes, weights, zoo
+from clip_server.models.card import ModelCard
+
+_COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A model, as the list shows it.
+
+    other_names: in JSON only.
+    image: the side of a picture, in pixels.
+    cached: whether its weights are on this machine.
+    """
+
+    name: str
+    dimensions: int
+    context: int
+    image: int
+    runtimes: tuple[str, ...]
+    licence: str
+    cached: bool
+    other_names: tuple[str, ...]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. The exit status: 0 something is listed, 1 nothing is, 2 misused."""
+    options = _options(arguments)
+    names = [name for name in zoo.names() if _fits(name, options.filters)]
+    if not names:
+        wanted = " and ".join(map(repr, options.filters))
+        print(f"clip_server.models: no name has {wanted} in it", file=sys.stderr)
+        return 1
+    listed = [_listed(zoo.resolve(name)) for name in names]
+    if options.json:
+        print(json.dumps([asdict(each) for each in listed], indent=2, ensure_ascii=False))
+    else:
+        _print(listed)
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_server.models",
+        description="List the models that a flow may name.",
+    )
+    parser.add_argument(
+        "filters", nargs="*", metavar="FILTER", help="only names with all of these in them"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser.parse_args(arguments)
+
+
+def _fits(name: str, filters: Sequence[str]) -> bool:
+    """Whether every filter is in the name, or in another of the model's names."""
+    spellings = [each.lower() for each in (name, *zoo.other_names(name))]
+    return all(any(wanted.lower() in each for each in spellings) for wanted in filters)
+
+
+def _listed(card: ModelCard) -> Listed:
+    # The ONNX runtime builds graphs of the families whose dimensions are known.
+    builds = shapes.of_config(card.config) is not None
+    return Listed(
+        name=card.name,
+        dimensions=card.dim,
+        context=card.text.context_length,
+        image=card.image.size,
+        runtimes=("torch", "onnx") if builds else ("torch",),
+        licence=card.licence,
+        cached=card.name == zoo.EMBEDDED or weights.cached(card) is not None,
+        other_names=tuple(zoo.other_names(card.name)),
+    )
+
+
+def _print(listed: Sequence[Listed]) -> None:
+    rows = [_COLUMNS, *map(_cells, listed)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def _cells(each: Listed) -> tuple[str, ...]:
+    return (
+        each.name,
+        str(each.dimensions),
+        str(each.context),
+        str(each.image),
+        ", ".join(each.runtimes),
+        each.licence or "-",
+        "yes" if each.cached else "no",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Multi-head attention, and what both kinds of text tower need, in ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.models.layout import Layout
+from clip_server.models.nodes import Graph
+
+
+class Attention:
+    """Multi-head attention. weight [3 W, W] and bias [3 W] project to query, key and value."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        prefix: str,
+        heads: int,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+    ) -> None:
+        self._graph, self._prefix = graph, prefix
+        self._heads, self._width = heads, weight.shape[1]
+        self._head_width = self._width // heads
+        scale = np.ones(3 * self._width, dtype=np.float32)
+        # Scaling the queries here spares scaling the scores at every call.
+        scale[: self._width] = self._head_width**-0.5
+        self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
+
+    def project_all(self, states: str, layout: Layout) -> list[str]:
+        """Query, key and value of every position, each [B, H, L, W / H]."""
+        qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
+        return self._split(layout.spread(qkv), layout.length, ("query", "key", "value"))
+
+    def project_picked(self, picked: str, states: str, layout: Layout) -> list[str]:
+        """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
+        width = self._width
+        weight, bias = self._weight, self._bias
+        query = self._graph.linear(picked, f"{self._prefix}.q", weight[:width], bias[:width])
+        shape = self._graph.integers(-1, self._heads, 1, self._head_width)
+        query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
+        kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
+        return [query, *self._split(layout.spread(kv), layout.length, ("key", "value"))]
+
+    def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
+        """Attention of queries [B, H, Q, d] over [B, H, L, d]: [B * Q, W]."""
+        graph, prefix = self._graph, self._prefix
+        key = graph.op("Transpose", key, name=f"{key}.columns", perm=[0, 1, 3, 2])
+        scores = graph.op("MatMul", query, key, name=f"{prefix}.scores")
+        if mask is not None:
+            scores = graph.op("Add", scores, mask, name=f"{prefix}.scores.masked")
+        shares = graph.softmax(scores, f"{prefix}.shares")
+        mixed = graph.op("MatMul", shares, value, name=f"{prefix}.mixed")
+        mixed = graph.op("Transpose", mixed, name=f"{prefix}.mixed.rows", perm=[0, 2, 1, 3])
+        return graph.op("Reshape", mixed, graph.integers(-1, self._width), name=f"{prefix}.heads")
+
+    def _split(self, rows: str, length: str, parts: Sequence[str]) -> list[str]:
+        """[B * L, n * W] to n of [B, H, L, W / H]."""
+        graph = self._graph
+        per_head = [len(parts) * self._heads, self._head_width]
+        shape = graph.op(
+            "Concat",
+            graph.integers(-1),
+            length,
+            graph.integers(*per_head),
+            name=f"{rows}.shape",
+            axis=0,
+        )
+        rows = graph.op("Reshape", rows, shape, name=f"{rows}.by_head")
+        rows = graph.op("Transpose", rows, name=f"{rows}.first", perm=[0, 2, 1, 3])
+        return graph.split(rows, parts, axis=1)
+
+
+def head(graph: Graph, table: str, length: str, axes: Sequence[int]) -> str:
+    """The first `length` entries of a constant along `axes`."""
+    starts, ends = graph.integers(*(0 for _ in axes)), length
+    if len(axes) > 1:
+        ends = graph.op("Concat", *(length for _ in axes), name=f"{table}.ends", axis=0)
+    return graph.op("Slice", table, starts, ends, graph.integers(*axes), name=f"{table}.head")

@@ -1,0 +1,275 @@
+"""ONNX models put together node by node, in float32, float16 or int8.
+
+The three kinds have the same methods, so that a tower is described once. All take and give the
+type they compute in: float32, or float16 in `HalfGraph`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from clip_server.models import quantize
+from clip_server.models.card import Precision
+
+Weights = Mapping[str, NDArray[Any]]
+
+OPSET = 18
+IR_VERSION = 8  # the one that came with the opset
+EPSILON = 1e-5
+# The domain of onnxruntime's own operators.
+_ONNXRUNTIME = "com.microsoft"
+# The slope in QuickGELU, x * sigmoid(1.702 x).
+_QUICK_GELU = 1.702
+
+
+class Graph:
+    """A model to which nodes and weights are added. An op gives the name of its output.
+
+    tensors: a checkpoint, by the names that `weight` and the methods that take a `tensor` know.
+    """
+
+    _float: ClassVar[np.dtype[Any]] = np.dtype(np.float32)
+
+    def __init__(
+        self, name: str, tensors: Weights | None = None, *, quick_gelu: bool = False
+    ) -> None:
+        self._tensors = tensors or {}
+        self._quick_gelu = quick_gelu
+        self._constants: set[str] = set()
+        # Weights go straight into this one message: each copy of them takes time and memory.
+        self._model = onnx.ModelProto(
+            ir_version=IR_VERSION,
+            producer_name="clip-server",
+            opset_import=[helper.make_opsetid("", OPSET)],
+        )
+        self._graph = self._model.graph
+        self._graph.name = name
+
+    def op(self, kind: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """Adds a node whose name and only output are `name`."""
+        self._graph.node.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Adds a node of another model of this opset."""
+        self._graph.node.append(node)
+
+    def split(self, source: str, parts: Sequence[str], axis: int) -> list[str]:
+        """Equal parts of `source` along an axis."""
+        outputs = [f"{source}.{part}" for part in parts]
+        name, count = f"{source}.split", len(parts)
+        node = helper.make_node("Split", [source], outputs, name=name, axis=axis, num_outputs=count)
+        self._graph.node.append(node)
+        return outputs
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """A tensor of the checkpoint, as float32."""
+        return self._tensors[name].astype(np.float32, copy=False)
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """A constant in the type it has."""
+        if name not in self._constants:
+            self._constants.add(name)
+            self._graph.initializer.add(
+                name=name,
+                dims=value.shape,
+                data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+                raw_data=value.tobytes(),
+            )
+        return name
+
+    def floats(self, name: str, value: NDArray[np.float32]) -> str:
+        """A constant in the type that the graph computes in."""
+        return self.constant(name, value.astype(self._float, copy=False))
+
+    def integers(self, *values: int) -> str:
+        """An int64 constant [n], such as a shape; equal ones are stored once."""
+        return self.constant(f"i64{list(values)}", np.array(values, dtype=np.int64))
+
+    def number(self, value: float) -> str:
+        """A float constant with no axis; equal ones are stored once."""
+        return self.floats(f"float({value:.6g})", np.array(value, dtype=np.float32))
+
+    def cast(self, source: str, to: int, name: str) -> str:
+        """source as TensorProto's type `to`."""
+        return self.op("Cast", source, name=name, to=to)
+
+    def computed(self, source: str) -> str:
+        """A float32 source in the type that the graph computes in."""
+        return source
+
+    def linear(
+        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> str:
+        """source [N, I] by weight [O, I], as torch stores it, plus bias [O]."""
+        inputs = self.floats(f"{name}.weight", weight), self.floats(f"{name}.bias", bias)
+        return self.op("Gemm", source, *inputs, name=name, transB=1)
+
+    def stored_linear(self, source: str, tensor: str) -> str:
+        """A torch Linear of the checkpoint."""
+        weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
+        return self.linear(source, tensor, weight, bias)
+
+    def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
+        """source [..., I] by a matrix [I, O]."""
+        return self.op("MatMul", source, self.floats(name, matrix), name=f"{name}.out")
+
+    def linear_of_bytes(
+        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> str:
+        """As `linear`, of a uint8 source."""
+        kind = helper.np_dtype_to_tensor_dtype(self._float)
+        return self.linear(self.cast(source, kind, f"{source}.float"), name, weight, bias)
+
+    def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
+        """The rows of a table [V, W] that `indices` name."""
+        return self.op("Gather", self.floats(name, table), indices, name=f"{name}.rows")
+
+    def projection(self, source: str, tensor: str) -> str:
+        """source [N, I] by a matrix [I, O] of the checkpoint."""
+        return self.product(source, tensor, self.weight(tensor))
+
+    def layer_norm(self, source: str, tensor: str, epsilon: float = EPSILON) -> str:
+        """A torch LayerNorm of the checkpoint, over the last axis."""
+        scale = self.constant(f"{tensor}.weight", self.weight(f"{tensor}.weight"))
+        bias = self.constant(f"{tensor}.bias", self.weight(f"{tensor}.bias"))
+        return self.op(
+            "LayerNormalization", source, scale, bias, name=tensor, axis=-1, epsilon=epsilon
+        )
+
+    def softmax(self, source: str, name: str) -> str:
+        """Over the last axis."""
+        return self.op("Softmax", source, name=name, axis=-1)
+
+    def gelu(self, source: str, name: str) -> str:
+        """The model's GELU: QuickGELU or the exact one."""
+        if self._quick_gelu:
+            steeper = self.op("Mul", source, self.number(_QUICK_GELU), name=f"{name}.scaled")
+            gate = self.op("Sigmoid", steeper, name=f"{name}.gate")
+            return self.op("Mul", source, gate, name=name)
+        root = self.op("Div", source, self.number(math.sqrt(2)), name=f"{name}.scaled")
+        gate = self.op("Erf", root, name=f"{name}.erf")
+        gate = self.op("Add", gate, self.number(1), name=f"{name}.gate")
+        doubled = self.op("Mul", source, gate, name=f"{name}.doubled")
+        return self.op("Mul", doubled, self.number(0.5), name=name)
+
+    def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
+        """The model, from `source` to `embedding` [B, dim] float32."""
+        self.cast(embedding, TensorProto.FLOAT, "embedding")
+        target = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dim])
+        return self.closed([source], [target])
+
+    def closed(
+        self, sources: Sequence[onnx.ValueInfoProto], targets: Sequence[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
+        """The model, from inputs to outputs that have nodes already."""
+        self._graph.input.extend(sources)
+        self._graph.output.extend(targets)
+        return self._model
+
+
+class HalfGraph(Graph):
+    """A graph that computes in float16, but layer norm and softmax, which sum, in float32.
+
+    Every type is said by a cast, so that it can be built as strongly typed.
+    """
+
+    _float = np.dtype(np.float16)
+
+    def computed(self, source: str) -> str:
+        return self.cast(source, TensorProto.FLOAT16, f"{source}.half")
+
+    def layer_norm(self, source: str, tensor: str, epsilon: float = EPSILON) -> str:
+        return self._in_float32(partial(super().layer_norm, epsilon=epsilon), source, tensor)
+
+    def softmax(self, source: str, name: str) -> str:
+        return self._in_float32(super().softmax, source, name)
+
+    def _in_float32(self, op: Callable[[str, str], str], source: str, name: str) -> str:
+        wide = self.cast(source, TensorProto.FLOAT, f"{name}.wide")
+        return self.computed(op(wide, name))
+
+
+class Int8Graph(Graph):
+    """A graph that multiplies by its matrices in integers, and keeps its tables in float16."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._model.opset_import.append(helper.make_opsetid(_ONNXRUNTIME, 1))
+
+    def linear(
+        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> str:
+        product = self.product(source, name, weight.T)
+        return self.op("Add", product, self.constant(f"{name}.bias", bias), name=f"{name}.biased")
+
+    def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
+        rows, scale = self._quantized_rows(source, name)
+        product = self._integer_product(rows, quantize.ROW_ZERO, name, matrix)
+        return self.op("Mul", product, scale, name=f"{name}.out")
+
+    def linear_of_bytes(
+        self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> str:
+        return self._integer_product(source, 0, name, weight.T, bias)
+
+    def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
+        halves = self.constant(name, table.astype(np.float16))
+        rows = self.op("Gather", halves, indices, name=f"{name}.half")
+        return self.cast(rows, TensorProto.FLOAT, f"{name}.rows")
+
+    def _quantized_rows(self, source: str, name: str) -> tuple[str, str]:
+        """source [..., I] as uint8 about `ROW_ZERO`, and the scale of each row [..., 1]."""
+        last = self.integers(-1)
+        highest = self.op("ReduceMax", source, last, name=f"{name}.highest")
+        lowest = self.op("ReduceMin", source, last, name=f"{name}.lowest")
+        lowest = self.op("Neg", lowest, name=f"{name}.depth")
+        least = self.number(quantize.SMALLEST)
+        largest = self.op("Max", highest, lowest, least, name=f"{name}.largest")
+        step = self.number(1 / quantize.LARGEST)
+        scale = self.op("Mul", largest, step, name=f"{name}.scale")
+        inverse = self.op("Reciprocal", scale, name=f"{name}.inverse")
+        values = self.op("Mul", source, inverse, name=f"{name}.scaled")
+        zero = self._byte(quantize.ROW_ZERO)
+        rows = self.op("QuantizeLinear", values, self.number(1), zero, name=f"{name}.rows")
+        return rows, scale
+
+    def _integer_product(
+        self,
+        rows: str,
+        zero: int,
+        name: str,
+        matrix: NDArray[np.float32],
+        bias: NDArray[np.float32] | None = None,
+    ) -> str:
+        """uint8 rows [..., I], less `zero`, by a matrix [I, O], plus a bias [O], in float32."""
+        integers, scale = quantize.quantized(matrix)
+        biases = [] if bias is None else [self.constant(f"{name}.bias", bias)]
+        # An empty name stands for an input that is left out: the zeros of the matrix.
+        left_out = [""] if biases else []
+        return self.op(
+            "MatMulIntegerToFloat",
+            rows,
+            self.constant(f"{name}.integers", integers),
+            self.number(1),
+            self.constant(f"{name}.scales", scale),
+            self._byte(zero),
+            *left_out,
+            *biases,
+            name=f"{name}.product",
+            domain=_ONNXRUNTIME,
+        )
+
+    def _byte(self, value: int) -> str:
+        return self.constant(f"u8({value})", np.array(value, dtype=np.uint8))
+
+
+KINDS: dict[Precision, type[Graph]] = {"fp32": Graph, "fp16": HalfGraph, "int8": Int8Graph}

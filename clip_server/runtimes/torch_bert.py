@@ -1,0 +1,91 @@
+"""BERT as a text tower in torch (see `models.bert`), without the transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clip_server.models.bert import BertTower
+
+
+class BertTextTower(nn.Module):
+    """Tokens [B, L] to embeddings [B, D].
+
+    tensors: a checkpoint that has `tower.shapes(D)`.
+    """
+
+    positions: Tensor
+
+    def __init__(self, tower: BertTower, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._pad_id, self._pool = tower.pad_id, tower.pool
+        prefix = f"{tower.prefix}embeddings."
+        words = tensors[f"{prefix}word_embeddings.weight"]
+        self.words = nn.Embedding(tower.vocab_size, tower.width, _weight=words)
+        places = tensors[f"{prefix}position_embeddings.weight"][tower.first_position :]
+        # Every token is of the first type.
+        kind = tensors[f"{prefix}token_type_embeddings.weight"][0]
+        self.register_buffer("positions", places.float() + kind)
+        self.norm = nn.LayerNorm(tower.width, tower.epsilon)
+        self.norm.load_state_dict(_affine(tensors, f"{prefix}LayerNorm", ""))
+        self.blocks = nn.ModuleList(_block(tower, index, tensors) for index in range(tower.layers))
+        self.projection = _projection(tower, tensors)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        padding = tokens == self._pad_id
+        states = self.norm(self.words(tokens) + self.positions[: tokens.shape[1]])
+        for block in self.blocks:
+            states = block(states, src_key_padding_mask=padding)
+        embeddings: Tensor = self.projection(self._pooled(states, padding))
+        return embeddings
+
+    def _pooled(self, states: Tensor, padding: Tensor) -> Tensor:
+        """[B, L, W] to [B, W]."""
+        if self._pool == "first":
+            return states[:, 0]
+        present = (~padding).unsqueeze(-1).to(states.dtype)
+        return (states * present).sum(1) / present.sum(1)
+
+
+def _block(tower: BertTower, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A block of the checkpoint: torch's own is the same, by other names."""
+    with torch.device("meta"):
+        block = nn.TransformerEncoderLayer(
+            tower.width,
+            tower.heads,
+            tower.mlp_width,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=tower.epsilon,
+            batch_first=True,
+        )
+    prefix, names = tower.block(index), tower.attention(index)
+    state = {
+        "self_attn.in_proj_weight": torch.cat([tensors[f"{name}.weight"] for name in names]),
+        "self_attn.in_proj_bias": torch.cat([tensors[f"{name}.bias"] for name in names]),
+        **_affine(tensors, f"{prefix}attention.output.dense", "self_attn.out_proj."),
+        **_affine(tensors, f"{prefix}attention.output.LayerNorm", "norm1."),
+        **_affine(tensors, f"{prefix}intermediate.dense", "linear1."),
+        **_affine(tensors, f"{prefix}output.dense", "linear2."),
+        **_affine(tensors, f"{prefix}output.LayerNorm", "norm2."),
+    }
+    block.load_state_dict(state, assign=True)
+    return block
+
+
+def _affine(tensors: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+    return {f"{ours}{part}": tensors[f"{theirs}.{part}"] for part in ("weight", "bias")}
+
+
+def _projection(tower: BertTower, tensors: Mapping[str, Tensor]) -> nn.Linear:
+    bias = tower.projection_bias
+    weight = tensors[f"{tower.projection}.weight"] if bias else tensors[tower.projection].T
+    dim, width = weight.shape
+    projection = nn.Linear(width, dim, bias=bias, device="meta")
+    state = {"weight": weight.contiguous()}
+    if bias:
+        state["bias"] = tensors[f"{tower.projection}.bias"]
+    projection.load_state_dict(state, assign=True)
+    return projection

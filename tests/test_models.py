@@ -1,0 +1,82 @@
+"""The list of models, and a checkpoint of one's own served by its path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seeded
+
+from clip_server.errors import UnknownModelError
+from clip_server.models import __main__ as command
+from clip_server.models import zoo
+from clip_server.runtimes.onnx import OnnxRuntime
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    assert command.main([*arguments, "--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_list_has_every_model(capsys: pytest.CaptureFixture[str]) -> None:
+    models = listed(capsys)
+    assert [each["name"] for each in models] == zoo.names()
+    assert models[0] == {
+        "name": zoo.EMBEDDED,
+        "dimensions": 256,
+        "context": 77,
+        "image": 64,
+        "runtimes": ["torch", "onnx"],
+        "licence": zoo.resolve("embedded").licence,
+        "cached": True,
+        "other_names": ["embedded"],
+    }
+
+
+def test_a_model_is_found_by_any_of_its_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [each["name"] for each in listed(capsys, "vit-l/14@")] == ["ViT-L-14-336::openai"]
+    assert [each["name"] for each in listed(capsys, "siglip2", "b-32")] == [
+        "ViT-B-32-SigLIP2-256::webli"
+    ]
+    assert len(listed(capsys, "openai")) == 9
+
+
+def test_the_list_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["RN50x4", "ViT-B-16-SigLIP::"]) == 1
+    assert "no name has 'RN50x4' and 'ViT-B-16-SigLIP::' in it" in capsys.readouterr().err
+    assert command.main(["ViT-B-16-SigLIP::"]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    columns = ["name", "dimensions", "context", "image", "runtimes", "licence", "cached"]
+    assert header.split() == columns
+    *cells, cached = row.split()
+    assert cells == ["ViT-B-16-SigLIP::webli", "768", "64", "224", "torch", "Apache-2.0"]
+    assert cached in ("yes", "no")
+
+
+def test_a_trainers_checkpoint_is_served_by_its_path(tmp_path: Path) -> None:
+    """The same vectors as from the weights themselves, in both runtimes."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("open_clip")
+    from clip_server.runtimes.torch import TorchRuntime
+
+    model = seeded.open_clip_model(seeded.SMALL_VIT)
+    file = tmp_path / "epoch_10.pt"
+    tensors = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 10, "name": "mine", "state_dict": tensors}, file)
+    seeded.describe(tmp_path, seeded.SMALL_VIT)
+    pixels = seeded.random_pixels(seeded.SMALL_VIT, 2)
+    tokens = seeded.random_tokens(seeded.SMALL_VIT, 2, longest=9)
+    for runtime in (TorchRuntime.load(str(file)), OnnxRuntime.load(str(file))):
+        assert runtime.card.name == "epoch_10"
+        assert runtime.card.logit_scale == pytest.approx(model.logit_scale.exp().item())
+        images, texts = runtime.encode_image(pixels), runtime.encode_text(tokens[:, :9])
+        assert seeded.relative(images, seeded.reference_images(model, pixels)) < 1e-4
+        assert seeded.relative(texts, seeded.reference_texts(model, tokens)) < 1e-4
+
+
+def test_a_path_of_nothing_is_an_unknown_name() -> None:
+    with pytest.raises(UnknownModelError, match="no model is named '/no/such/folder'"):
+        zoo.resolve("/no/such/folder")
