@@ -98,9 +98,8 @@ class OnnxRuntime:
             tokens = np.pad(tokens, ((0, 0), (0, missing)), constant_values=self.card.text.pad_id)
         # In order, as many neighbours as can be begin alike; see `layout.of_texts`.
         order = np.lexsort(tokens.T[::-1])
-        embeddings = np.empty((len(tokens), self.card.dim), dtype=np.float32)
-        embeddings[order] = self._textual.run(tokens[order])
-        return embeddings
+        embeddings = self._textual.run(tokens[order])
+        return embeddings[np.argsort(order)]
 
 
 def has_graphs(model_path: str | Path | None) -> bool:
