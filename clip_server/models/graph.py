@@ -25,7 +25,7 @@ from clip_server.models import bert_graph
 from clip_server.models.attention import Attention, head
 from clip_server.models.bert import BertTower, Shapes
 from clip_server.models.card import ImageSpec, Precision
-from clip_server.models.layout import Layout, of_first_positions, of_texts
+from clip_server.models.layout import Layout, of_first_positions, of_padded_texts, of_texts
 from clip_server.models.nodes import EPSILON, KINDS, Graph, Weights
 
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
@@ -60,11 +60,18 @@ def build_visual(
 
 
 def build_textual(
-    config: Mapping[str, Any], tensors: Weights, *, precision: Precision = "fp32"
+    config: Mapping[str, Any],
+    tensors: Weights,
+    *,
+    precision: Precision = "fp32",
+    packed: bool = True,
 ) -> onnx.ModelProto:
     """The text tower: `tokens` int32 [B, L], any L up to the context, to `embedding` [B, D].
 
-    Arguments and errors are those of `build_visual`.
+    packed: a causal tower leaves out what cannot count, so that shapes depend on the texts
+        (see `layout.of_texts`); else it computes every position.
+
+    Other arguments and errors are those of `build_visual`.
     """
     text = _text(config)
     if isinstance(text, BertTower):
@@ -72,7 +79,7 @@ def build_textual(
         embedding = bert_graph.text_transformer(graph, text)
     else:
         graph = _graph("textual", config, tensors, precision)
-        embedding = _text_transformer(graph, text)
+        embedding = _text_transformer(graph, text, packed)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
     return graph.finished(source, embedding, config["embed_dim"])
 
@@ -341,8 +348,8 @@ def _cropped(graph: Graph, wanted: int, size: int) -> str:
     return graph.op("Slice", "pixels", starts, ends, axes, name="pixels.cropped")
 
 
-def _text_transformer(graph: Graph, tower: _TextTransformer) -> str:
-    layout = of_texts(graph)
+def _text_transformer(graph: Graph, tower: _TextTransformer, packed: bool) -> str:
+    layout = of_texts(graph) if packed else of_padded_texts(graph)
     table = graph.weight("token_embedding.weight")
     states = graph.lookup("token_embedding", table, layout.tokens)
     positions = graph.floats("positional_embedding", graph.weight("positional_embedding"))
