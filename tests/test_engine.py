@@ -22,7 +22,7 @@ from clip_server.models.tokenizer import tokenizer_for
 class CountingRuntime:
     """Embeds a text as its tokens' sum, a picture as its mean; keeps the shapes it was given."""
 
-    name, device, dtype = "counting", "cpu", "fp32"
+    name, device, dtype, halved_batches = "counting", "cpu", "fp32", 0
 
     def __init__(self, seconds: float = 0.0, concurrent: bool = False) -> None:
         self.card = zoo.resolve("embedded")

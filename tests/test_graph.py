@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import seeded
+from cn_clip_reference import drawn
 
 from clip_server.errors import ConfigurationError
 from clip_server.models import graph
@@ -51,6 +53,27 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
                 assert seeded.relative(found, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", SMALL)
+def test_padded_texts_have_the_vectors_of_packed_ones(name: str, precision: Precision) -> None:
+    config = SMALL[name]
+    tensors = drawn(graph.tensor_shapes(config))
+    models = [
+        graph.build_textual(config, tensors, precision=precision, packed=packed)
+        for packed in (True, False)
+    ]
+    # What makes shapes depend on the texts.
+    assert ["NonZero" in {node.op_type for node in model.graph.node} for model in models] == [
+        *(True, False)
+    ]
+    packed, padded = map(session, models)
+    for batch, longest in ((1, 2), (3, 9), (5, 20)):
+        for length in {longest, 20}:
+            feed = {"tokens": seeded.random_tokens(config, batch, longest)[:, :length]}
+            (expected,), (found,) = packed.run(None, feed), padded.run(None, feed)
+            assert seeded.relative(found, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_tensor_shapes_are_those_of_open_clip(name: str) -> None:
     pytest.importorskip("open_clip")
@@ -61,6 +84,12 @@ def test_tensor_shapes_are_those_of_open_clip(name: str) -> None:
         if not name.endswith("num_batches_tracked")
     }
     assert graph.tensor_shapes(SMALL[name]) == expected
+
+
+def session(model: onnx.ModelProto) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
 def random_tensors(config: dict[str, Any]) -> dict[str, Any]:

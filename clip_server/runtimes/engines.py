@@ -130,7 +130,8 @@ def build(
     Raises:
         ConfigurationError: the library is missing, has no GPU and needs one, or cannot build it.
     """
-    trt, log = library(), _log()
+    trt = library()
+    log = _log(trt)
     with _explained(log, "TensorRT cannot build the engine"):
         builder = trt.Builder(log)
         if threads:
@@ -152,10 +153,8 @@ def build(
 
 
 def _parse(parser: Any, graph: Path | bytes) -> None:
-    if isinstance(graph, Path):
-        read = parser.parse_from_file(str(graph))
-    else:
-        read = parser.parse(graph)
+    in_file = isinstance(graph, Path)
+    read = parser.parse_from_file(str(graph)) if in_file else parser.parse(graph)
     if not read:
         reasons = (parser.get_error(index).desc() for index in range(parser.num_errors))
         raise RuntimeError("; ".join(reasons))
@@ -246,7 +245,7 @@ def _head(key: Key, engine: bytes) -> bytes:
 
 def errors() -> str:
     """What the library last said of errors, one after the other; empty where it said none."""
-    return "; ".join(_log().errors)
+    return "; ".join(_log(library()).errors)
 
 
 def load(engine: bytes, name: str) -> Any:
@@ -255,7 +254,8 @@ def load(engine: bytes, name: str) -> Any:
     Raises:
         WeightsError: it is damaged, or was built by another version or for another GPU.
     """
-    trt, log = library(), _log()
+    trt = library()
+    log = _log(trt)
     log.errors.clear()
     loaded = trt.Runtime(log).deserialize_cuda_engine(engine)
     if loaded is None:
@@ -298,9 +298,8 @@ def _strongly_typed(trt: Any) -> int:
 
 
 @cache
-def _log() -> Any:
+def _log(trt: Any) -> Any:
     """The one log that the library asks for. errors: the last it was told of."""
-    trt = library()
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
