@@ -24,6 +24,8 @@ class Runtime(Protocol):
     device: where it really runs, e.g. `cpu` or `cuda:0`.
     dtype: of the weights, e.g. `fp32`.
     concurrent: whether two threads may call its methods at once, and both get on.
+    overlaps: whether the next full batch may come while one is computed, since its copy to the
+        device takes place meanwhile. For those that are concurrent.
     halved_batches: those that a GPU had no memory for, and that were computed in halves.
     """
 
@@ -31,6 +33,7 @@ class Runtime(Protocol):
     device: str
     dtype: str
     concurrent: bool
+    overlaps: bool
     card: ModelCard
 
     @property

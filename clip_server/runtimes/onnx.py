@@ -34,6 +34,7 @@ class OnnxRuntime:
     """CLIP's two towers as onnxruntime sessions; see `Runtime` for the methods."""
 
     name = "onnx"
+    overlaps = False
     halved_batches = 0
 
     def __init__(

@@ -33,8 +33,9 @@ class TensorrtRuntime:
     """CLIP's two towers as TensorRT engines; see `Runtime` for the methods."""
 
     name = "tensorrt"
-    # While one batch is computed, another is copied.
     concurrent = True
+    # Each thread has a stream of its own.
+    overlaps = True
 
     def __init__(
         self, card: ModelCard, visual: EngineTower, textual: EngineTower, device: str, dtype: str

@@ -47,6 +47,7 @@ class TorchRuntime:
     """CLIP's two towers as torch modules; see `Runtime` for the methods."""
 
     name = "torch"
+    overlaps = False
 
     def __init__(
         self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, dtype: str
