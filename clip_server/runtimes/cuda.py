@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
 
-_EXTRA = "pycuda is not installed: pip install 'clip-server[tensorrt]' builds it, with CUDA's nvcc"
+_EXTRA = (
+    "pycuda cannot be imported: pip install 'clip-server[tensorrt]' builds it, with CUDA's nvcc"
+)
 
 
 class OutOfMemory(Exception):
@@ -31,13 +33,14 @@ class Gpu:
     """
 
     def __init__(self, index: int = 0) -> None:
-        self.driver = _driver()
+        # First: without NVIDIA's driver pycuda, too, cannot be imported.
         count = device_count()
         if count <= index:
             raise ConfigurationError(
                 f"device 'cuda:{index}' cannot be used: {count} NVIDIA GPUs can be seen "
                 "on this machine"
             )
+        self.driver = _driver()
         self.driver.init()
         device = self.driver.Device(index)
         capability = ".".join(map(str, device.compute_capability()))
@@ -108,5 +111,5 @@ def _driver() -> Any:
     try:
         import pycuda.driver
     except ImportError as error:
-        raise ConfigurationError(_EXTRA) from error
+        raise ConfigurationError(f"{_EXTRA} ({error})") from error
     return pycuda.driver

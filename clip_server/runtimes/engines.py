@@ -132,7 +132,7 @@ def build(
     """
     trt = library()
     log = _log(trt)
-    with _explained(log, "TensorRT cannot build the engine"):
+    with _explained("TensorRT cannot build the engine"):
         builder = trt.Builder(log)
         if threads:
             builder.max_threads = threads
@@ -243,9 +243,10 @@ def _head(key: Key, engine: bytes) -> bytes:
     return f"{key.digest} {blake2b(engine, digest_size=16).hexdigest()}".encode()
 
 
-def errors() -> str:
-    """What the library last said of errors, one after the other; empty where it said none."""
-    return "; ".join(_log(library()).errors)
+def take_errors() -> str:
+    """What the library said of errors since this was last asked; empty where it said none."""
+    errors = _log(library()).errors
+    return "; ".join(errors.popleft() for _ in range(len(errors)))
 
 
 def load(engine: bytes, name: str) -> Any:
@@ -255,14 +256,12 @@ def load(engine: bytes, name: str) -> Any:
         WeightsError: it is damaged, or was built by another version or for another GPU.
     """
     trt = library()
-    log = _log(trt)
-    log.errors.clear()
-    loaded = trt.Runtime(log).deserialize_cuda_engine(engine)
+    take_errors()
+    loaded = trt.Runtime(_log(trt)).deserialize_cuda_engine(engine)
     if loaded is None:
-        said = f": {errors()}" if log.errors else ""
         raise WeightsError(
             f"{name} is no engine that {version()} can run on this GPU; build it again, with "
-            f"python -m clip_server.convert --to tensorrt{said}"
+            f"python -m clip_server.convert --to tensorrt ({take_errors()})"
         )
     return loaded
 
@@ -281,14 +280,13 @@ def teller(what: str) -> Tell:
 
 
 @contextmanager
-def _explained(log: Any, what: str) -> Iterator[None]:
+def _explained(what: str) -> Iterator[None]:
     """What fails inside fails as a ConfigurationError, with what the library said about it."""
-    log.errors.clear()
+    take_errors()
     try:
         yield
     except Exception as error:  # the library's have no class of their own
-        said = "; ".join(dict.fromkeys([str(error), *log.errors]))
-        raise ConfigurationError(f"{what} ({version()}): {said}") from error
+        raise ConfigurationError(f"{what} ({version()}): {error}; {take_errors()}") from error
 
 
 def _strongly_typed(trt: Any) -> int:

@@ -223,13 +223,15 @@ class _Lane:
         fed = self._fed.reserve(shape)
         fed[: len(batch)] = batch
         fed[len(batch) :] = 0
-        context.set_input_shape(self._source, shape)
+        engines.take_errors()
+        if not context.set_input_shape(self._source, shape):
+            raise RuntimeError(f"the engine takes no batch of shape {shape}")
         read = self._read.reserve(tuple(context.get_tensor_shape(self._target)))
         context.set_tensor_address(self._source, self._fed.address)
         context.set_tensor_address(self._target, self._read.address)
         self._fed.upload(fed, stream)
         if not context.execute_async_v3(stream.handle):
-            said = engines.errors() or "TensorRT could not compute the batch"
+            said = engines.take_errors() or "TensorRT could not compute the batch"
             raise OutOfMemory(said) if "memory" in said else RuntimeError(said)
         self._read.download(read, stream)
         stream.synchronize()
