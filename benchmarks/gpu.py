@@ -31,7 +31,7 @@ from clip_server.runtimes.base import load_checkpoint
 # The source of truth for vectors, and the cosine that each precision has to reach with it.
 SOURCE = "torch fp32"
 LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99}
-TEXTS, LEAST_RUNS = 1024, 3
+LEAST_RUNS = 3
 BEST = "tensorrt fp16"
 
 Work = Callable[[Contestant], int]
@@ -43,7 +43,7 @@ def main() -> int:
     options = _parser().parse_args()
     checkpoint = options.model_path or workload.checkpoint()
     contestants = _loaded(options, checkpoint)
-    works = _works(checkpoint, options.batches)
+    works = _works(checkpoint, options)
     near = _report_parity(contestants, checkpoint)
     rates = _measured(contestants, works, options.rounds, options.seconds)
     for each in contestants.values():
@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[1, 8, 32, 128],
         help="1,8,32,128 by default",
     )
+    parser.add_argument("--texts", type=int, default=1024, help="of a run end to end; 1024")
+    parser.add_argument("--photos", type=int, default=96, help="of a run end to end; 96")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1, help="of each measurement")
     parser.add_argument("--only", help="contestants, such as 'torch fp32,tensorrt fp16'")
@@ -97,15 +99,16 @@ def _loaded(options: argparse.Namespace, checkpoint: Path) -> dict[str, Contesta
     return found
 
 
-def _works(checkpoint: Path, batches: list[int]) -> dict[str, Work]:
+def _works(checkpoint: Path, options: argparse.Namespace) -> dict[str, Work]:
     """What is measured. Each does a piece of work once, and says of how many items."""
     card, _ = load_checkpoint("", checkpoint)
     tokenizer = tokenizer_for(card.text)
-    texts = list(itertools.islice(captions(seed=0), TEXTS))
-    photos = [file.read_bytes() for file in sorted(workload.photos().glob("*.jpg"))]
+    texts = list(itertools.islice(captions(seed=0), options.texts))
+    pictures = itertools.islice(workload.pictures(workload.PHOTO_SIZE), options.photos)
+    photos = [workload.jpeg(each, workload.PHOTO_QUALITY, "4:2:0") for each in pictures]
     rng, size = np.random.default_rng(0), card.image.size
     works: dict[str, Work] = {}
-    for batch in batches:
+    for batch in options.batches:
         pixels = rng.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
         chosen = list(itertools.islice(itertools.cycle(texts), batch))
         tokens = pad([tokenizer.encode(text) for text in chosen], tokenizer.spec)

@@ -178,10 +178,11 @@ class EngineTower:
         with self._gpu.active():
             # As many lanes as threads have ever called at once.
             lane = self._idle.pop() if self._idle else self._new_lane()
-            # One that fails is not used again.
-            embeddings = lane.run(index, batch, max(len(batch), least[0]))
-            self._idle.append(lane)
-        return embeddings
+            try:
+                return lane.run(index, batch, max(len(batch), least[0]))
+            finally:
+                # Whatever came of it: pycuda cannot free memory where no context is active.
+                self._idle.append(lane)
 
     def _new_lane(self) -> _Lane:
         context = self._engine.create_execution_context()
