@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -55,23 +55,31 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", SMALL)
-def test_padded_texts_have_the_vectors_of_packed_ones(name: str, precision: Precision) -> None:
+def test_graphs_for_tensorrt_give_the_same_vectors(name: str, precision: Precision) -> None:
     config = SMALL[name]
     tensors = drawn(graph.tensor_shapes(config))
-    models = [
-        graph.build_textual(config, tensors, precision=precision, packed=packed)
-        for packed in (True, False)
+    ours, theirs = (
+        (
+            graph.build_visual(config, tensors, ImageSpec(64), precision=precision, target=target),
+            graph.build_textual(config, tensors, precision=precision, target=target),
+        )
+        for target in get_args(graph.Target)
+    )
+    for model in theirs:
+        assert "NonZero" not in {node.op_type for node in model.graph.node}
+        takers = [node.op_type for node in model.graph.node if "pixels" in node.input]
+        assert set(takers) <= {"Cast", "Shape"}
+    pixels = {"pixels": seeded.random_pixels(config, 3)}
+    texts = [
+        {"tokens": seeded.random_tokens(config, batch, longest)[:, :length]}
+        for batch, longest in ((1, 2), (3, 9), (5, 20))
+        for length in {longest, 20}
     ]
-    # What makes shapes depend on the texts.
-    assert ["NonZero" in {node.op_type for node in model.graph.node} for model in models] == [
-        *(True, False)
-    ]
-    packed, padded = map(session, models)
-    for batch, longest in ((1, 2), (3, 9), (5, 20)):
-        for length in {longest, 20}:
-            feed = {"tokens": seeded.random_tokens(config, batch, longest)[:, :length]}
-            (expected,), (found,) = packed.run(None, feed), padded.run(None, feed)
-            assert seeded.relative(found, expected) < TOLERANCE
+    for feeds, *models in zip(([pixels], texts), ours, theirs, strict=True):
+        expected, found = map(session, models)
+        for feed in feeds:
+            pair = found.run(None, feed)[0], expected.run(None, feed)[0]
+            assert seeded.relative(*pair) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -64,7 +64,7 @@ class OnnxWriter:
     """Graphs built from the weights, or of other architectures exported from torch."""
 
     executor = "clip_onnx"
-    packed = True
+    target: graph.Target = "onnxruntime"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         self._card, self._tensors, self._precision = card, tensors, precision
@@ -83,11 +83,12 @@ class OnnxWriter:
         return self._built(tower) if built else self._exported(tower)
 
     def _built(self, tower: Tower) -> onnx.ModelProto:
-        card, tensors, precision = self._card, self._tensors, self._precision
+        card, tensors = self._card, self._tensors
         weights.check(tensors, graph.tensor_shapes(card.config))
+        kind: Any = {"precision": self._precision, "target": self.target}
         if tower == "image":
-            return graph.build_visual(card.config, tensors, card.image, precision=precision)
-        return graph.build_textual(card.config, tensors, precision=precision, packed=self.packed)
+            return graph.build_visual(card.config, tensors, card.image, **kind)
+        return graph.build_textual(card.config, tensors, **kind)
 
     def _exported(self, tower: Tower) -> onnx.ModelProto:
         modules = self._modules
@@ -108,7 +109,7 @@ class TensorrtWriter(OnnxWriter):
     """Engines of the same graphs, for the GPU that is here, or any where there is none."""
 
     executor = "clip_tensorrt"
-    packed = False
+    target = "tensorrt"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         tensorrt_runtime.check_precision(precision)

@@ -277,12 +277,13 @@ def _built(
 
     card, tensors = load_checkpoint(name, model_path)
     weights.check(tensors, graph.tensor_shapes(card.config))
+    kind: Any = {"precision": precision, "target": "tensorrt"}
     plans = {}
     for tower in TOWERS:
         if tower == "image":
-            model = graph.build_visual(card.config, tensors, card.image, precision=precision)
+            model = graph.build_visual(card.config, tensors, card.image, **kind)
         else:
-            model = graph.build_textual(card.config, tensors, precision=precision, packed=False)
+            model = graph.build_textual(card.config, tensors, **kind)
         plans[tower] = (
             f"the {tower} engine of {card.name}",
             engines.engine_of(
