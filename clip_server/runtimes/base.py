@@ -74,8 +74,8 @@ def load_checkpoint(
 def normalized(pixels: NDArray[np.uint8], image: ImageSpec) -> NDArray[np.float32]:
     """Pixels 0..255 in the float range of a tower that does not normalise them itself."""
     mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (image.mean, image.std))
-    values: NDArray[np.float32] = (pixels.astype(np.float32) / 255 - mean) / std
-    return values
+    values = (pixels.astype(np.float32) / 255 - mean) / std
+    return values.astype(np.float32, copy=False)
 
 
 class Halving:

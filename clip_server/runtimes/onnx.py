@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,11 @@ def _built(
 
     def graphs() -> Iterator[Path | bytes]:
         """Each when it is asked for: with its weights in it, it is large."""
-        for tower in (
-            lambda: graph.build_visual(card.config, tensors, card.image, precision=precision),
-            lambda: graph.build_textual(card.config, tensors, precision=precision),
+        for build in (
+            partial(graph.build_visual, card.config, tensors, card.image),
+            partial(graph.build_textual, card.config, tensors),
         ):
-            with onnx_file.packed(tower()) as packed:
+            with onnx_file.packed(build(precision=precision)) as packed:
                 yield packed
             del packed  # or it would be in memory beside the next one
 
