@@ -75,7 +75,8 @@ class AsClipAsService:
 
     def __init__(self, dtype: str, device: str, checkpoint: Path) -> None:
         import torch
-        from open_clip.model import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        from open_clip.model import CLIP
         from open_clip.tokenizer import SimpleTokenizer
         from open_clip.transform import image_transform
 

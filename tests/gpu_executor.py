@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from slow_executor import CLIPEncoder as SlowEncoder
 from slow_executor import SlowRuntime
@@ -15,5 +16,5 @@ class CLIPEncoder(SlowEncoder):
 
     @classmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> SlowRuntime:
-        print(f"sees GPU {os.environ['CUDA_VISIBLE_DEVICES']}.", flush=True)
+        print(f"sees GPU {os.environ['CUDA_VISIBLE_DEVICES']}.", file=sys.stderr, flush=True)
         return super().build_runtime(parameters, threads)
