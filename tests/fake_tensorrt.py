@@ -24,11 +24,12 @@ _DTYPES = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(float)"
 
 class FakeGpu:
     """What the fakes share. capacity: bytes that one allocation may have. contexts: made so far.
-    builds: engines built so far. depth: of pushed contexts."""
+    builds: engines built so far. depth: of pushed contexts. opened: whether the GPU is in use."""
 
     def __init__(self) -> None:
         self.capacity = 1 << 40
         self.contexts = self.builds = self.depth = 0
+        self.opened = False
         self.memory: dict[int, NDArray[np.uint8]] = {}
 
 
@@ -85,6 +86,7 @@ def _driver(gpu: FakeGpu) -> Any:
             return 9, 0
 
         def retain_primary_context(self) -> Context:
+            gpu.opened = True
             return Context()
 
     def upload(target: Allocation, source: NDArray[Any], stream: Any) -> None:
@@ -214,6 +216,7 @@ def _library(gpu: FakeGpu) -> Any:
             return profile
 
         def build_serialized_network(self, network: Any, config: Any) -> bytes:
+            assert gpu.depth or not gpu.opened, "no context is active"
             gpu.builds += 1
             return pickle.dumps((network.graph, config.profiles))
 

@@ -77,7 +77,8 @@ class TensorrtRuntime:
             plans = {tower: (str(file), file.read_bytes()) for tower, file in folder.items()}
         else:
             dtype = precision = check_precision(dtype)
-            card, plans = _built(name, model_path, precision, gpu, batch, threads)
+            with gpu.active():  # kernels are chosen by timing them on it
+                card, plans = _built(name, model_path, precision, gpu.name, batch, threads)
         visual, textual = (EngineTower(gpu, plan, origin) for origin, plan in plans.values())
         return cls(card, visual, textual, gpu.device, dtype)
 
@@ -263,7 +264,7 @@ def _built(
     name: str,
     model_path: str | Path | None,
     precision: Precision,
-    gpu: Gpu,
+    gpu: str,
     batch: int,
     threads: int | None,
 ) -> tuple[ModelCard, dict[Tower, tuple[str, bytes]]]:
@@ -286,8 +287,6 @@ def _built(
             model = graph.build_textual(card.config, tensors, **kind)
         plans[tower] = (
             f"the {tower} engine of {card.name}",
-            engines.engine_of(
-                model, card, tower, precision, gpu.name, batch=batch, threads=threads
-            ),
+            engines.engine_of(model, card, tower, precision, gpu, batch=batch, threads=threads),
         )
     return card, plans
