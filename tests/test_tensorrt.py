@@ -308,6 +308,13 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(caches: Path) -> None:
     assert not list(caches.rglob("*.engine"))
 
 
+def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigurationError, match=r"cannot be kept in .*XDG_CACHE_HOME"):
+        engines.cached(KEY, lambda: b"engine", lambda _: None)
+
+
 # --- what is missing is said
 
 

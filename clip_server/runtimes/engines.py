@@ -26,8 +26,6 @@ from clip_server.models.card import ModelCard, Precision
 from clip_server.models.converted import Tower
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-# What an engine is built for where there is no GPU: all that the library knows.
-ANY_GPU = "any"
 # Texts of about one length are computed by kernels that were chosen for it.
 _LENGTHS = (16, 32)
 # Part of every key: an engine that was built in another way is stale.
@@ -63,7 +61,7 @@ class Key:
 
     graph: a hash of the graph and its weights.
     library: and its version.
-    gpu: its name and compute capability, or `any`.
+    gpu: its name and compute capability.
     """
 
     graph: str
@@ -195,19 +193,28 @@ def cached(key: Key, make: Callable[[], bytes], tell: Tell) -> bytes:
     """The engine of a key, built with `make` unless it is in the cache as it was written.
 
     Replicas that start together build it once.
+
+    Raises:
+        ConfigurationError: it cannot be built, or cannot be kept.
     """
     from filelock import FileLock
 
     path = folder() / f"{key.digest}.engine"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if (engine := read(path, key)) is not None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if (engine := read(path, key)) is not None:
+                return engine
+            start = time.perf_counter()
+            engine = make()
+            tell(f"built in {time.perf_counter() - start:.1f} s, and kept in {path}")
+            write(path, key, engine)
             return engine
-        start = time.perf_counter()
-        engine = make()
-        tell(f"built in {time.perf_counter() - start:.1f} s, and kept in {path}")
-        write(path, key, engine)
-        return engine
+    except OSError as error:
+        raise ConfigurationError(
+            f"the engine cannot be kept in {path.parent}: {error}; "
+            "set XDG_CACHE_HOME to another place"
+        ) from error
 
 
 def folder() -> Path:
@@ -246,7 +253,9 @@ def _head(key: Key, engine: bytes) -> bytes:
 def take_errors() -> str:
     """What the library said of errors since this was last asked; empty where it said none."""
     errors = _log(library()).errors
-    return "; ".join(errors.popleft() for _ in range(len(errors)))
+    said = "; ".join(errors.copy())  # another thread may add to them
+    errors.clear()
+    return said
 
 
 def load(engine: bytes, name: str) -> Any:
