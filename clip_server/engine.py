@@ -248,8 +248,8 @@ class Engine:
         ready = self._ready_texts or self._ready_pictures
         if ready and not self._main.busy:
             self._infer(self._main, self._next_batch())
-        if ready and self._main.bulk and not self._express.busy and self.runtime.concurrent:
-            self._infer(self._express, self._next_small_batch())
+        if ready and self._main.busy and not self._express.busy and self.runtime.concurrent:
+            self._infer(self._express, self._next_beside())
 
     def _next_to_decode(self) -> Job | None:
         """Whose picture is decoded next; for small requests there is always room."""
@@ -286,6 +286,14 @@ class Engine:
         leader = self._device_turns.next([*texts.jobs(), *pictures.jobs()])
         queue = texts if leader in texts.jobs() else pictures
         return queue.take(leader.minibatch_size, leader)
+
+    def _next_beside(self) -> list[Entry]:
+        """What goes to the device beside a batch: the next full one, where that is copied while
+        the first is computed; else a small request beside bulk."""
+        ready = max(len(self._ready_texts), len(self._ready_pictures))
+        if self.runtime.overlaps and ready >= self._minibatch_size:
+            return self._next_batch()
+        return self._next_small_batch() if self._main.bulk else []
 
     def _next_small_batch(self) -> list[Entry]:
         """What is ready of the smallest request, if it is a small one."""
@@ -333,7 +341,7 @@ class Engine:
         metrics = self.metrics
         metrics.batches += 1
         metrics.batched_items += count
-        metrics.express_batches += lane is self._express
+        metrics.express_batches += lane is self._express and not lane.bulk
         if pictures:
             metrics.images += count
         else:

@@ -24,7 +24,7 @@ ALL_INTERFACES = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
 
 _EXECUTORS = "clip_server.executors."
-_EXTRAS = {"clip_onnx": "onnx", "clip_torch": "torch"}
+_EXTRAS = {"clip_onnx": "onnx", "clip_tensorrt": "tensorrt", "clip_torch": "torch"}
 # Written under `with:`, meant for the gateway.
 _GATEWAY_KEYS = (
     "port",

@@ -132,6 +132,7 @@ class Service:
         engine = self.engine
         return {
             **asdict(engine.metrics),
+            "halved_batches": engine.runtime.halved_batches,
             "cache_hits": engine.cache.hits,
             "cache_misses": engine.cache.misses,
             "cache_bytes": engine.cache.bytes,

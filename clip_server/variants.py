@@ -15,11 +15,13 @@ from clip_server.runtimes.base import Runtime
 _CLASSES = {
     "torch": ("clip_server.runtimes.torch", "TorchRuntime"),
     "onnx": ("clip_server.runtimes.onnx", "OnnxRuntime"),
+    "tensorrt": ("clip_server.runtimes.tensorrt", "TensorrtRuntime"),
 }
-
+# Those that run on every machine.
+_DEFAULT = ("torch", "onnx")
 
 # The runtime of what `clip_server.convert` writes.
-_RUNTIMES = {"onnx": "onnx", "torchscript": "torch"}
+_RUNTIMES = {"onnx": "onnx", "torchscript": "torch", "tensorrt": "tensorrt"}
 
 
 class Variant(NamedTuple):
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         type=_runtimes,
         metavar="NAME,...",
-        help=f"of {', '.join(_CLASSES)}; all by default",
+        help=f"of {', '.join(_CLASSES)}; {' and '.join(_DEFAULT)} by default",
     )
     parser.add_argument(
         "--dtype",
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen(options: argparse.Namespace) -> list[Variant]:
     """Every runtime asked for in every precision asked for."""
-    runtimes = options.runtime or _CLASSES
+    runtimes = options.runtime or _DEFAULT
     return [Variant(runtime, dtype) for runtime in runtimes for dtype in options.dtype]
 
 

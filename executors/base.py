@@ -40,8 +40,9 @@ class EncoderParameters:
     name: of the model.
     device: `cpu`, `cuda`, `cuda:1`; None: the best there is.
     jit: torch only: the towers compiled by TorchScript.
-    dtype: of the weights; None: fp32.
-    model_path: a local checkpoint, or for ONNX a folder of `visual.onnx` and `textual.onnx`.
+    dtype: of the weights; None: fp32, for TensorRT fp16.
+    model_path: a local checkpoint, or a folder with what the runtime takes instead: for ONNX
+        `visual.onnx` and `textual.onnx`.
     num_worker_preprocess: threads that tokenize and decode.
     minibatch_size: items the model takes at once.
     access_paths: which documents are encoded: `@r` those sent, `@c` their chunks, `@m` their

@@ -16,6 +16,8 @@ SMALL_VIT = {
     "vision_cfg": {"image_size": 64, "layers": 3, "width": 128, "patch_size": 16},
     "text_cfg": SMALL_TEXT,
 }
+# With CLIP's own tokens.
+SMALL_CLIP = SMALL_VIT | {"text_cfg": SMALL_TEXT | {"vocab_size": 49408, "context_length": 77}}
 SMALL_GELU = SMALL_VIT | {"quick_gelu": False}
 SMALL_RESNET = {
     "embed_dim": 32,

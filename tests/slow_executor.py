@@ -19,6 +19,7 @@ class SlowRuntime:
     """See `Runtime`."""
 
     name, device, dtype, concurrent = "slow", "cpu", "fp32", False
+    overlaps, halved_batches = False, 0
 
     def __init__(self) -> None:
         self.card = zoo.resolve("embedded")

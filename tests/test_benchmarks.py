@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import free_ports
+import seeded
+from conftest import free_ports, needs_torch
 
 ROOT = Path(__file__).parents[1]
+
+
+@needs_torch
+def test_the_gpu_benchmark_can_be_tried_without_one(tmp_path: Path) -> None:
+    """All who can run on a CPU are compared, measured and put in a table."""
+    model = seeded.save(seeded.open_clip_model(seeded.SMALL_CLIP), tmp_path, seeded.SMALL_CLIP)
+    little = "--batches 1,2 --texts 32 --photos 2 --rounds 1 --seconds 0.01"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--json", "found.json"),
+            *("--model-path", str(model), *little.split()),
+        ],
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    rates = json.loads((tmp_path / "found.json").read_text())
+    assert list(rates["end to end, photos"]) == ["torch fp32", "onnx fp32", "clip-as-service"]
+    assert all(rate > 0 for row in rates.values() for (rate,) in row.values())
+    assert len(rates) == 6
+    (heading,) = re.findall(r"^\| least cosine with torch fp32 .*", done.stdout, re.MULTILINE)
+    assert heading
+    assert done.stdout.count("not measured") == 6
 
 
 @pytest.mark.slow

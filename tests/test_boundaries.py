@@ -104,6 +104,7 @@ FRAMEWORKS = {
     "onnx": ["clip_server.models.graph", "clip_server.models.bert_graph",
              "clip_server.models.layout", "clip_server.models.nodes",
              "clip_server.models.onnx_file", "clip_server.convert"],
+    "pycuda": ["clip_server.runtimes.cuda"],
     "onnxscript": ["clip_server.convert.export"],
 }  # fmt: skip
 

@@ -199,7 +199,6 @@ def test_one_tower_and_then_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["embedded", "--to", "tensorrt"], "there is no TensorRT runtime yet"),
         (["embedded", "--to", "torchscript", "--precision", "int8"], "TorchScript has no int8"),
         (["embedded", "--context-length", "78"], "may be 3 to 77, not 78"),
         (["ViT-B-99"], "no model is named 'ViT-B-99'"),

@@ -22,16 +22,22 @@ from clip_server.models.tokenizer import tokenizer_for
 class CountingRuntime:
     """Embeds a text as its tokens' sum, a picture as its mean; keeps the shapes it was given."""
 
-    name, device, dtype = "counting", "cpu", "fp32"
+    name, device, dtype, halved_batches = "counting", "cpu", "fp32", 0
 
-    def __init__(self, seconds: float = 0.0, concurrent: bool = False) -> None:
+    def __init__(
+        self, seconds: float = 0.0, concurrent: bool = False, overlaps: bool = False
+    ) -> None:
         self.card = zoo.resolve("embedded")
-        self.seconds, self.concurrent = seconds, concurrent
+        self.seconds, self.concurrent, self.overlaps = seconds, concurrent, overlaps
+        self.inside = self.most_inside = 0  # calls at the same time
         self.texts: list[tuple[int, ...]] = []
         self.images: list[tuple[int, ...]] = []
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        self.inside += 1
+        self.most_inside = max(self.inside, self.most_inside)
         time.sleep(self.seconds)
+        self.inside -= 1
         self.texts.append(tokens.shape)
         return self._rows(tokens.sum(1))
 
@@ -54,10 +60,11 @@ def run(
     work: Callable[[Engine, CountingRuntime], Any],
     seconds: float = 0.0,
     concurrent: bool = False,
+    overlaps: bool = False,
     **options: Any,
 ) -> Any:
     async def main() -> Any:
-        runtime = CountingRuntime(seconds, concurrent)
+        runtime = CountingRuntime(seconds, concurrent, overlaps)
         engine = Engine(runtime, **options)
         try:
             return await asyncio.wait_for(work(engine, runtime), 60)
@@ -180,6 +187,17 @@ def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None
         assert not (await large).errors
 
     run(work, seconds=1.0, concurrent=True)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_next_full_batch_is_copied_while_one_is_computed(overlaps: bool) -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        await engine.encode(numbered(26))
+        assert runtime.most_inside == (2 if overlaps else 1)
+        assert sorted(shape[0] for shape in runtime.texts) == [2, 8, 8, 8]
+        assert engine.metrics.express_batches == 0
+
+    run(work, seconds=0.1, concurrent=True, overlaps=overlaps, minibatch_size=8)
 
 
 def test_what_is_under_way_is_not_computed_again() -> None:

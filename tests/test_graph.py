@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import seeded
+from cn_clip_reference import drawn
 
 from clip_server.errors import ConfigurationError
 from clip_server.models import graph
@@ -51,6 +53,35 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
                 assert seeded.relative(found, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", SMALL)
+def test_graphs_for_tensorrt_give_the_same_vectors(name: str, precision: Precision) -> None:
+    config = SMALL[name]
+    tensors = drawn(graph.tensor_shapes(config))
+    ours, theirs = (
+        (
+            graph.build_visual(config, tensors, ImageSpec(64), precision=precision, target=target),
+            graph.build_textual(config, tensors, precision=precision, target=target),
+        )
+        for target in get_args(graph.Target)
+    )
+    for model in theirs:
+        assert "NonZero" not in {node.op_type for node in model.graph.node}
+        takers = [node.op_type for node in model.graph.node if "pixels" in node.input]
+        assert set(takers) <= {"Cast", "Shape"}
+    pixels = {"pixels": seeded.random_pixels(config, 3)}
+    texts = [
+        {"tokens": seeded.random_tokens(config, batch, longest)[:, :length]}
+        for batch, longest in ((1, 2), (3, 9), (5, 20))
+        for length in {longest, 20}
+    ]
+    for feeds, *models in zip(([pixels], texts), ours, theirs, strict=True):
+        expected, found = map(session, models)
+        for feed in feeds:
+            pair = found.run(None, feed)[0], expected.run(None, feed)[0]
+            assert seeded.relative(*pair) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_tensor_shapes_are_those_of_open_clip(name: str) -> None:
     pytest.importorskip("open_clip")
@@ -61,6 +92,12 @@ def test_tensor_shapes_are_those_of_open_clip(name: str) -> None:
         if not name.endswith("num_batches_tracked")
     }
     assert graph.tensor_shapes(SMALL[name]) == expected
+
+
+def session(model: onnx.ModelProto) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
 def random_tensors(config: dict[str, Any]) -> dict[str, Any]:

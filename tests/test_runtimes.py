@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.models import zoo
+from clip_server.runtimes import cuda
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
 
@@ -203,12 +203,11 @@ class FakeOnnxRuntime:
 
 
 def test_a_cuda_that_falls_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("clip_server.runtimes.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", FakeOnnxRuntime())
-    monkeypatch.setattr(module, "_cuda_device_count", lambda: 0)
+    monkeypatch.setattr(cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigurationError, match="0 NVIDIA GPUs can be seen"):
         OnnxRuntime.load("embedded", device="cuda")
-    monkeypatch.setattr(module, "_cuda_device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigurationError, match="could not start CUDAExecutionProvider"):
         OnnxRuntime.load("embedded", device="cuda")
 

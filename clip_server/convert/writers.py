@@ -1,4 +1,5 @@
-"""The towers of a model as files that a runtime serves: ONNX graphs, or TorchScript."""
+"""The towers of a model as files that a runtime serves: ONNX graphs, TensorRT engines, or
+TorchScript."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from clip_server.errors import ConfigurationError
 from clip_server.models import weights
 from clip_server.models.card import ModelCard, Precision
 from clip_server.models.converted import Tower
+from clip_server.runtimes import cuda, engines
 from clip_server.runtimes import onnx as onnx_runtime
+from clip_server.runtimes import tensorrt as tensorrt_runtime
 
 try:
     import onnx
@@ -37,19 +40,21 @@ class Writer(Protocol):
         """Makes a tower's file."""
         ...
 
-    def open(self, path: Path) -> Encode:
-        """A tower's file as it is served."""
+    def open(self, path: Path) -> Encode | None:
+        """A tower's file as it is served; None where this machine has nothing to run it on."""
         ...
 
 
 def writer(to: str, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> Writer:
-    """The writer for `onnx` or `torchscript`.
+    """The writer for `onnx`, `tensorrt` or `torchscript`.
 
     Raises:
-        ConfigurationError: torch has not this precision, or is not installed.
+        ConfigurationError: what is to run it has not this precision, or is not installed.
     """
     if to == "onnx":
         return OnnxWriter(card, tensors, precision)
+    if to == "tensorrt":
+        return TensorrtWriter(card, tensors, precision)
     if precision == "int8":
         raise ConfigurationError("TorchScript has no int8: convert --to onnx")
     return TorchScriptWriter(card, tensors, precision)
@@ -59,25 +64,31 @@ class OnnxWriter:
     """Graphs built from the weights, or of other architectures exported from torch."""
 
     executor = "clip_onnx"
+    target: graph.Target = "onnxruntime"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         self._card, self._tensors, self._precision = card, tensors, precision
 
     def write(self, tower: Tower, path: Path) -> None:
         """See `Writer`."""
-        built = graph.builds(self._card.config)
-        onnx_file.save(self._built(tower) if built else self._exported(tower), path)
+        onnx_file.save(self.model(tower), path)
 
-    def open(self, path: Path) -> Encode:
+    def open(self, path: Path) -> Encode | None:
         """See `Writer`."""
         return onnx_runtime.open_tower(path)
 
+    def model(self, tower: Tower) -> onnx.ModelProto:
+        """A tower's graph."""
+        built = graph.builds(self._card.config)
+        return self._built(tower) if built else self._exported(tower)
+
     def _built(self, tower: Tower) -> onnx.ModelProto:
-        card, tensors, precision = self._card, self._tensors, self._precision
+        card, tensors = self._card, self._tensors
         weights.check(tensors, graph.tensor_shapes(card.config))
+        kind: Any = {"precision": self._precision, "target": self.target}
         if tower == "image":
-            return graph.build_visual(card.config, tensors, card.image, precision=precision)
-        return graph.build_textual(card.config, tensors, precision=precision)
+            return graph.build_visual(card.config, tensors, card.image, **kind)
+        return graph.build_textual(card.config, tensors, **kind)
 
     def _exported(self, tower: Tower) -> onnx.ModelProto:
         modules = self._modules
@@ -92,6 +103,29 @@ class OnnxWriter:
     @cached_property
     def _modules(self) -> Mapping[Tower, Any]:
         return _torch_towers(self._card, self._tensors)
+
+
+class TensorrtWriter(OnnxWriter):
+    """Engines of the same graphs, for the GPU that is here, or any where there is none."""
+
+    executor = "clip_tensorrt"
+    target = "tensorrt"
+
+    def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
+        tensorrt_runtime.check_precision(precision)
+        engines.library()
+        super().__init__(card, tensors, precision)
+
+    def write(self, tower: Tower, path: Path) -> None:
+        """See `Writer`."""
+        profiles = engines.profiles(self._card, tower, tensorrt_runtime.BATCH)
+        with onnx_file.packed(self.model(tower)) as packed:
+            engine = engines.build(packed, profiles, tell=engines.teller(path.name))
+        path.write_bytes(engine)
+
+    def open(self, path: Path) -> Encode | None:
+        """See `Writer`."""
+        return tensorrt_runtime.open_tower(path) if cuda.device_count() else None
 
 
 class TorchScriptWriter:
@@ -110,7 +144,7 @@ class TorchScriptWriter:
         example = parity.samples(self._card, tower)
         torch_runtime.save_traced(self._modules[tower], example, path)
 
-    def open(self, path: Path) -> Encode:
+    def open(self, path: Path) -> Encode | None:
         """See `Writer`."""
         from clip_server.runtimes import torch as torch_runtime
 

@@ -1,6 +1,7 @@
 """A folder that a model was converted into, which is all that serving it needs:
 
-visual.onnx, textual.onnx   the towers (or visual.pt, textual.pt: TorchScript)
+visual.onnx, textual.onnx   the towers (or visual.pt, textual.pt: TorchScript;
+                            visual.trt, textual.trt: TensorRT engines)
 visual.onnx.data            the weights of a graph that is too large for one file
 card.json                   the card, and the precision of the towers
 tokenizer.json              where the card names a Hugging Face tokenizer
@@ -26,6 +27,7 @@ CARD = "card.json"
 FILES: dict[str, dict[Tower, str]] = {
     "onnx": {"image": "visual.onnx", "text": "textual.onnx"},
     "torchscript": {"image": "visual.pt", "text": "textual.pt"},
+    "tensorrt": {"image": "visual.trt", "text": "textual.trt"},
 }
 
 

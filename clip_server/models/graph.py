@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,8 +25,12 @@ from clip_server.models import bert_graph
 from clip_server.models.attention import Attention, head
 from clip_server.models.bert import BertTower, Shapes
 from clip_server.models.card import ImageSpec, Precision
-from clip_server.models.layout import Layout, of_first_positions, of_texts
+from clip_server.models.layout import Layout, of_first_positions, of_padded_texts, of_texts
 from clip_server.models.nodes import EPSILON, KINDS, Graph, Weights
+
+# Graphs for onnxruntime save a CPU work, with shapes that depend on the texts and operators on
+# bytes; TensorRT takes neither.
+Target = Literal["onnxruntime", "tensorrt"]
 
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
@@ -39,11 +43,13 @@ def build_visual(
     image: ImageSpec,
     *,
     precision: Precision = "fp32",
+    target: Target = "onnxruntime",
 ) -> onnx.ModelProto:
     """The image tower: `pixels` uint8 [B, 3, S, S] to `embedding` float32 [B, D].
 
     config: open_clip's JSON form. tensors: a checkpoint that has `tensor_shapes(config)`.
     precision: in int8 the convolutions of a residual network stay in float32.
+    target: the library that the graph is for.
 
     Raises:
         ConfigurationError: the architecture is of a family that this builder lacks.
@@ -53,14 +59,18 @@ def build_visual(
     if isinstance(vision, _ResNet):
         embedding = _resnet(graph, vision, _normalised(graph, image))
     else:
-        embedding = _vision_transformer(graph, vision, image)
+        embedding = _vision_transformer(graph, vision, image, target)
     size = image.size
     source = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, size, size])
     return graph.finished(source, embedding, config["embed_dim"])
 
 
 def build_textual(
-    config: Mapping[str, Any], tensors: Weights, *, precision: Precision = "fp32"
+    config: Mapping[str, Any],
+    tensors: Weights,
+    *,
+    precision: Precision = "fp32",
+    target: Target = "onnxruntime",
 ) -> onnx.ModelProto:
     """The text tower: `tokens` int32 [B, L], any L up to the context, to `embedding` [B, D].
 
@@ -72,7 +82,7 @@ def build_textual(
         embedding = bert_graph.text_transformer(graph, text)
     else:
         graph = _graph("textual", config, tensors, precision)
-        embedding = _text_transformer(graph, text)
+        embedding = _text_transformer(graph, text, target)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
     return graph.finished(source, embedding, config["embed_dim"])
 
@@ -292,9 +302,11 @@ def _normalisation(image: ImageSpec) -> tuple[NDArray[np.float64], NDArray[np.fl
 # --- transformers
 
 
-def _vision_transformer(graph: Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
+def _vision_transformer(
+    graph: Graph, tower: _VisionTransformer, image: ImageSpec, target: Target
+) -> str:
     prefix, width, length = tower.prefix, tower.width, tower.grid**2 + 1
-    patches = _patches(graph, tower, image)
+    patches = _patches(graph, tower, image, target)
     patches = graph.op("Reshape", patches, graph.integers(-1, length - 1, width), name="patches")
     positions = graph.weight(f"{prefix}positional_embedding")
     shift = graph.floats("patches.position", positions[1:])
@@ -314,14 +326,18 @@ def _vision_transformer(graph: Graph, tower: _VisionTransformer, image: ImageSpe
     return graph.projection(pooled, f"{prefix}proj")
 
 
-def _patches(graph: Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
+def _patches(graph: Graph, tower: _VisionTransformer, image: ImageSpec, target: Target) -> str:
     """The embedding of every patch, [B * G * G, W].
 
     A stride as wide as the kernel makes the convolution one Gemm. The pixels are moved while
-    they are bytes, and their normalisation is part of the weight and the bias.
+    they are bytes, but for TensorRT, which only converts bytes; their normalisation is part of
+    the weight and the bias.
     """
     patch, grid = tower.patch, tower.grid
-    pixels = _cropped(graph, patch * grid, image.size)
+    pixels, linear = "pixels", graph.linear_of_bytes
+    if target == "tensorrt":
+        pixels, linear = graph.of_bytes(pixels), graph.linear
+    pixels = _cropped(graph, pixels, patch * grid, image.size)
     shape = graph.integers(-1, 3, grid, patch, grid, patch)
     pixels = graph.op("Reshape", pixels, shape, name="pixels.by_patch")
     pixels = graph.op("Transpose", pixels, name="pixels.of_patch", perm=[0, 2, 4, 1, 3, 5])
@@ -330,19 +346,19 @@ def _patches(graph: Graph, tower: _VisionTransformer, image: ImageSpec) -> str:
     kernel = graph.weight(f"{tower.prefix}conv1.weight").astype(np.float64)
     weight = (kernel * scale).reshape(tower.width, -1).astype(np.float32)
     bias = (kernel * shift).sum(axis=(1, 2, 3)).astype(np.float32)
-    return graph.linear_of_bytes(pixels, f"{tower.prefix}conv1", weight, bias)
+    return linear(pixels, f"{tower.prefix}conv1", weight, bias)
 
 
-def _cropped(graph: Graph, wanted: int, size: int) -> str:
+def _cropped(graph: Graph, pixels: str, wanted: int, size: int) -> str:
     """The pixels that the patches cover: those left over at the end have never counted."""
     if wanted == size:
-        return "pixels"
+        return pixels
     starts, ends, axes = graph.integers(0, 0), graph.integers(wanted, wanted), graph.integers(2, 3)
-    return graph.op("Slice", "pixels", starts, ends, axes, name="pixels.cropped")
+    return graph.op("Slice", pixels, starts, ends, axes, name="pixels.cropped")
 
 
-def _text_transformer(graph: Graph, tower: _TextTransformer) -> str:
-    layout = of_texts(graph)
+def _text_transformer(graph: Graph, tower: _TextTransformer, target: Target) -> str:
+    layout = of_texts(graph) if target == "onnxruntime" else of_padded_texts(graph)
     table = graph.weight("token_embedding.weight")
     states = graph.lookup("token_embedding", table, layout.tokens)
     positions = graph.floats("positional_embedding", graph.weight("positional_embedding"))

@@ -62,10 +62,8 @@ def of_texts(graph: Graph) -> TextLayout:
     order of the texts gives the same vectors; sorted ones share the most.
     """
     op, flat = graph.op, graph.integers(-1)
-    batch = op("Shape", "tokens", name="batch", start=0, end=1)
-    length = op("Shape", "tokens", name="length", start=1, end=2)
-    # The end token has the largest id of the vocabulary.
-    ends = op("ArgMax", "tokens", name="ends", axis=1, keepdims=1)
+    batch, length = _shape(graph)
+    ends, end = _ends(graph)
 
     # Counted position by position, a place that is left out comes right after the row that it
     # shares, which is the row of the same position in a text further up.
@@ -85,22 +83,58 @@ def of_texts(graph: Graph) -> TextLayout:
     place = op("Add", place, positions, name="place")
     tokens = op("Reshape", "tokens", flat, name="tokens.flat")
 
-    end = op("Squeeze", ends, graph.integers(1), name="ends.flat")
-    end_row = op("Mul", _range(graph, batch, "text"), length, name="text.start")
-    end_row = op("Gather", row, op("Add", end_row, end, name="end.place"), name="end.row")
-
-    def gathering(places: str, kind: str) -> Callable[[str], str]:
-        return lambda rows: op("Gather", rows, places, name=f"{rows}.{kind}", axis=0)
-
+    end_row = op("Gather", row, _end_places(graph, batch, length, end), name="end.row")
     return TextLayout(
         length,
-        pick=gathering(end_row, "end"),
-        spread=gathering(row, "everywhere"),
-        gather=gathering(place, "once"),
+        pick=_gathering(graph, end_row, "end"),
+        spread=_gathering(graph, row, "everywhere"),
+        gather=_gathering(graph, place, "once"),
         tokens=op("Gather", tokens, place, name="tokens.once"),
         positions=positions,
         ends=end,
     )
+
+
+def of_padded_texts(graph: Graph) -> TextLayout:
+    """Texts of `tokens` [B, L] in a causal tower: every position, padding too.
+
+    More is computed than in `of_texts`, but no shape depends on what the texts are, which
+    compilers for GPUs ask for.
+    """
+    op, flat = graph.op, graph.integers(-1)
+    batch, length = _shape(graph)
+    _, end = _ends(graph)
+    shape = op("Concat", batch, length, name="tokens.shape", axis=0)
+    positions = op("Expand", _range(graph, length, "position"), shape, name="positions.by_text")
+    return TextLayout(
+        length,
+        pick=_gathering(graph, _end_places(graph, batch, length, end), "end"),
+        tokens=op("Reshape", "tokens", flat, name="tokens.flat"),
+        positions=op("Reshape", positions, flat, name="positions"),
+        ends=end,
+    )
+
+
+def _shape(graph: Graph) -> tuple[str, str]:
+    """B and L of `tokens`, each int64 [1]."""
+    batch = graph.op("Shape", "tokens", name="batch", start=0, end=1)
+    return batch, graph.op("Shape", "tokens", name="length", start=1, end=2)
+
+
+def _ends(graph: Graph) -> tuple[str, str]:
+    """Where each text's end token is, [B, 1] and [B]: it has the largest id of the vocabulary."""
+    ends = graph.op("ArgMax", "tokens", name="ends", axis=1, keepdims=1)
+    return ends, graph.op("Squeeze", ends, graph.integers(1), name="ends.flat")
+
+
+def _end_places(graph: Graph, batch: str, length: str, ends: str) -> str:
+    """Where the end tokens, of `ends` [B], are among the B * L positions: [B]."""
+    starts = graph.op("Mul", _range(graph, batch, "text"), length, name="text.start")
+    return graph.op("Add", starts, ends, name="end.place")
+
+
+def _gathering(graph: Graph, places: str, kind: str) -> Callable[[str], str]:
+    return lambda rows: graph.op("Gather", rows, places, name=f"{rows}.{kind}", axis=0)
 
 
 def _begins_otherwise(graph: Graph) -> str:

@@ -126,8 +126,12 @@ class Graph:
         self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
     ) -> str:
         """As `linear`, of a uint8 source."""
+        return self.linear(self.of_bytes(source), name, weight, bias)
+
+    def of_bytes(self, source: str) -> str:
+        """A uint8 source in the type that the graph computes in."""
         kind = helper.np_dtype_to_tensor_dtype(self._float)
-        return self.linear(self.cast(source, kind, f"{source}.float"), name, weight, bias)
+        return self.cast(source, kind, f"{source}.float")
 
     def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
         """The rows of a table [V, W] that `indices` name."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from clip_server.errors import ConfigurationError
 from clip_server.models import converted, weights, zoo
 from clip_server.models.card import PRECISIONS, ModelCard, Precision
-from clip_server.runtimes.base import load_checkpoint
+from clip_server.runtimes import cuda
+from clip_server.runtimes.base import load_checkpoint, normalized
 
 _EXTRA = "the ONNX runtime is not installed: pip install 'clip-server[onnx]'"
 _FILES = tuple(converted.FILES["onnx"].values())
@@ -35,6 +35,8 @@ class OnnxRuntime:
     """CLIP's two towers as onnxruntime sessions; see `Runtime` for the methods."""
 
     name = "onnx"
+    overlaps = False
+    halved_batches = 0
 
     def __init__(
         self, card: ModelCard, visual: _Tower, textual: _Tower, device: str, dtype: str
@@ -87,9 +89,7 @@ class OnnxRuntime:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
         if self._visual.dtype == np.uint8:
             return self._visual.run(pixels)
-        image = self.card.image
-        mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (image.mean, image.std))
-        return self._visual.run((pixels.astype(np.float32) / 255 - mean) / std)
+        return self._visual.run(normalized(pixels, self.card.image))
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
@@ -132,7 +132,7 @@ def _built(
 ) -> tuple[ModelCard, Iterator[Path | bytes]]:
     """The card of a checkpoint, and the image and the text tower."""
     try:
-        from clip_server.models import graph
+        from clip_server.models import graph, onnx_file
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
 
@@ -141,28 +141,15 @@ def _built(
 
     def graphs() -> Iterator[Path | bytes]:
         """Each when it is asked for: with its weights in it, it is large."""
-        yield from _packed(
-            graph.build_visual(card.config, tensors, card.image, precision=precision)
-        )
-        yield from _packed(graph.build_textual(card.config, tensors, precision=precision))
+        for build in (
+            partial(graph.build_visual, card.config, tensors, card.image),
+            partial(graph.build_textual, card.config, tensors),
+        ):
+            with onnx_file.packed(build(precision=precision)) as packed:
+                yield packed
+            del packed  # or it would be in memory beside the next one
 
     return card, graphs()
-
-
-def _packed(model: Any) -> Iterator[Path | bytes]:
-    """A graph as onnxruntime takes it: in memory, or where it is too large for that, in a file
-    that is there until the next one is asked for."""
-    from clip_server.models import onnx_file
-
-    if onnx_file.fits(model):
-        message = model.SerializeToString()
-        del model  # or its weights would be in memory a third time
-        yield message
-        return
-    with TemporaryDirectory(prefix="clip-server-") as folder:
-        path = Path(folder, "tower.onnx")
-        onnx_file.save(model, path)
-        yield path
 
 
 class _Tower:
@@ -259,22 +246,11 @@ def _lacking_for_cuda(ort: Any, index: int) -> str | None:
             f"the onnxruntime installed here has only {', '.join(available)}; "
             "pip uninstall onnxruntime, then pip install 'clip-server[onnx-gpu]'"
         )
-    count = _cuda_device_count()
+    count = cuda.device_count()
     if count <= index:
         return f"{count} NVIDIA GPUs can be seen on this machine"
     ort.preload_dlls()  # CUDA's libraries may be Python packages, which are on no search path
     return None
-
-
-def _cuda_device_count() -> int:
-    """GPUs that NVIDIA's driver shows to this process."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    return 0 if failed else count.value
 
 
 def _cores() -> int:

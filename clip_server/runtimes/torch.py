@@ -16,7 +16,7 @@ from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.models import converted, weights, zoo
 from clip_server.models.bert import BertTower
 from clip_server.models.card import ImageSpec, ModelCard
-from clip_server.runtimes.base import load_checkpoint
+from clip_server.runtimes.base import Halving, load_checkpoint
 
 try:
     import torch
@@ -47,13 +47,16 @@ class TorchRuntime:
     """CLIP's two towers as torch modules; see `Runtime` for the methods."""
 
     name = "torch"
+    overlaps = False
 
     def __init__(
         self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, dtype: str
     ) -> None:
         self.card, self.device, self.dtype = card, device, dtype
         self.concurrent = device == "cpu"
-        self._visual, self._textual = visual, textual
+        run = partial(_run, device=device)
+        self._visual = Halving(partial(run, visual), torch.cuda.OutOfMemoryError)
+        self._textual = Halving(partial(run, textual), torch.cuda.OutOfMemoryError)
 
     @classmethod
     def load(
@@ -97,16 +100,18 @@ class TorchRuntime:
             visual, textual = _traced(card, visual, textual, place)
         return cls(card, visual, textual, str(place), dtype)
 
+    @property
+    def halved_batches(self) -> int:
+        """See `Runtime`."""
+        return self._visual.count + self._textual.count
+
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
-        return self._run(self._visual, pixels)
+        return self._visual(pixels)
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
-        return self._run(self._textual, tokens)
-
-    def _run(self, tower: nn.Module, batch: NDArray[Any]) -> NDArray[np.float32]:
-        return _run(tower, batch, self.device)
+        return self._textual(tokens)
 
 
 def towers(

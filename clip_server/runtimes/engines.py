@@ -1,0 +1,347 @@
+"""TensorRT engines: built from ONNX graphs, and kept in the user's cache.
+
+The library is `tensorrt` where that is installed, else `tensorrt_rtx`, which has the same
+interface and builds without a GPU. An engine is a file that only the version of the library that
+built it can run, and only on the kind of GPU that it was built for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, TypeAlias
+
+from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.models.card import ModelCard, Precision
+from clip_server.models.converted import Tower
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+# Texts of about one length are computed by kernels that were chosen for it.
+_LENGTHS = (16, 32)
+# Part of every key: an engine that was built in another way is stale.
+_WAY = 1
+_SECONDS_BETWEEN_REMARKS = 10
+_MISSING = (
+    "TensorRT is not installed: pip install 'clip-server[tensorrt]', or for TensorRT-RTX, on "
+    "consumer GPUs, 'clip-server[tensorrt-rtx]'"
+)
+
+Shape: TypeAlias = tuple[int, ...]
+Tell: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes that one part of an engine takes, from `least` to `most`; it is made for `best`,
+    and fastest there."""
+
+    least: Shape
+    best: Shape
+    most: Shape
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether a batch of this shape, perhaps filled up with more items, can be computed."""
+        enough = all(size >= least for size, least in zip(shape[1:], self.least[1:], strict=True))
+        return enough and all(size <= most for size, most in zip(shape, self.most, strict=True))
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an engine was built of and for; where any of it differs, so does the engine.
+
+    graph: a hash of the graph and its weights.
+    library: and its version.
+    gpu: its name and compute capability.
+    """
+
+    graph: str
+    library: str
+    gpu: str
+    precision: str
+    profiles: tuple[Profile, ...]
+
+    @property
+    def digest(self) -> str:
+        """A name for a file."""
+        return blake2b(repr((_WAY, self)).encode(), digest_size=16).hexdigest()
+
+
+def library() -> Any:
+    """The library.
+
+    Raises:
+        ConfigurationError: none is installed, or its own libraries cannot be loaded.
+    """
+    reasons = []
+    for name in LIBRARIES:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # of the loader, or of the package itself
+            reasons.append(f"{name} cannot be loaded: {error}")
+    raise ConfigurationError("; ".join(reasons) or _MISSING)
+
+
+def version() -> str:
+    """The library's name and version."""
+    found = library()
+    return f"{found.__name__} {found.__version__}"
+
+
+def profiles(card: ModelCard, tower: Tower, batch: int) -> tuple[Profile, ...]:
+    """For batches of 1 to `batch`: one item alone, and many at once; of texts for each length."""
+    batches = sorted({1, batch})
+    if tower == "image":
+        side = card.image.size
+        return tuple(_profile(most, (3, side, side), (3, side, side)) for most in batches)
+    context = card.text.context_length
+    lengths = [*(length for length in _LENGTHS if length < context), context]
+    if card.text.trim == "fixed":
+        return tuple(_profile(most, (context,), (context,)) for most in batches)
+    return tuple(_profile(most, (1,), (length,)) for length in lengths for most in batches)
+
+
+def _profile(batch: int, least: Shape, most: Shape) -> Profile:
+    return Profile((1, *least), (batch, *most), (batch, *most))
+
+
+def build(
+    graph: Path | bytes, wanted: Sequence[Profile], *, tell: Tell, threads: int | None = None
+) -> bytes:
+    """The engine of an ONNX graph with one input, in the types that the graph says.
+
+    graph: serialized, or where it is in a file.
+    tell: is told how far it is.
+    threads: cores that it may use; by default one.
+
+    Raises:
+        ConfigurationError: the library is missing, has no GPU and needs one, or cannot build it.
+    """
+    trt = library()
+    log = _log(trt)
+    with _explained("TensorRT cannot build the engine"):
+        builder = trt.Builder(log)
+        if threads:
+            builder.max_threads = threads
+        network = builder.create_network(_strongly_typed(trt))
+        _parse(trt.OnnxParser(network, log), graph)
+        config = builder.create_builder_config()
+        # An engine in fp32 is one: its products are not rounded to the ten bits of TF32.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        config.progress_monitor = _progress(trt, tell)
+        for each in wanted:
+            profile = builder.create_optimization_profile()
+            profile.set_shape(network.get_input(0).name, each.least, each.best, each.most)
+            config.add_optimization_profile(profile)
+        engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            raise RuntimeError("nothing was built")
+        return bytes(engine)
+
+
+def _parse(parser: Any, graph: Path | bytes) -> None:
+    in_file = isinstance(graph, Path)
+    read = parser.parse_from_file(str(graph)) if in_file else parser.parse(graph)
+    if not read:
+        reasons = (parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise RuntimeError("; ".join(reasons))
+
+
+def engine_of(
+    model: Any,
+    card: ModelCard,
+    tower: Tower,
+    precision: Precision,
+    gpu: str,
+    *,
+    batch: int,
+    threads: int | None = None,
+) -> bytes:
+    """The engine of a tower, out of the cache or else built.
+
+    model: its ONNX graph, in this precision. gpu: as in `Key`. batch: as in `profiles`.
+
+    Raises:
+        ConfigurationError: as `build`.
+    """
+    from clip_server.models import onnx_file
+
+    wanted = profiles(card, tower, batch)
+    key = Key(onnx_file.digest(model), version(), gpu, precision, wanted)
+    tell = teller(f"{tower} engine of {card.name} in {precision}")
+
+    def make() -> bytes:
+        tell(f"not built yet for {gpu}: this takes minutes, once")
+        with onnx_file.packed(model) as graph:
+            return build(graph, wanted, tell=tell, threads=threads)
+
+    return cached(key, make, tell)
+
+
+def cached(key: Key, make: Callable[[], bytes], tell: Tell) -> bytes:
+    """The engine of a key, built with `make` unless it is in the cache as it was written.
+
+    Replicas that start together build it once.
+
+    Raises:
+        ConfigurationError: it cannot be built, or cannot be kept.
+    """
+    from filelock import FileLock
+
+    path = folder() / f"{key.digest}.engine"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if (engine := read(path, key)) is not None:
+                return engine
+            start = time.perf_counter()
+            engine = make()
+            tell(f"built in {time.perf_counter() - start:.1f} s, and kept in {path}")
+            write(path, key, engine)
+            return engine
+    except OSError as error:
+        raise ConfigurationError(
+            f"the engine cannot be kept in {path.parent}: {error}; "
+            "set XDG_CACHE_HOME to another place"
+        ) from error
+
+
+def folder() -> Path:
+    """Where engines are kept."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches, "clip-server", "engines")
+
+
+def read(path: Path, key: Key) -> bytes | None:
+    """An engine that `write` wrote; None where there is none, or another's, or it is damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    head, _, engine = content.partition(b"\n")
+    return engine if head == _head(key, engine) else None
+
+
+def write(path: Path, key: Key, engine: bytes) -> None:
+    """Writes an engine, whole or not at all, with what tells that it is whole and whose it is."""
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(_head(key, engine) + b"\n")
+            file.write(engine)
+            file.flush()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _head(key: Key, engine: bytes) -> bytes:
+    return f"{key.digest} {blake2b(engine, digest_size=16).hexdigest()}".encode()
+
+
+def take_errors() -> str:
+    """What the library said of errors since this was last asked; empty where it said none."""
+    errors = _log(library()).errors
+    said = "; ".join(errors.copy())  # another thread may add to them
+    errors.clear()
+    return said
+
+
+def load(engine: bytes, name: str) -> Any:
+    """The library's own engine. name: of where it comes from, for people.
+
+    Raises:
+        WeightsError: it is damaged, or was built by another version or for another GPU.
+    """
+    trt = library()
+    take_errors()
+    loaded = trt.Runtime(_log(trt)).deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise WeightsError(
+            f"{name} is no engine that {version()} can run on this GPU; build it again, with "
+            f"python -m clip_server.convert --to tensorrt ({take_errors()})"
+        )
+    return loaded
+
+
+def profiles_of(engine: Any, tensor: str) -> list[Profile]:
+    """The profiles of a loaded engine for its input."""
+    return [
+        Profile(*(tuple(shape) for shape in engine.get_tensor_profile_shape(tensor, index)))
+        for index in range(engine.num_optimization_profiles)
+    ]
+
+
+def teller(what: str) -> Tell:
+    """Tells people at the server's terminal about an engine."""
+    return lambda words: print(f"clip_server: {what}: {words}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What fails inside fails as a ConfigurationError, with what the library said about it."""
+    take_errors()
+    try:
+        yield
+    except Exception as error:  # the library's have no class of their own
+        raise ConfigurationError(f"{what} ({version()}): {error}; {take_errors()}") from error
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The flag for networks that compute in the types they say; newer versions have no others."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+@cache
+def _log(trt: Any) -> Any:
+    """The one log that the library asks for. errors: the last it was told of."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=3)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Log()
+
+
+def _progress(trt: Any, tell: Tell) -> Any:
+    """Tells now and then which phase of a build is under way."""
+
+    class Progress(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+            self._started = self._told = time.monotonic()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            del parent_phase
+            self._steps[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self._told > _SECONDS_BETWEEN_REMARKS:
+                self._told = now
+                of = self._steps.get(phase_name, 0)
+                tell(f"{phase_name}, {step + 1} of {of}, after {now - self._started:.0f} s")
+            return True  # go on
+
+    return Progress()

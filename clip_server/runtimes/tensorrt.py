@@ -1,0 +1,292 @@
+"""TensorRT, on an NVIDIA GPU. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.errors import ConfigurationError
+from clip_server.models import converted, weights, zoo
+from clip_server.models.card import ModelCard, Precision
+from clip_server.models.converted import TOWERS, Tower
+from clip_server.runtimes import engines
+from clip_server.runtimes.base import Halving, load_checkpoint, normalized
+from clip_server.runtimes.cuda import Buffer, Gpu, OutOfMemory
+from clip_server.runtimes.engines import Profile, Shape
+
+PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
+# The largest batch that engines are built for, unless another is asked for.
+BATCH = 32
+# The end of an engine's file may be that of the convert command, or that of NVIDIA's own tools.
+_SUFFIXES = (".trt", ".engine")
+# Lengths of texts are rounded up to this: each new shape costs an engine time, and rows of whole
+# multiples are what a GPU multiplies fastest.
+_LENGTH_STEP = 8
+
+
+class TensorrtRuntime:
+    """CLIP's two towers as TensorRT engines; see `Runtime` for the methods."""
+
+    name = "tensorrt"
+    concurrent = True
+    # Each thread has a stream of its own.
+    overlaps = True
+
+    def __init__(
+        self, card: ModelCard, visual: EngineTower, textual: EngineTower, device: str, dtype: str
+    ) -> None:
+        self.card, self.device, self.dtype = card, device, dtype
+        self._visual, self._textual = visual, textual
+        self._run_visual = Halving(visual.run, OutOfMemory)
+        self._run_textual = Halving(textual.run, OutOfMemory)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        model_path: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        batch: int = BATCH,
+    ) -> TensorrtRuntime:
+        """Loads a model's engines, and builds those that are not in the cache: minutes, once.
+
+        name: a canonical name or an alias.
+        model_path: a checkpoint as in `weights.find`, or a folder with engines: `visual.trt` and
+            `textual.trt`, or `.engine`, whose card is in its `card.json` or else that of `name`.
+        device: `cuda` or `cuda:1`.
+        dtype: that the engines of a checkpoint compute in: `fp16`, the default, or `fp32`.
+        threads: cores that building may use.
+        batch: the largest that engines are built for; those in a folder have theirs.
+
+        Raises:
+            ConfigurationError: the extra, the device, the dtype or the model is not to be had.
+        """
+        engines.library()
+        gpu = Gpu(_index(device))
+        if (folder := engine_files(model_path)) is not None:
+            dtype = converted.check_dtype(next(iter(folder.values())).parent, dtype)
+            card = zoo.resolve(name, model_path)
+            plans = {tower: (str(file), file.read_bytes()) for tower, file in folder.items()}
+        else:
+            dtype = precision = check_precision(dtype)
+            with gpu.active():  # kernels are chosen by timing them on it
+                card, plans = _built(name, model_path, precision, gpu.name, batch, threads)
+        visual, textual = (EngineTower(gpu, plan, origin) for origin, plan in plans.values())
+        return cls(card, visual, textual, gpu.device, dtype)
+
+    @property
+    def halved_batches(self) -> int:
+        """See `Runtime`."""
+        return self._run_visual.count + self._run_textual.count
+
+    def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
+        if self._visual.dtype == np.uint8:
+            return self._run_visual(pixels)
+        return self._run_visual(normalized(pixels, self.card.image))
+
+    def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
+        text = self.card.text
+        missing = min(-tokens.shape[1] % _LENGTH_STEP, text.context_length - tokens.shape[1])
+        missing = max(missing, self._textual.least[1] - tokens.shape[1])
+        padded = np.pad(tokens, ((0, 0), (0, missing)), constant_values=text.pad_id)
+        return self._run_textual(padded)
+
+
+def engine_files(model_path: str | Path | None) -> Mapping[Tower, Path] | None:
+    """The engines in a folder, if both towers are there."""
+    if model_path is None:
+        return None
+    names = converted.FILES["tensorrt"]
+    found = {
+        tower: file
+        for tower in TOWERS
+        for suffix in _SUFFIXES
+        if (file := Path(model_path, names[tower]).with_suffix(suffix)).is_file()
+    }
+    return found if len(found) == len(TOWERS) else None
+
+
+def check_precision(wanted: str | None) -> Precision:
+    """The precision that engines are built in.
+
+    Raises:
+        ConfigurationError: it is not one of TensorRT's here.
+    """
+    found = next((each for each in PRECISIONS if each == (wanted or "fp16")), None)
+    if found is None:
+        known = ", ".join(PRECISIONS)
+        raise ConfigurationError(f"dtype {wanted!r} is not one the TensorRT runtime has: {known}")
+    return found
+
+
+def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """One tower by itself: an engine in a file, as pixels or tokens to embeddings [B, D].
+
+    Raises:
+        ConfigurationError: the extra or a GPU is not here, or the file is no engine of this one.
+    """
+    return EngineTower(Gpu(), path.read_bytes(), str(path)).run
+
+
+class EngineTower:
+    """An engine of one input and one output, fed and read as numpy arrays. For any thread.
+
+    plan: the engine as a file has it. origin: where from, for people.
+    dtype: of the input; least: the smallest batch of the smallest items that it takes.
+    """
+
+    def __init__(self, gpu: Gpu, plan: bytes, origin: str) -> None:
+        trt = engines.library()
+        self._gpu = gpu
+        with gpu.active():
+            self._engine = engine = engines.load(plan, origin)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        if len(inputs) != 1 or len(names) != 2:
+            raise ConfigurationError(
+                f"{origin}: expected one input and one output, not {', '.join(names)}"
+            )
+        self._input, (self._output,) = inputs[0], [name for name in names if name != inputs[0]]
+        self.dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(self._input)))
+        self._output_dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(self._output)))
+        self._profiles = engines.profiles_of(engine, self._input)
+        self.least = min((profile.least for profile in self._profiles), key=math.prod)
+        self._most = max(profile.most[0] for profile in self._profiles)
+        self._idle: list[_Lane] = []
+
+    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """A batch of any size, converted to the input's dtype, to embeddings [B, D].
+
+        Raises:
+            OutOfMemory: the GPU has none for this batch; smaller ones may do.
+        """
+        parts = [batch[first : first + self._most] for first in range(0, len(batch), self._most)]
+        return np.concatenate([self._run(part) for part in parts])
+
+    def _run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        index = fitting(self._profiles, batch.shape)
+        least = self._profiles[index].least
+        with self._gpu.active():
+            # As many lanes as threads have ever called at once.
+            lane = self._idle.pop() if self._idle else self._new_lane()
+            try:
+                return lane.run(index, batch, max(len(batch), least[0]))
+            finally:
+                # Whatever came of it: pycuda cannot free memory where no context is active.
+                self._idle.append(lane)
+
+    def _new_lane(self) -> _Lane:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise OutOfMemory("no memory for an execution context")
+        return _Lane(
+            self._gpu.driver,
+            context,
+            (self._input, self.dtype),
+            (self._output, self._output_dtype),
+        )
+
+
+class _Lane:
+    """What a batch needs for itself on the GPU: a stream, a context and buffers.
+
+    source, target: the name and dtype of the input and of the output.
+    """
+
+    def __init__(
+        self,
+        driver: Any,
+        context: Any,
+        source: tuple[str, np.dtype[Any]],
+        target: tuple[str, np.dtype[Any]],
+    ) -> None:
+        self._context, self._stream = context, driver.Stream()
+        (self._source, source_dtype), (self._target, target_dtype) = source, target
+        self._fed, self._read = Buffer(driver, source_dtype), Buffer(driver, target_dtype)
+        self._profile = 0
+
+    def run(self, profile: int, batch: NDArray[Any], size: int) -> NDArray[np.float32]:
+        """The embeddings of a batch, computed as one of `size` items."""
+        context, stream = self._context, self._stream
+        if profile != self._profile:
+            context.set_optimization_profile_async(profile, stream.handle)
+            self._profile = profile
+        shape = (size, *batch.shape[1:])
+        fed = self._fed.reserve(shape)
+        fed[: len(batch)] = batch
+        fed[len(batch) :] = 0
+        engines.take_errors()
+        if not context.set_input_shape(self._source, shape):
+            raise RuntimeError(f"the engine takes no batch of shape {shape}")
+        read = self._read.reserve(tuple(context.get_tensor_shape(self._target)))
+        context.set_tensor_address(self._source, self._fed.address)
+        context.set_tensor_address(self._target, self._read.address)
+        self._fed.upload(fed, stream)
+        if not context.execute_async_v3(stream.handle):
+            said = engines.take_errors() or "TensorRT could not compute the batch"
+            raise OutOfMemory(said) if "memory" in said else RuntimeError(said)
+        self._read.download(read, stream)
+        stream.synchronize()
+        return read[: len(batch)].astype(np.float32)
+
+
+def _index(device: str | None) -> int:
+    """The number of a GPU."""
+    kind, _, index = (device or "cuda").partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise ConfigurationError(f"device {device!r} is not cuda or cuda:N: TensorRT has no other")
+    return int(index or 0)
+
+
+def fitting(profiles: Sequence[Profile], shape: Shape) -> int:
+    """The profile for a batch: of those that take it the one made for the least.
+
+    Raises:
+        ValueError: there is none.
+    """
+    fit = [index for index, profile in enumerate(profiles) if profile.takes(shape)]
+    if not fit:
+        raise ValueError(f"the engine takes no batch of shape {shape}")
+    return min(fit, key=lambda index: math.prod(profiles[index].best))
+
+
+def _built(
+    name: str,
+    model_path: str | Path | None,
+    precision: Precision,
+    gpu: str,
+    batch: int,
+    threads: int | None,
+) -> tuple[ModelCard, dict[Tower, tuple[str, bytes]]]:
+    """The card of a checkpoint, and for each tower where its engine is from, and the engine."""
+    try:
+        from clip_server.models import graph
+    except ImportError as error:
+        raise ConfigurationError(
+            "the graphs of engines need onnx: pip install 'clip-server[tensorrt]'"
+        ) from error
+
+    card, tensors = load_checkpoint(name, model_path)
+    weights.check(tensors, graph.tensor_shapes(card.config))
+    kind: Any = {"precision": precision, "target": "tensorrt"}
+    plans = {}
+    for tower in TOWERS:
+        if tower == "image":
+            model = graph.build_visual(card.config, tensors, card.image, **kind)
+        else:
+            model = graph.build_textual(card.config, tensors, **kind)
+        plans[tower] = (
+            f"the {tower} engine of {card.name}",
+            engines.engine_of(model, card, tower, precision, gpu, batch=batch, threads=threads),
+        )
+    return card, plans
