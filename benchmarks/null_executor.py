@@ -13,7 +13,8 @@ class NullRuntime:
     """Zeros, at once; see `Runtime` for the methods."""
 
     name, device, dtype = "null", "cpu", "fp32"
-    concurrent = True
+    concurrent, overlaps = True, False
+    halved_batches = 0
 
     def __init__(self, name: str) -> None:
         self.card = zoo.resolve(name)

@@ -14,7 +14,7 @@ import numpy as np
 from driver import Driver, Item, batches
 
 from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import Tokenizer, pad
+from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
 
 
@@ -22,7 +22,7 @@ class RawDriver(Driver):
     def __init__(self, model: str, photo_folder: str) -> None:
         super().__init__(photo_folder)
         self.runtime = OnnxRuntime.load("", model_path=model, device="cpu")
-        self.tokenizer = Tokenizer(self.runtime.card.text)
+        self.tokenizer = tokenizer_for(self.runtime.card.text)
         self.transform = ImageTransform(self.runtime.card.image)
         self.decoders = ThreadPoolExecutor()
 
