@@ -155,7 +155,10 @@ class Engine:
                 self._admit(job, items)
                 await job.done
         except asyncio.CancelledError:
-            self.metrics.cancelled_requests += 1
+            if job.done.cancelled():
+                self.metrics.cancelled_requests += 1
+            else:
+                job.done.exception()  # it ended in the same moment, and was counted so
             raise
         finally:
             self.metrics.open_items -= len(items)
