@@ -74,9 +74,9 @@ def of_folder(folder: Path) -> Variant:
         ConfigurationError: the folder is not one of these.
     """
     described = converted.read(folder)
-    for kind, files in converted.FILES.items():
-        if described and all((folder / file).is_file() for file in files.values()):
-            return Variant(_RUNTIMES[kind], described.precision, folder)
+    for kind, runtime in _RUNTIMES.items():
+        if described and converted.has_towers(folder, kind):
+            return Variant(runtime, described.precision, folder)
     raise ConfigurationError(
         f"{folder} is not a folder of `python -m clip_server.convert` with both towers"
     )

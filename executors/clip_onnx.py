@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
-from clip_server.runtimes.onnx import OnnxRuntime, has_graphs
+from clip_server.models import converted
+from clip_server.runtimes.onnx import OnnxRuntime
 
 
 class CLIPEncoder(BaseCLIPEncoder):
@@ -12,7 +13,7 @@ class CLIPEncoder(BaseCLIPEncoder):
     @staticmethod
     def has_own_graphs(parameters: EncoderParameters) -> bool:
         """See BaseCLIPEncoder."""
-        return has_graphs(parameters.model_path)
+        return converted.has_towers(parameters.model_path, "onnx")
 
     @classmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> OnnxRuntime:

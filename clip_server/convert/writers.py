@@ -19,6 +19,7 @@ from clip_server.models.converted import Tower
 from clip_server.runtimes import cuda, engines
 from clip_server.runtimes import onnx as onnx_runtime
 from clip_server.runtimes import tensorrt as tensorrt_runtime
+from clip_server.runtimes.base import check_precision
 
 try:
     import onnx
@@ -112,7 +113,7 @@ class TensorrtWriter(OnnxWriter):
     target = "tensorrt"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
-        tensorrt_runtime.check_precision(precision)
+        check_precision(precision, tensorrt_runtime.PRECISIONS, "TensorRT")
         engines.library()
         super().__init__(card, tensors, precision)
 

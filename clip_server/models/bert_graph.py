@@ -17,9 +17,10 @@ def text_transformer(graph: Graph, tower: BertTower) -> str:
     present = _present(graph, tower)
     mask = _mask(graph, present)
     states = _embedded(graph, tower, length)
+    layout = Layout(length, pick=lambda rows: _firsts(graph, tower, rows, length))
     for index in range(tower.layers):
-        first = tower.pool == "first" and index == tower.layers - 1
-        states = _block(graph, tower, index, states, length, mask, first=first)
+        pool = tower.pool == "first" and index == tower.layers - 1
+        states = _block(graph, tower, index, states, layout, mask, pool=pool)
     if tower.pool == "mean":
         states = _mean(graph, tower, states, length, present)
     if tower.projection_bias:
@@ -61,22 +62,22 @@ def _block(
     tower: BertTower,
     index: int,
     states: str,
-    length: str,
+    layout: Layout,
     mask: str,
     *,
-    first: bool,
+    pool: bool,
 ) -> str:
-    """A block; `first` computes the first position of each text alone."""
+    """One block: states [B * L, W] to the same, or only to the picked ones, [B, W]."""
     block, names = tower.block(index), tower.attention(index)
     weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
     bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
     attention = Attention(graph, f"{block}attention.self", tower.heads, weight, bias)
-    if first:
-        picked = _firsts(graph, tower, states, length)
-        query, key, value = attention.project_picked(picked, states, Layout(length))
+    if pool:
+        picked = layout.pick(states)
+        query, key, value = attention.project_picked(picked, states, layout)
         states = picked
     else:
-        query, key, value = attention.project_all(states, Layout(length))
+        query, key, value = attention.project_all(states, layout)
     attended = attention.attend(query, key, value, mask)
     attended = graph.stored_linear(attended, f"{block}attention.output.dense")
     states = _added(graph, tower, states, attended, f"{block}attention.output")

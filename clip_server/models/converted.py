@@ -53,6 +53,12 @@ def read(folder: str | Path) -> Converted | None:
         raise ConfigurationError(f"{file} is not the card of a model: {error}") from error
 
 
+def has_towers(folder: str | Path | None, kind: str) -> bool:
+    """Whether a folder holds the files of both towers. kind: as in `FILES`."""
+    files = FILES[kind].values()
+    return folder is not None and all(Path(folder, file).is_file() for file in files)
+
+
 def check_dtype(folder: str | Path, wanted: str | None) -> str:
     """The precision of the towers in a folder, which run as they are.
 

@@ -33,13 +33,13 @@ class Layout:
     gather: Callable[[str], str] = _as_they_are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextLayout(Layout):
     """The rows of texts. tokens, positions: of each row, [N]; ends: of each text's end, [B]."""
 
-    tokens: str = ""
-    positions: str = ""
-    ends: str = ""
+    tokens: str
+    positions: str
+    ends: str
 
 
 def of_first_positions(graph: Graph, length: int) -> Layout:

@@ -10,7 +10,6 @@ import string
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +24,7 @@ from clip_server.errors import ConfigurationError, ItemError, WeightsError
 from clip_server.models import weights
 from clip_server.models.card import Clean, TextSpec
 from clip_server.models.wordpiece import WordPieceTokenizer
+from clip_server.models.words import RememberedWords
 
 # Hugging Face's files: all of a tokenizer, and, beside it, what its special tokens are called.
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -39,8 +39,6 @@ _PATTERN = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
 )
-# Words whose ids are remembered, and the characters that one may have: some 20 MB at most.
-_REMEMBERED_WORDS, _REMEMBERED_LENGTH = 2**16, 32
 
 
 class Tokenizer(Protocol):
@@ -104,8 +102,8 @@ class ClipTokenizer:
     """CLIP's own tokenizer; see `Tokenizer`. A text that is cut ends in the end token all the
     same, and the empty text gives start and end.
 
-    Pairs are never merged across a space, so the ids of what stands between two are remembered:
-    of common text nearly every word is known, which is ten times as fast as merging it anew.
+    Pairs are never merged across a space, so the ids of what stands between two are remembered,
+    which is ten times as fast as merging it anew.
     """
 
     def __init__(self, spec: TextSpec) -> None:
@@ -114,13 +112,13 @@ class ClipTokenizer:
         self.spec = spec
         self._start, self._end = spec.vocab_size - 2, spec.vocab_size - 1
         self._bpe = _byte_pair_encoder(spec.vocab_size)
-        self._remembered = lru_cache(_REMEMBERED_WORDS)(self._merge)
+        self._known = RememberedWords(self._merge)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Start token, ids, end token; see `Tokenizer`."""
         most = self.spec.context_length - 2  # two places go to the start and the end token
         if _is_plain(text):
-            ids = self._look_up(text, most)
+            ids = self._known.ids(text.lower().split(None, most)[:most])  # each has an id at least
         else:
             cleaned = _lower(text)
             encoding = self._bpe.encode(cleaned)
@@ -131,13 +129,6 @@ class ClipTokenizer:
 
     def _merge(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text).ids
-        return ids
-
-    def _look_up(self, text: str, most: int) -> list[int]:
-        """The ids of a plain text, or at least the first `most`."""
-        ids: list[int] = []
-        for word in text.lower().split(None, most)[:most]:  # each has an id at least
-            ids += self._remembered(word) if len(word) <= _REMEMBERED_LENGTH else self._merge(word)
         return ids
 
     def _restore_specials(self, text: str, encoding: Encoding) -> list[int]:

@@ -13,20 +13,18 @@ from __future__ import annotations
 import gzip
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
 from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.models.card import TextSpec
+from clip_server.models.words import RememberedWords
 
 _VOCABULARY = "data/chinese_bert_vocab.txt.gz"
 # A piece that does not begin its word.
 _CONTINUED = "##"
 _LONGEST_WORD = 200
-# Words whose ids are remembered, and the characters that one may have.
-_REMEMBERED_WORDS, _REMEMBERED_LENGTH = 2**16, 32
 # Characters beyond are rare, and would take much memory if all were remembered.
 _REMEMBERED_CODES = 2**16
 _CHINESE = (
@@ -47,7 +45,7 @@ class WordPieceTokenizer:
         self._ids = vocabulary()
         self._start, self._end = self._ids["[CLS]"], self._ids["[SEP]"]
         self._unknown = self._ids["[UNK]"]
-        self._remembered = lru_cache(_REMEMBERED_WORDS)(self._pieces)
+        self._known = RememberedWords(self._pieces)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """The ids of one text: [CLS], ids, [SEP]; [l] int32, not padded.
@@ -55,9 +53,7 @@ class WordPieceTokenizer:
         A text longer than the context is cut, and its last id is then [SEP].
         """
         most = self.spec.context_length - 2  # two places go to the start and the end token
-        ids: list[int] = []
-        for word in _words(text, most):  # each has an id at least
-            ids += self._remembered(word) if len(word) <= _REMEMBERED_LENGTH else self._pieces(word)
+        ids = self._known.ids(_words(text, most))  # each has an id at least
         return np.array([self._start, *ids[:most], self._end], dtype=np.int32)
 
     def _pieces(self, word: str) -> list[int]:

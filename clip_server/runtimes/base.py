@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server.errors import ConfigurationError
 from clip_server.models import weights, zoo
-from clip_server.models.card import ImageSpec, ModelCard
+from clip_server.models.card import ImageSpec, ModelCard, Precision
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,22 @@ def load_checkpoint(
     if image != path:
         tensors |= {key: each for key, each in weights.read(image).items() if _is_of_image(key)}
     return card, tensors
+
+
+def check_precision(wanted: str | None, known: Sequence[Precision], runtime: str) -> Precision:
+    """The precision that a runtime builds a checkpoint in.
+
+    known: what it has, the default first. runtime: its name, for people.
+
+    Raises:
+        ConfigurationError: it has not the one that is wanted.
+    """
+    found = next((each for each in known if each == (wanted or known[0])), None)
+    if found is None:
+        raise ConfigurationError(
+            f"dtype {wanted!r} is not one the {runtime} runtime has: {', '.join(known)}"
+        )
+    return found
 
 
 def normalized(pixels: NDArray[np.uint8], image: ImageSpec) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.models import converted, weights, zoo
 from clip_server.models.card import PRECISIONS, ModelCard, Precision
 from clip_server.runtimes import cuda
-from clip_server.runtimes.base import load_checkpoint, normalized
+from clip_server.runtimes.base import check_precision, load_checkpoint, normalized
 
 _EXTRA = "the ONNX runtime is not installed: pip install 'clip-server[onnx]'"
 _FILES = tuple(converted.FILES["onnx"].values())
@@ -70,13 +70,13 @@ class OnnxRuntime:
             ConfigurationError: the extra, the device, the dtype or the model is not to be had.
         """
         graphs: Iterable[Path | bytes]
-        if model_path is not None and has_graphs(model_path):
+        if model_path is not None and converted.has_towers(model_path, "onnx"):
             dtype = converted.check_dtype(model_path, dtype)
             sessions = _Sessions(device, threads, dtype)
             card = zoo.resolve(name, model_path)
             graphs = [Path(model_path, file) for file in _FILES]
         else:
-            dtype = precision = _precision(dtype)
+            dtype = precision = check_precision(dtype, PRECISIONS, "ONNX")
             sessions = _Sessions(device, threads, precision)
             if precision == "fp16" and sessions.device == "cpu":
                 # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
@@ -102,11 +102,6 @@ class OnnxRuntime:
         return embeddings[np.argsort(order)]
 
 
-def has_graphs(model_path: str | Path | None) -> bool:
-    """Whether a folder holds graphs: both `visual.onnx` and `textual.onnx`."""
-    return model_path is not None and all(Path(model_path, file).is_file() for file in _FILES)
-
-
 def open_tower(
     path: Path, *, device: str = "cpu", threads: int | None = None
 ) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
@@ -116,15 +111,6 @@ def open_tower(
         ConfigurationError: the extra is not installed, or the file is not a tower.
     """
     return _Sessions(device, threads).open(path).run
-
-
-def _precision(wanted: str | None) -> Precision:
-    """The precision that graphs are built in."""
-    found = next((each for each in PRECISIONS if each == (wanted or "fp32")), None)
-    if found is None:
-        known = ", ".join(PRECISIONS)
-        raise ConfigurationError(f"dtype {wanted!r} is not one the ONNX runtime has: {known}")
-    return found
 
 
 def _built(

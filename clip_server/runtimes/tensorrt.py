@@ -15,10 +15,11 @@ from clip_server.models import converted, weights, zoo
 from clip_server.models.card import ModelCard, Precision
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import engines
-from clip_server.runtimes.base import Halving, load_checkpoint, normalized
+from clip_server.runtimes.base import Halving, check_precision, load_checkpoint, normalized
 from clip_server.runtimes.cuda import Buffer, Gpu, OutOfMemory
 from clip_server.runtimes.engines import Profile, Shape
 
+# The default first.
 PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
 # The largest batch that engines are built for, unless another is asked for.
 BATCH = 32
@@ -76,7 +77,7 @@ class TensorrtRuntime:
             card = zoo.resolve(name, model_path)
             plans = {tower: (str(file), file.read_bytes()) for tower, file in folder.items()}
         else:
-            dtype = precision = check_precision(dtype)
+            dtype = precision = check_precision(dtype, PRECISIONS, "TensorRT")
             with gpu.active():  # kernels are chosen by timing them on it
                 card, plans = _built(name, model_path, precision, gpu.name, batch, threads)
         visual, textual = (EngineTower(gpu, plan, origin) for origin, plan in plans.values())
@@ -114,19 +115,6 @@ def engine_files(model_path: str | Path | None) -> Mapping[Tower, Path] | None:
         if (file := Path(model_path, names[tower]).with_suffix(suffix)).is_file()
     }
     return found if len(found) == len(TOWERS) else None
-
-
-def check_precision(wanted: str | None) -> Precision:
-    """The precision that engines are built in.
-
-    Raises:
-        ConfigurationError: it is not one of TensorRT's here.
-    """
-    found = next((each for each in PRECISIONS if each == (wanted or "fp16")), None)
-    if found is None:
-        known = ", ".join(PRECISIONS)
-        raise ConfigurationError(f"dtype {wanted!r} is not one the TensorRT runtime has: {known}")
-    return found
 
 
 def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:

@@ -131,8 +131,10 @@ def towers(
 
 def has_towers(model_path: str | Path | None) -> bool:
     """Whether a folder holds a model that was converted to TorchScript."""
-    return model_path is not None and all(
-        Path(model_path, file).is_file() for file in (*_FILES, converted.CARD)
+    return (
+        model_path is not None
+        and converted.has_towers(model_path, "torchscript")
+        and Path(model_path, converted.CARD).is_file()
     )
 
 
