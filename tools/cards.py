@@ -42,6 +42,10 @@ _LICENCES = [
     ("timm/", "metaclip", "CC-BY-NC-4.0"),
     ("timm/", "webli", "Apache-2.0"),
     ("timm/PE-Core", "meta", "Apache-2.0"),
+    # Apple's, for research only; its repositories said apple-sample-code-license until 2025.
+    ("timm/MobileCLIP2", "", "apple-amlr"),
+    ("apple/", "", "apple-amlr"),
+    ("jienengchen/ViTamin", "", "MIT"),
     ("visheratin/", "", "CC-BY-NC-4.0"),
 ]
 
