@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import json
 import os
 import signal
@@ -23,6 +22,15 @@ from clip_server.process import share_heaps, stay_silent
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000
 _WATCH_SECONDS = 0.5
+# What Jina and gRPC read from the environment.
+_DEFAULTS = {
+    "JINA_LOG_LEVEL": "ERROR",
+    "GRPC_VERBOSITY": "ERROR",
+    # Executors listen below the ports that systems give to outgoing connections: one of those
+    # could take a port between Jina's choice of it and the executor's start.
+    "JINA_RANDOM_PORT_MIN": "16384",
+    "JINA_RANDOM_PORT_MAX": "32767",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,19 +77,23 @@ def _parser() -> argparse.ArgumentParser:
 def _import_jina(without_torch: bool) -> None:
     """Imports Jina, and keeps it quiet."""
     warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
-    os.environ.setdefault("JINA_LOG_LEVEL", "ERROR")
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
     # docarray imports torch wherever it is installed, which takes more than a second, in order
     # to offer torch tensors in documents. Ours have none.
     hidden = without_torch and "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
+        import jina.orchestrate.flow.base
         import jina.orchestrate.orchestrator as orchestrator
     finally:
         if hidden:
             del sys.modules["torch"]
     # Jina asks three services on the internet for this machine's public address.
     orchestrator.get_public_ip = lambda *_, **__: None
+    # Its welcome names addresses that are not ours, and pages we do not serve.
+    jina.orchestrate.flow.base.print = lambda *_: None
     # The processes of the flow inherit it. It comes with Jina, though not on Windows, and serves
     # a fifth to a third more requests.
     with contextlib.suppress(ImportError):
@@ -107,9 +119,7 @@ def _run(spec: dict[str, Any], started: float) -> int:
         executor.setdefault("timeout_ctrl", _END_TIMEOUT_MS)
     flow = Flow.load_config(spec)
     try:
-        # Jina's own welcome names addresses that are not ours, and pages we do not serve.
-        with contextlib.redirect_stdout(io.StringIO()):
-            flow.start()
+        flow.start()
     except KeyboardInterrupt:
         flow.close()
         return 130

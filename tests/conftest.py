@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,13 +29,22 @@ HAS_TORCH = find_spec("torch") is not None and find_spec("open_clip") is not Non
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="the torch extra is not installed")
 
 
+# Below what systems give to outgoing connections, and what executors take: nobody else takes one
+# before the server does.
+_PORTS = iter(random.sample(range(10_000, 16_384), 6_384))
+
+
 def free_ports(count: int) -> list[int]:
     """Ports nobody listens on, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    return list(itertools.islice(filter(_is_free, _PORTS), count))
+
+
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def flow(

@@ -135,6 +135,17 @@ def test_a_port_in_use(refused: Refused) -> None:
         assert str(taken.getsockname()[1]) in refused(spec)
 
 
+def test_an_executors_port_in_use() -> None:
+    """What fails in a process of Jina's own is said, too, by Jina."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        spec = flow()
+        spec["executors"][0]["port"] = port = taken.getsockname()[1]
+        done = run("-i", stdin=yaml.safe_dump(spec))
+    assert done.returncode == 1
+    assert f"PortAlreadyUsed('port:[{port}]')" in done.stdout
+    assert done.stderr == "clip_server: the server could not start: what stands above says why\n"
+
+
 def test_a_missing_extra(tmp_path: Path) -> None:
     """An import that is made to fail, as where the package is not installed."""
     (tmp_path / "sitecustomize.py").write_text(
