@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import content
+from clip_client.envelope import MESSAGE_BYTES
 from clip_client.errors import InvalidInputError, ItemFailure, ServerError
 from clip_client.flow import Flow
 from clip_client.gathering import Gathered
 from clip_client.proto import clip_pb2
 from clip_client.results import Batch
 
-# Larger messages were slower on the server; a single larger item goes alone.
-MESSAGE_BYTES = 3_000_000
 # Pictures being read at once, and read but not yet sent.
 READ_AHEAD = 16
 # Items of one request, where the caller does not say.
@@ -33,37 +32,40 @@ _END = object()
 class Pack:
     """The items of one request, and those next to them that could not be read."""
 
-    def __init__(self, batch_size: int | None) -> None:
+    def __init__(self, batch_size: int | None, options: clip_pb2.Options) -> None:
         self.indices: list[int] = []
         self.failures: list[ItemFailure] = []
+        # Made where it is sent from: to put a message into another one copies it.
+        self._request: clip_pb2.Request | None = clip_pb2.Request()
+        self._request.encode.options.CopyFrom(options)
+        self._items = self._request.encode.items
         self._batch_size = batch_size
+        self._limit = batch_size or PICTURES
         self._rows: list[int] = []
-        self._items: list[clip_pb2.Item] = []
         self._bytes = 0
 
-    def has_room(self, item: clip_pb2.Item | ItemFailure) -> bool:
-        if not self.indices:
-            return True
-        if len(self.indices) >= self._limit():
+    def add(self, index: int, item: clip_pb2.Item | ItemFailure) -> bool:
+        """Takes an item if there is room; whether there was. An empty pack takes any."""
+        if len(self.indices) >= self._limit:
             return False
-        return isinstance(item, ItemFailure) or self._bytes + item.ByteSize() <= MESSAGE_BYTES
-
-    def add(self, index: int, item: clip_pb2.Item | ItemFailure) -> None:
-        self.indices.append(index)
         if isinstance(item, ItemFailure):
             self.failures.append(item)
-            return
-        self._rows.append(len(self.indices) - 1)
-        self._items.append(item)
-        self._bytes += item.ByteSize()
+        else:
+            size = item.ByteSize()
+            if self.indices and self._bytes + size > MESSAGE_BYTES:
+                return False
+            if not self._rows:
+                self._limit = self._batch_size or (TEXTS if item.HasField("text") else PICTURES)
+            self._rows.append(len(self.indices))
+            self._items.append(item)
+            self._bytes += size
+        self.indices.append(index)
+        return True
 
-    def request(self, options: clip_pb2.Options) -> clip_pb2.Request | None:
-        """The request, or None where there is nothing to send. The items are let go."""
-        if not self._items:
-            return None
-        encode = clip_pb2.EncodeRequest(items=self._items, options=options)
-        self._items = []
-        return clip_pb2.Request(encode=encode)
+    def take_request(self) -> clip_pb2.Request | None:
+        """The request, which is let go, or None where there is nothing to send."""
+        request, self._request = self._request, None
+        return request if self._rows else None
 
     def batch(self, response: clip_pb2.EncodeResponse | None) -> Batch:
         """The answer, each row at its item's place."""
@@ -71,19 +73,17 @@ class Pack:
             empty = np.empty((len(self.indices), 0), np.float32)
             return Batch(self.indices, empty, self.failures)
         rows = _matrix(response, len(self._rows))
-        embeddings = np.full((len(self.indices), response.dim), np.nan, np.float32)
-        embeddings[self._rows] = rows
+        if len(self._rows) == len(self.indices):
+            embeddings = rows.copy()  # since these are the answer's own, and cannot be written to
+        else:
+            embeddings = np.full((len(self.indices), response.dim), np.nan, np.float32)
+            embeddings[self._rows] = rows
         failures = [
             ItemFailure(self.indices[self._rows[error.index]], error.message)
             for error in response.errors
         ]
         ordered = sorted(self.failures + failures, key=lambda failure: failure.index)
         return Batch(self.indices, embeddings, ordered)
-
-    def _limit(self) -> int:
-        if self._batch_size is not None:
-            return self._batch_size
-        return TEXTS if self._items and self._items[0].HasField("text") else PICTURES
 
 
 class Encoding:
@@ -109,7 +109,7 @@ class Encoding:
         self._prefetch = prefetch
         self._options = options
         self._reading: deque[tuple[int, Reading]] = deque()
-        self._pack = Pack(batch_size)
+        self._pack = Pack(batch_size, options)
         self._in_flight: deque[tuple[Pack, Future[clip_pb2.Response] | None]] = deque()
 
     def run(self, things: Things) -> Flow[None]:
@@ -118,10 +118,12 @@ class Encoding:
         try:
             while (thing := (yield from _pull(things))) is not _END:
                 self._gathered.begin(index, thing)
-                self._reading.append((index, self._begin(index, thing)))
+                if not self._is_packed(index, reading := self._begin(index, thing)):
+                    self._reading.append((index, reading))
+                    yield from self._advance(READ_AHEAD)
+                if self._in_flight and _is_done(self._in_flight[0][1]):
+                    yield from self._collect(self._prefetch)
                 index += 1
-                yield from self._advance(READ_AHEAD)
-                yield from self._collect(self._prefetch)
             yield from self._advance(0)
             yield from self._dispatch()
             yield from self._collect(0)
@@ -136,23 +138,29 @@ class Encoding:
             return _failure(index, error)
         return begun if isinstance(begun, clip_pb2.Item) else self._read(begun)
 
+    def _is_packed(self, index: int, reading: Reading) -> bool:
+        """Packs what is its turn, is read and has room, as nearly every text; whether it was."""
+        if self._reading or isinstance(reading, Future):
+            return False
+        return self._pack.add(index, reading)
+
     def _advance(self, limit: int) -> Flow[None]:
         """Packs what is read, and waits until at most `limit` are not."""
         while self._reading and (len(self._reading) > limit or _is_ready(self._reading[0][1])):
             index, reading = self._reading.popleft()
             item = yield from _settled(index, reading)
-            if not self._pack.has_room(item):
+            if not self._pack.add(index, item):
                 yield from self._dispatch()
-            self._pack.add(index, item)
+                self._pack.add(index, item)
 
     def _dispatch(self) -> Flow[None]:
         """Sends the pack, as soon as fewer than `prefetch` are under way."""
         if not self._pack.indices:
             return
         yield from self._collect(self._prefetch - 1)
-        request = self._pack.request(self._options)
+        request = self._pack.take_request()
         self._in_flight.append((self._pack, self._send(request) if request else None))
-        self._pack = Pack(self._batch_size)
+        self._pack = Pack(self._batch_size, self._options)
 
     def _collect(self, limit: int) -> Flow[None]:
         """Hands on the answers that are there, and waits until at most `limit` are not."""
@@ -226,12 +234,12 @@ def _is_done(answer: Future[clip_pb2.Response] | None) -> bool:
 
 
 def _matrix(response: clip_pb2.EncodeResponse, rows: int) -> NDArray[np.float32]:
-    size = rows * response.dim * 4
+    embeddings = response.embeddings  # each look at it makes a copy
     in_range = all(error.index < rows for error in response.errors)
-    if response.count != rows or len(response.embeddings) != size or not in_range:
+    if response.count != rows or len(embeddings) != rows * response.dim * 4 or not in_range:
         raise ServerError(
             f"the answer to {rows} items holds {response.count} x {response.dim} embeddings "
-            f"in {len(response.embeddings)} bytes"
+            f"in {len(embeddings)} bytes"
         )
-    matrix: NDArray[np.float32] = np.frombuffer(response.embeddings, "<f4")
+    matrix: NDArray[np.float32] = np.frombuffer(embeddings, "<f4")
     return matrix.reshape(rows, response.dim)

@@ -4,10 +4,11 @@
 
 Texts are tokenized and pictures decoded as soon as they arrive. A batch is formed only when
 the device is free ("late binding"): whatever is ready by then, of all requests together, goes
-into it. There is no timer, so an idle engine adds no wait. Requests take turns, so a large one
-does not keep a small one waiting, and on a device that can do two things at once a small one
-need not wait at all. An item that cannot be encoded fails alone; one that is under way already
-is not computed again; what no one waits for any more is not computed.
+into it; a device that takes next to no time for a batch gets several. There is no timer, so an
+idle engine adds no wait. Requests take turns, so a large one does not keep a small one waiting,
+and on a device that can do two things at once a small one need not wait at all. An item that
+cannot be encoded fails alone; one that is under way already is not computed again; what no one
+waits for any more is not computed.
 
 The engine knows model cards and a runtime; of Jina it knows nothing.
 """
@@ -17,10 +18,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,11 +34,14 @@ from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.queues import Entry, Job, Queue, TextQueue, Turns, by_size
 from clip_server.runtimes.base import Runtime
+from clip_server.workers import Workers
 
 log = logging.getLogger(__name__)
 
 # A text, an encoded picture, or an item already found unfit.
 Item: TypeAlias = str | bytes | ItemError
+# What the device takes at once: texts, or pictures.
+Batch: TypeAlias = list[Entry]
 
 # Texts tokenized in one call to the pool: about a millisecond of work.
 TOKENIZE_CHUNK = 128
@@ -48,6 +53,9 @@ QUICK_TEXTS, QUICK_LENGTH = 128, 1024
 DECODED_AHEAD = 4
 # Items of a request that may use the express lane.
 SMALL = 4
+# Batches go to the device together while they take it less than this: handing something over and
+# back costs a third of a millisecond, in which a GPU would have nothing to do.
+HAND_OVER_SECONDS = 0.002
 MAX_QUEUED_ITEMS = 16_384
 
 
@@ -87,7 +95,7 @@ class Metrics:
 
 
 class _Lane:
-    """One batch at a time on the device. `bulk`: it is of requests that are not small."""
+    """What is on the device at a time. `bulk`: it is of requests that are not small."""
 
     def __init__(self) -> None:
         self.busy = self.bulk = False
@@ -122,9 +130,10 @@ class Engine:
         self._transform = transform or ImageTransform(self.card.image)
         self.cache = Cache(cache_bytes)
         self._workers = num_worker_preprocess
-        self._pool = ThreadPoolExecutor(num_worker_preprocess, "preprocess")
+        self._pool = Workers(num_worker_preprocess, "preprocess")
         # Some frameworks want to be called from one and the same thread.
-        self._device = ThreadPoolExecutor(2 if runtime.concurrent else 1, "device")
+        self._device = Workers(2 if runtime.concurrent else 1, "device")
+        self._pace = _Pace()
         self._numbers = itertools.count()
         self._under_way: dict[Any, Entry] = {}  # by fingerprint
         self._texts, self._pictures = Queue(), Queue()  # waiting for the pool
@@ -176,8 +185,8 @@ class Engine:
 
     def close(self) -> None:
         """Ends the threads, after what they have begun."""
-        self._pool.shutdown(cancel_futures=True)
-        self._device.shutdown(cancel_futures=True)
+        self._pool.close()
+        self._device.close()
 
     def _refuse_if_full(self, count: int) -> None:
         self.metrics.requests += 1
@@ -222,7 +231,8 @@ class Engine:
         if isinstance(item, bytes):
             self._pictures.push(entry)
         elif job.size <= QUICK_TEXTS and len(item) <= QUICK_LENGTH and item.isascii():
-            entry.prepare(self._tokenizer.encode(item))
+            entry.content = self._tokenizer.encode(item)
+            job.close_preparation()
             self._ready_texts.push(entry)
         else:
             self._texts.push(entry)
@@ -250,7 +260,7 @@ class Engine:
                 break
         ready = self._ready_texts or self._ready_pictures
         if ready and not self._main.busy:
-            self._infer(self._main, self._next_batch())
+            self._infer(self._main, self._next_batches())
         if ready and self._main.busy and not self._express.busy and self.runtime.concurrent:
             self._infer(self._express, self._next_beside())
 
@@ -270,9 +280,9 @@ class Engine:
         entries = queue.take(count, leader)
         self._preparing += 1
 
-        def finish(future: asyncio.Future[list[Any]]) -> None:
+        def finish(contents: list[Any]) -> None:
             self._preparing -= 1
-            for entry, content in zip(entries, future.result(), strict=True):
+            for entry, content in zip(entries, contents, strict=True):
                 if isinstance(content, ItemError):
                     entry.fail(str(content))
                 elif entry.prepare(content):
@@ -282,23 +292,32 @@ class Engine:
             self._advance()
 
         items = [entry.item for entry in entries]
-        self._run(self._pool, lambda: [_attempt(prepare, item) for item in items], finish)
+        self._pool.submit(lambda: [_attempt(prepare, item) for item in items], finish)
 
-    def _next_batch(self) -> list[Entry]:
+    def _next_batches(self) -> list[Batch]:
+        """A batch, and those behind it that the device is done with in next to no time."""
+        batches, seconds = [], 0.0
+        while seconds < HAND_OVER_SECONDS and (self._ready_texts or self._ready_pictures):
+            batches.append(self._next_batch())
+            seconds += self._pace.expected(batches[-1])
+        return batches
+
+    def _next_batch(self) -> Batch:
         texts, pictures = self._ready_texts, self._ready_pictures
         leader = self._device_turns.next([*texts.jobs(), *pictures.jobs()])
         queue = texts if leader in texts.jobs() else pictures
         return queue.take(leader.minibatch_size, leader)
 
-    def _next_beside(self) -> list[Entry]:
+    def _next_beside(self) -> list[Batch]:
         """What goes to the device beside a batch: the next full one, where that is copied while
         the first is computed; else a small request beside bulk."""
         ready = max(len(self._ready_texts), len(self._ready_pictures))
         if self.runtime.overlaps and ready >= self._minibatch_size:
-            return self._next_batch()
-        return self._next_small_batch() if self._main.bulk else []
+            return [self._next_batch()]
+        small = self._next_small_batch() if self._main.bulk else []
+        return [small] if small else []
 
-    def _next_small_batch(self) -> list[Entry]:
+    def _next_small_batch(self) -> Batch:
         """What is ready of the smallest request, if it is a small one."""
         texts, pictures = self._ready_texts, self._ready_pictures
         job = min([*texts.jobs(), *pictures.jobs()], key=by_size, default=None)
@@ -306,61 +325,84 @@ class Engine:
             return []
         return texts.take_of(job, SMALL) or pictures.take_of(job, SMALL)
 
-    def _infer(self, lane: _Lane, entries: list[Entry]) -> None:
-        """Gives a batch of texts or of pictures to the device."""
-        if not entries:
+    def _infer(self, lane: _Lane, batches: list[Batch]) -> None:
+        """Hands batches, each of texts or of pictures, to the device."""
+        if not batches:
             return
-        pictures = isinstance(entries[0].item, bytes)
+        entries = list(itertools.chain.from_iterable(batches))
         lane.busy = True
         lane.bulk = any(job.size > SMALL for entry in entries for job, _ in entry.places)
-        self._count(lane, pictures, len(entries))
+        for batch in batches:
+            self._count(lane, batch)
 
-        def finish(future: asyncio.Future[NDArray[np.float32]]) -> None:
+        def finish(results: list[NDArray[np.float32] | None]) -> None:
             lane.busy = lane.bulk = False
-            error = future.exception()
-            if error is not None:
-                log.error("a batch of %d failed", len(entries), exc_info=error)
-            for row, entry in enumerate(entries):
-                self._forget(entry)
-                if error is None:
-                    entry.succeed(future.result()[row])
-                    self.cache.put(entry.item, future.result()[row])
-                else:
-                    entry.fail("the model failed on the batch with this item")
+            for batch, embeddings in zip(batches, results, strict=True):
+                self._end(batch, embeddings)
             self._advance()
 
-        encode = self._encode_pictures if pictures else self._encode_texts
-        self._run(self._device, lambda: encode([entry.content for entry in entries]), finish)
+        self._device.submit(lambda: [self._computed(batch) for batch in batches], finish)
 
-    @staticmethod
-    def _run(
-        pool: ThreadPoolExecutor,
-        work: Callable[[], Any],
-        finish: Callable[[asyncio.Future[Any]], None],
-    ) -> None:
-        asyncio.get_running_loop().run_in_executor(pool, work).add_done_callback(finish)
+    def _end(self, batch: Batch, embeddings: NDArray[np.float32] | None) -> None:
+        """Hands out a batch's embeddings, [B, D], or None where the model failed."""
+        for entry in batch:
+            self._forget(entry)
+        if embeddings is None:
+            for entry in batch:
+                entry.fail("the model failed on the batch with this item")
+            return
+        for entry, embedding in zip(batch, embeddings, strict=True):
+            entry.succeed(embedding)
+            self.cache.put(entry.item, embedding)
 
-    def _count(self, lane: _Lane, pictures: bool, count: int) -> None:
+    def _count(self, lane: _Lane, batch: Batch) -> None:
         metrics = self.metrics
         metrics.batches += 1
-        metrics.batched_items += count
+        metrics.batched_items += len(batch)
         metrics.express_batches += lane is self._express and not lane.bulk
-        if pictures:
-            metrics.images += count
+        if _is_of_pictures(batch):
+            metrics.images += len(batch)
         else:
-            metrics.texts += count
+            metrics.texts += len(batch)
 
-    def _encode_pictures(self, pixels: list[Any]) -> NDArray[np.float32]:
-        return self._timed(self.runtime.encode_image, np.stack(pixels))
-
-    def _encode_texts(self, tokens: list[Any]) -> NDArray[np.float32]:
-        return self._timed(self.runtime.encode_text, pad(tokens, self._tokenizer.spec))
-
-    def _timed(self, encode: Callable[[Any], Any], batch: NDArray[Any]) -> NDArray[np.float32]:
-        started = time.perf_counter()
-        embeddings: NDArray[np.float32] = encode(batch)
-        self.metrics.device_seconds += time.perf_counter() - started
+    def _computed(self, batch: Batch) -> NDArray[np.float32] | None:
+        """A batch's embeddings, [B, D]; None where the model fails. In a thread of the device."""
+        contents: list[Any] = [entry.content for entry in batch]
+        try:
+            if _is_of_pictures(batch):
+                encode = partial(self.runtime.encode_image, np.stack(contents))
+            else:
+                encode = partial(self.runtime.encode_text, pad(contents, self._tokenizer.spec))
+            started = time.perf_counter()
+            embeddings = encode()
+        except Exception:
+            log.exception("a batch of %d failed", len(batch))
+            return None
+        seconds = time.perf_counter() - started
+        self._pace.note(batch, seconds)
+        self.metrics.device_seconds += seconds
         return embeddings
+
+
+class _Pace:
+    """How long the device takes for an item: by the quickest batches of late, since waiting for a
+    core has nothing to do with the device."""
+
+    def __init__(self) -> None:
+        self._seconds = {False: math.inf, True: math.inf}
+
+    def note(self, batch: Batch, seconds: float) -> None:
+        """Takes account of a batch."""
+        kind = _is_of_pictures(batch)
+        self._seconds[kind] = min(1.1 * self._seconds[kind], seconds / len(batch))
+
+    def expected(self, batch: Batch) -> float:
+        """Seconds that a batch will take; endless before the first."""
+        return len(batch) * self._seconds[_is_of_pictures(batch)]
+
+
+def _is_of_pictures(batch: Batch) -> bool:
+    return isinstance(batch[0].item, bytes)
 
 
 def _fingerprint(item: str | bytes) -> Any:

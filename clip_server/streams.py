@@ -8,18 +8,21 @@ there is to do, the less each costs.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from google.protobuf.message import DecodeError
 
+from clip_client.envelope import enveloped
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.service import error_response
 
 Call = Callable[[pb.Request], Awaitable[pb.Response]]
 Send = Callable[[bytes], Awaitable[None]]
-# A message is closed once it has so many bytes: larger ones were slower.
-_MESSAGE_BYTES = 3_000_000
+# Items that are begun before what is ready is sent. Large requests would else go through client,
+# gateway and encoder all together, each of which would wait for the others.
+_BEGUN_AT_ONCE = 128
 
 
 class Streams:
@@ -69,20 +72,30 @@ class _Connection:
         self._answered = asyncio.Event()
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._unnumbered = 0
-        self._outbox: list[pb.Response] = []
+        self._outbox: deque[pb.Response] = deque()
         self._waiting = asyncio.Event()
         self._finished = False
 
     async def read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
-            for request in self._requests(message):  # all of them: none is lost at the end
-                if request.HasField("cancel"):
-                    self._give_up(request.id)
-                else:
+            requests = self._requests(message)
+            try:
+                await self._begin_all(requests)
+            finally:  # none is lost at the end
+                for request in requests:
                     self._begin(request)
             while len(self._under_way) >= self._in_flight:
                 self._answered.clear()
                 await self._answered.wait()
+
+    async def _begin_all(self, requests: Iterator[pb.Request]) -> None:
+        begun = 0
+        for request in requests:
+            self._begin(request)
+            begun += 1 + len(request.encode.items) + len(request.rank.candidates)
+            if begun >= _BEGUN_AT_ONCE:
+                begun = 0
+                await asyncio.sleep(0)
 
     def _requests(self, message: bytes) -> Iterator[pb.Request]:
         try:
@@ -94,6 +107,9 @@ class _Connection:
         yield from requests or ()
 
     def _begin(self, request: pb.Request) -> None:
+        if request.HasField("cancel"):
+            self._give_up(request.id)
+            return
         key = request.id
         if not key or key in self._under_way:  # it cannot be given up by its id
             self._unnumbered -= 1
@@ -121,7 +137,11 @@ class _Connection:
             await self._waiting.wait()
             self._waiting.clear()
             while self._outbox:
-                await send(_packed(self._outbox))
+                await send(enveloped(self._drained()))
+
+    def _drained(self) -> Iterator[pb.Response]:
+        while self._outbox:
+            yield self._outbox.popleft()
 
     async def finish(self) -> None:
         """Waits for what is under way; then the writer ends when all is sent."""
@@ -135,14 +155,3 @@ class _Connection:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _packed(outbox: list[pb.Response]) -> bytes:
-    """Takes as many responses out of the outbox as one message holds."""
-    size = count = 0
-    while count < len(outbox) and (not count or size < _MESSAGE_BYTES):
-        size += outbox[count].ByteSize()
-        count += 1
-    message = pb.Responses(responses=outbox[:count]).SerializeToString()
-    del outbox[:count]
-    return message

@@ -103,6 +103,23 @@ def test_nothing_to_encode() -> None:
     run(work)
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 8), (0.01, 1)])
+def test_what_is_handed_over_together(seconds: float, expected: int) -> None:
+    """A device that takes no time for a batch gets many, so that it need not wait for a busy event
+    loop; a slow one gets the next batch when it is free."""
+
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        await engine.encode([f"text {i}" for i in range(32)])  # shows how long a batch takes
+        before = len(runtime.texts)
+        task = asyncio.create_task(engine.encode([f"more {i}" for i in range(128)]))
+        await asyncio.sleep(0)  # it is admitted
+        time.sleep(0.1)  # the event loop is busy
+        assert len(runtime.texts) - before == expected
+        assert not (await task).errors
+
+    run(work, seconds, minibatch_size=16)
+
+
 def test_requests_share_batches_and_none_is_too_large() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         await asyncio.gather(*(engine.encode([f"text {i}"]) for i in range(256)))

@@ -73,14 +73,14 @@ class _StreamLink:
             else grpc.aio.insecure_channel(address.target, _OPTIONS)
         )
         self._metadata = tuple(headers.items())
-        stream = self._channel.stream_stream(
-            _STREAM,
-            request_serializer=clip_pb2.Requests.SerializeToString,
-            response_deserializer=clip_pb2.Responses.FromString,
+        stream: grpc.aio.StreamStreamMultiCallable[bytes, clip_pb2.Responses] = (
+            self._channel.stream_stream(
+                _STREAM, response_deserializer=clip_pb2.Responses.FromString
+            )
         )
         self._call = stream(metadata=self._metadata)
 
-    async def write(self, requests: clip_pb2.Requests) -> None:
+    async def write(self, requests: bytes) -> None:
         await self._call.write(requests)
 
     async def read(self) -> clip_pb2.Responses:

@@ -9,21 +9,19 @@ import asyncio
 import contextlib
 import copy
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
+from clip_client.envelope import enveloped
 from clip_client.errors import ClipError, ConnectionFailedError, server_error
 from clip_client.proto import clip_pb2
 from clip_client.transports.base import ConnectionLostError
-
-# A message is closed once it has so many bytes: larger ones were slower.
-_MESSAGE_BYTES = 3_000_000
 
 
 class Link(Protocol):
     """An open connection that carries envelopes both ways."""
 
-    async def write(self, requests: clip_pb2.Requests) -> None: ...
+    async def write(self, requests: bytes) -> None: ...
 
     async def read(self) -> clip_pb2.Responses:
         """The next responses. Raises ClipError at the connection's end."""
@@ -85,17 +83,16 @@ class _Connection:
         # The reader sees the same break, and why.
         with contextlib.suppress(Exception):
             while True:
-                await self._link.write(self._packed(await self._outbox.get()))
+                first = await self._outbox.get()
+                await self._link.write(enveloped(self._from(first)))
 
-    def _packed(self, request: clip_pb2.Request) -> clip_pb2.Requests:
-        """One message of a request and those that wait behind it."""
-        packed, size = clip_pb2.Requests(), 0
+    def _from(self, request: clip_pb2.Request) -> Iterator[clip_pb2.Request]:
+        """A request and those that wait behind it, without those no one waits for any more."""
         while True:
             if request.id in self._pending or request.HasField("cancel"):
-                packed.requests.append(request)
-                size += request.ByteSize()
-            if self._outbox.empty() or size > _MESSAGE_BYTES:
-                return packed
+                yield request
+            if self._outbox.empty():
+                return
             request = self._outbox.get_nowait()
 
     async def _read(self) -> None:

@@ -43,8 +43,8 @@ class _SocketLink:
         self._address = address
         self._socket = socket
 
-    async def write(self, requests: clip_pb2.Requests) -> None:
-        await self._socket.send(requests.SerializeToString())
+    async def write(self, requests: bytes) -> None:
+        await self._socket.send(requests)
 
     async def read(self) -> clip_pb2.Responses:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 # Words whose ids are remembered, and the characters that one may have: some 20 MB at most.
 _REMEMBERED_WORDS, _REMEMBERED_LENGTH = 2**16, 32
@@ -18,11 +18,21 @@ class RememberedWords:
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         self._encode = encode
-        self._remembered = lru_cache(_REMEMBERED_WORDS)(encode)
+        self._remembered: dict[str, list[int]] = {}
 
-    def ids(self, words: Iterable[str]) -> list[int]:
+    def ids(self, words: Sequence[str]) -> list[int]:
         """The ids of all words, one after the other."""
-        ids: list[int] = []
-        for word in words:
-            ids += self._remembered(word) if len(word) <= _REMEMBERED_LENGTH else self._encode(word)
+        try:  # that all are known, without a step of Python's for each
+            return list(chain.from_iterable(map(self._remembered.__getitem__, words)))
+        except KeyError:
+            return list(chain.from_iterable(map(self._ids_of_one, words)))
+
+    def _ids_of_one(self, word: str) -> list[int]:
+        ids = self._remembered.get(word)
+        if ids is None:
+            ids = self._encode(word)
+            if len(word) <= _REMEMBERED_LENGTH:
+                if len(self._remembered) >= _REMEMBERED_WORDS:
+                    self._remembered.clear()  # what is common is soon back
+                self._remembered[word] = ids
         return ids
