@@ -49,14 +49,11 @@ class Contestant(Protocol):
 class Ours:
     """A runtime of this project, with the engine that the server has around it."""
 
-    def __init__(self, runtime: str, dtype: str, device: str, checkpoint: Path) -> None:
-        self._runtime = RUNTIMES[runtime]("", model_path=checkpoint, device=device, dtype=dtype)
-        self.encode_image = self._runtime.encode_image
-        self.encode_text = self._runtime.encode_text
+    def __init__(self, runtime: Runtime) -> None:
+        self.encode_image = runtime.encode_image
+        self.encode_text = runtime.encode_text
         self._loop = asyncio.new_event_loop()
-        self._engine = Engine(
-            self._runtime, minibatch_size=MINIBATCH, num_worker_preprocess=WORKERS
-        )
+        self._engine = Engine(runtime, minibatch_size=MINIBATCH, num_worker_preprocess=WORKERS)
 
     def encode(self, items: Sequence[Item]) -> NDArray[np.float32]:
         encoded = self._loop.run_until_complete(self._engine.encode(items))
@@ -146,9 +143,15 @@ def named(device: str) -> dict[str, Callable[[Path], Contestant]]:
     )
 
     def ours(runtime: str, dtype: str) -> Callable[[Path], Contestant]:
-        return lambda checkpoint: Ours(runtime, dtype, device, checkpoint)
+        load = RUNTIMES[runtime]
+        return lambda checkpoint: Ours(load("", model_path=checkpoint, device=device, dtype=dtype))
 
     def peer(checkpoint: Path) -> Contestant:
         return AsClipAsService("fp16" if halves else "fp32", device, checkpoint)
 
     return {f"{runtime} {dtype}": ours(runtime, dtype) for runtime, dtype in pairs} | {PEER: peer}
+
+
+def candidate(make: Callable[[Path], Runtime]) -> Callable[[Path], Contestant]:
+    """One of `candidates`, as it would be as a runtime."""
+    return lambda checkpoint: Ours(make(checkpoint))

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import workload
-from benchmarks.contestants import PEER, Contestant, named
+from benchmarks import candidates, workload
+from benchmarks.contestants import PEER, Contestant, candidate, named
 from benchmarks.drivers.driver import captions
 from benchmarks.report import Goal, shown
 from clip_server import reporting
@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1, help="of each measurement")
     parser.add_argument("--only", help="contestants, such as 'torch fp32,tensorrt fp16'")
+    parser.add_argument(
+        "--candidates", action="store_true", help="also what the runtimes might do in its place"
+    )
     parser.add_argument("--model-path", type=Path, help="another checkpoint's folder")
     reporting.add_argument(parser)
     return parser
@@ -84,7 +87,11 @@ def _loaded(options: argparse.Namespace, checkpoint: Path) -> dict[str, Contesta
     """Those contestants that can run here; the others say why not."""
     found = {}
     wanted = options.only.split(",") if options.only else None
-    for name, make in named(options.device).items():
+    makers = named(options.device)
+    if options.candidates:
+        possible = candidates.named(options.device)
+        makers |= {name: candidate(make) for name, make in possible.items()}
+    for name, make in makers.items():
         if wanted and name not in wanted:
             continue
         start = time.perf_counter()

@@ -80,8 +80,12 @@ class TensorrtRuntime:
             dtype = precision = check_precision(dtype, PRECISIONS, "TensorRT")
             with gpu.active():  # kernels are chosen by timing them on it
                 card, plans = _built(name, model_path, precision, gpu.name, batch, threads)
-        visual, textual = (EngineTower(gpu, plan, origin) for origin, plan in plans.values())
+        visual, textual = (cls._tower(gpu, plan, origin) for origin, plan in plans.values())
         return cls(card, visual, textual, gpu.device, dtype)
+
+    @staticmethod
+    def _tower(gpu: Gpu, plan: bytes, origin: str) -> EngineTower:
+        return EngineTower(gpu, plan, origin)
 
     @property
     def halved_batches(self) -> int:
@@ -173,8 +177,11 @@ class EngineTower:
                 # Whatever came of it: pycuda cannot free memory where no context is active.
                 self._idle.append(lane)
 
+    def _new_context(self) -> Any:
+        return self._engine.create_execution_context()
+
     def _new_lane(self) -> _Lane:
-        context = self._engine.create_execution_context()
+        context = self._new_context()
         if context is None:
             raise OutOfMemory("no memory for an execution context")
         return _Lane(
