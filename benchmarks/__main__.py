@@ -31,7 +31,7 @@ def main() -> None:
                 report.save(name, leg, how)
             print(f"\n  {time.monotonic() - started:.0f} s", flush=True)
     if options.docs:
-        report.write_docs()
+        report.write_docs(LEGS)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -133,10 +133,13 @@ def _leg(saved: dict[str, Any]) -> Leg:
     return Leg(saved["first"], figures, [Goal(**each) for each in saved["goals"]], saved["notes"])
 
 
-def write_docs() -> None:
-    """Puts the results so far into docs/benchmarks.md, between its marks, and the plot beside."""
+def write_docs(order: Iterable[str]) -> None:
+    """Puts the results so far into docs/benchmarks.md, between its marks, and the plot beside.
+
+    order: of the legs, by name.
+    """
     results = load()
-    legs = {name: _leg(saved) for name, saved in results.items()}
+    legs = {name: _leg(results[name]) for name in order if name in results}
     parts = [machine()]
     goals = [[name, *goal.line()] for name, leg in legs.items() for goal in leg.goals]
     parts += ["### Goals", markdown([["leg", *GOAL_COLUMNS], *goals])]

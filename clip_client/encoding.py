@@ -74,7 +74,7 @@ class Pack:
             return Batch(self.indices, empty, self.failures)
         rows = _matrix(response, len(self._rows))
         if len(self._rows) == len(self.indices):
-            embeddings = rows.copy()  # since these are the answer's own, and cannot be written to
+            embeddings = rows
         else:
             embeddings = np.full((len(self.indices), response.dim), np.nan, np.float32)
             embeddings[self._rows] = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,53 @@ from clip_client.results import Batch
 
 Callback = Callable[[Batch], Any]
 Advance = Callable[[int], None]
+
+
+# New memory is given in large pieces at a fraction of what it costs in those of a batch.
+_BLOCK_BYTES = 16 * 2**20
+
+
+class Rows:
+    """Embeddings, one batch after the other."""
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.float32]] = []
+        self._room = self._total = 0  # rows that the last block has left, and rows of all
+
+    @property
+    def dim(self) -> int:
+        """D, or 0 while no embedding has come."""
+        return max((block.shape[1] for block in self._blocks), default=0)
+
+    def add(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Takes [n, D], or [n, 0] where D is not known, and gives them where they are kept."""
+        count, dim = rows.shape
+        if count > self._room or dim != self._blocks[-1].shape[1]:
+            self._cut()
+            # As many as there are already, so that a few take no more than they need.
+            self._room = max(count, min(self._total, _BLOCK_BYTES // (4 * dim or 1)))
+            self._blocks.append(np.empty((self._room, dim), np.float32))
+        first = len(self._blocks[-1]) - self._room
+        kept = self._blocks[-1][first : first + count]
+        kept[:] = rows
+        self._room -= count
+        self._total += count
+        return kept
+
+    def array(self, dim: int) -> NDArray[np.float32]:
+        """All of them, [N, D], with NaN where D was not known."""
+        self._cut()
+        filled = [
+            block if block.shape[1] else np.full((len(block), dim), np.nan, np.float32)
+            for block in self._blocks
+        ]
+        return np.concatenate([np.empty((0, dim), np.float32), *filled])
+
+    def _cut(self) -> None:
+        """Takes what is left of the last block off it."""
+        if self._room:
+            self._blocks[-1] = self._blocks[-1][: -self._room]
+            self._room = 0
 
 
 class Gathered:
@@ -36,7 +84,7 @@ class Gathered:
         self._on_always = on_always
         self._advance = advance
         self._into_documents = into_documents
-        self._blocks: list[NDArray[np.float32]] = []
+        self._rows = Rows()
         self._documents: dict[int, Any] = {}
 
     def begin(self, index: int, thing: Any) -> None:
@@ -47,9 +95,10 @@ class Gathered:
     def add(self, batch: Batch) -> None:
         self.total += len(batch.indices)
         self.failures.extend(batch.errors)
+        rows = batch.embeddings
+        # Callbacks may write to what they get, and not to a message.
+        batch = replace(batch, embeddings=self._rows.add(rows) if self.keeps else rows.copy())
         self._embed_documents(batch)
-        if self.keeps:
-            self._blocks.append(batch.embeddings)
         if self._on_done and batch.exception is None:
             self._on_done(batch)
         if self._on_error and (batch.exception or batch.errors):
@@ -61,7 +110,7 @@ class Gathered:
     @property
     def dim(self) -> int:
         """D, or 0 while no embedding has come."""
-        return max((block.shape[1] for block in self._blocks), default=0)
+        return self._rows.dim
 
     @property
     def documents(self) -> Sequence[Any] | None:
@@ -70,11 +119,7 @@ class Gathered:
 
     def embeddings(self, dim: int) -> NDArray[np.float32]:
         """[N, D] float32."""
-        filled = [
-            block if block.shape[1] else np.full((len(block), dim), np.nan, np.float32)
-            for block in self._blocks
-        ]
-        return np.concatenate([np.empty((0, dim), np.float32), *filled])
+        return self._rows.array(dim)
 
     def _embed_documents(self, batch: Batch) -> None:
         failed = {failure.index for failure in batch.errors}

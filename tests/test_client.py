@@ -250,6 +250,7 @@ def test_callbacks(grpc_server: FakeServer, grpc_client: Client) -> None:
     assert np.array_equal(done[2].embeddings[1], vector("c"))
     assert np.isnan(done[2].embeddings[0]).all()
     assert grpc_client.encode(["a"], on_done=done.append) is None
+    assert all(batch.embeddings.flags.writeable for batch in done)
 
     every.clear()
     grpc_server.error = ("INTERNAL", "oh")
