@@ -20,11 +20,13 @@ ALLOWED = {
     "clip_server.rank": [],
     "clip_server.cache": [],
     "clip_server.queues": [],
+    "clip_server.workers": [],
     "clip_server.engine": [
         "clip_server.models",
         "clip_server.runtimes.base",
         "clip_server.queues",
         "clip_server.cache",
+        "clip_server.workers",
         "clip_server.errors",
     ],
     "clip_server.service": [
@@ -33,7 +35,12 @@ ALLOWED = {
         "clip_server.rank",
         "clip_server.errors",
     ],
-    "clip_server.streams": ["clip_client.proto", "clip_server.service", "clip_server.errors"],
+    "clip_server.streams": [
+        "clip_client.proto",
+        "clip_client.envelope",
+        "clip_server.service",
+        "clip_server.errors",
+    ],
     "clip_server.handlers": ["clip_client.proto", "clip_server.streams"],
     "clip_server.executors": [
         "clip_client.proto",
