@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from clip_server.models import converted, graph, onnx_file
@@ -22,7 +23,7 @@ from clip_server.runtimes.base import Halving, Runtime, load_checkpoint
 from clip_server.runtimes.cuda import Gpu
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.tensorrt import EngineTower, TensorrtRuntime
-from clip_server.runtimes.torch import TorchRuntime
+from clip_server.runtimes.torch import TorchRuntime, towers
 
 
 def named(device: str) -> dict[str, Callable[[Path], Runtime]]:
@@ -44,16 +45,12 @@ def named(device: str) -> dict[str, Callable[[Path], Runtime]]:
 
 
 def _torch_towers(checkpoint: Path, precision: Precision, device: str) -> Any:
-    from clip_server.runtimes.torch import towers
-
     card, tensors = load_checkpoint("", checkpoint)
     return card, *(tower.to(device) for tower in towers(card, tensors, precision))
 
 
 def _channels_last(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     """Convolutions of pictures in the order that tensor cores take them in."""
-    import torch
-
     card, visual, textual = _torch_towers(checkpoint, precision, device)
     visual.to(memory_format=torch.channels_last)
 
@@ -67,8 +64,6 @@ def _channels_last(checkpoint: Path, precision: Precision, device: str) -> Runti
 
 def _compiled(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     """Kernels fused by torch.compile; those of pictures, whose shapes are few, in CUDA graphs."""
-    import torch
-
     card, visual, textual = _torch_towers(checkpoint, precision, device)
     compiled: Callable[..., Any] = torch.compile
     visual = compiled(visual, mode=None if device.startswith("cpu") else "reduce-overhead")
@@ -77,8 +72,6 @@ def _compiled(checkpoint: Path, precision: Precision, device: str) -> Runtime:
 
 def _pinned(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     """Batches copied from pinned memory, beside whatever the GPU still computes."""
-    import torch
-
     card, visual, textual = _torch_towers(checkpoint, precision, device)
 
     @torch.inference_mode()

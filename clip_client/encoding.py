@@ -36,9 +36,8 @@ class Pack:
         self.indices: list[int] = []
         self.failures: list[ItemFailure] = []
         # Made where it is sent from: to put a message into another one copies it.
-        self._request: clip_pb2.Request | None = clip_pb2.Request()
+        self._request = clip_pb2.Request()
         self._request.encode.options.CopyFrom(options)
-        self._items = self._request.encode.items
         self._batch_size = batch_size
         self._limit = batch_size or PICTURES
         self._rows: list[int] = []
@@ -57,14 +56,14 @@ class Pack:
             if not self._rows:
                 self._limit = self._batch_size or (TEXTS if item.HasField("text") else PICTURES)
             self._rows.append(len(self.indices))
-            self._items.append(item)
+            self._request.encode.items.append(item)
             self._bytes += size
         self.indices.append(index)
         return True
 
     def take_request(self) -> clip_pb2.Request | None:
         """The request, which is let go, or None where there is nothing to send."""
-        request, self._request = self._request, None
+        request, self._request = self._request, clip_pb2.Request()
         return request if self._rows else None
 
     def batch(self, response: clip_pb2.EncodeResponse | None) -> Batch:

@@ -329,9 +329,10 @@ class Engine:
         """Hands batches, each of texts or of pictures, to the device."""
         if not batches:
             return
-        entries = list(itertools.chain.from_iterable(batches))
         lane.busy = True
-        lane.bulk = any(job.size > SMALL for entry in entries for job, _ in entry.places)
+        lane.bulk = any(
+            job.size > SMALL for batch in batches for entry in batch for job, _ in entry.places
+        )
         for batch in batches:
             self._count(lane, batch)
 
