@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -20,7 +21,11 @@ from clip_server.models.tokenizer import tokenizer_for
 
 
 class CountingRuntime:
-    """Embeds a text as its tokens' sum, a picture as its mean; keeps the shapes it was given."""
+    """Embeds a text as its tokens' sum, a picture as its mean; keeps the shapes it was given.
+
+    seconds: that a batch takes.
+    held: a batch waits until the test lets it go; so a test need not know how fast the machine is.
+    """
 
     name, device, dtype, halved_batches = "counting", "cpu", "fp32", 0
 
@@ -32,19 +37,51 @@ class CountingRuntime:
         self.inside = self.most_inside = 0  # calls at the same time
         self.texts: list[tuple[int, ...]] = []
         self.images: list[tuple[int, ...]] = []
+        self.held = False
+        self._waiting = 0
+        self._gate = threading.Semaphore(0)
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         self.inside += 1
         self.most_inside = max(self.inside, self.most_inside)
-        time.sleep(self.seconds)
+        self._take_time()
         self.inside -= 1
         self.texts.append(tokens.shape)
         return self._rows(tokens.sum(1))
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        time.sleep(self.seconds)
+        self._take_time()
         self.images.append(pixels.shape)
         return self._rows(pixels.mean((1, 2, 3)))
+
+    async def batch_waits(self) -> None:
+        """Returns when the device has a batch that is held."""
+        while not self._waiting:
+            await asyncio.sleep(0.001)
+
+    def let_one_go(self) -> None:
+        self._waiting -= 1
+        self._gate.release()
+
+    def let_all_go(self) -> None:
+        self.held = False
+        self._gate.release(1000)  # one may be about to wait
+
+    async def batches_until(self, task: asyncio.Task[Any]) -> int:
+        """How many batches go through the device until `task` is done, the held one included."""
+        count = 0
+        while not task.done():
+            if self._waiting:
+                self.let_one_go()
+                count += 1
+            await asyncio.sleep(0.001)
+        return count
+
+    def _take_time(self) -> None:
+        if self.held:
+            self._waiting += 1
+            self._gate.acquire()
+        time.sleep(self.seconds)
 
     def _rows(self, values: NDArray[Any]) -> NDArray[np.float32]:
         return np.repeat(values[:, None], self.card.dim, 1).astype(np.float32)
@@ -69,6 +106,7 @@ def run(
         try:
             return await asyncio.wait_for(work(engine, runtime), 60)
         finally:
+            runtime.let_all_go()
             engine.close()
 
     return asyncio.run(main())
@@ -103,18 +141,21 @@ def test_nothing_to_encode() -> None:
     run(work)
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 8), (0.01, 1)])
-def test_what_is_handed_over_together(seconds: float, expected: int) -> None:
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 2, 8), (0.01, 1, 1)])
+def test_what_is_handed_over_together(seconds: float, least: int, most: int) -> None:
     """A device that takes no time for a batch gets many, so that it need not wait for a busy event
     loop; a slow one gets the next batch when it is free."""
 
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        await engine.encode([f"text {i}" for i in range(32)])  # shows how long a batch takes
+        await engine.encode(numbered(640))  # shows how long a batch takes
         before = len(runtime.texts)
-        task = asyncio.create_task(engine.encode([f"more {i}" for i in range(128)]))
+        task = asyncio.create_task(engine.encode(numbered(128, "more")))
         await asyncio.sleep(0)  # it is admitted
-        time.sleep(0.1)  # the event loop is busy
-        assert len(runtime.texts) - before == expected
+        end = time.monotonic() + 10
+        while len(runtime.texts) - before < least and time.monotonic() < end:
+            time.sleep(0.05)  # the event loop is busy
+        time.sleep(0.05)
+        assert least <= len(runtime.texts) - before <= most
         assert not (await task).errors
 
     run(work, seconds, minibatch_size=16)
@@ -122,14 +163,18 @@ def test_what_is_handed_over_together(seconds: float, expected: int) -> None:
 
 def test_requests_share_batches_and_none_is_too_large() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        await asyncio.gather(*(engine.encode([f"text {i}"]) for i in range(256)))
+        runtime.held = True
+        tasks = [asyncio.create_task(engine.encode([f"text {i}"])) for i in range(256)]
+        await runtime.batch_waits()
+        await all_ready(engine)
+        runtime.let_all_go()
+        await asyncio.gather(*tasks)
         sizes = [shape[0] for shape in runtime.texts]
         assert sum(sizes) == 256
-        assert max(sizes) <= 32
-        # While the first small batches run, all others become ready and share full ones.
-        assert len(sizes) <= 20
+        # While the first runs, all others become ready and share full ones.
+        assert max(sizes[1:-1]) == min(sizes[1:-1]) == 32
 
-    run(work, seconds=0.02)
+    run(work)
 
 
 def test_a_request_may_ask_for_smaller_batches() -> None:
@@ -160,22 +205,30 @@ def numbered(count: int, word: str = "number") -> list[str]:
     return [f"{word} {i}" for i in range(count)]
 
 
+async def all_ready(engine: Engine) -> None:
+    """Returns when whatever has been admitted waits for the device."""
+    while engine._texts or engine._pictures or engine._preparing:
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize("requests", [1, 40])
 def test_a_small_request_does_not_wait_for_large_ones(requests: int) -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         large = [
             asyncio.create_task(engine.encode(numbered(4000 // requests, f"bulk {i}")))
             for i in range(requests)
         ]
-        await asyncio.sleep(0.3)
-        before = len(runtime.texts)
-        await engine.encode(["quick"])
+        await runtime.batch_waits()
+        await all_ready(engine)
+        quick = asyncio.create_task(engine.encode(["quick"]))
         # The one under way, perhaps one of the oldest's, and its own.
-        assert len(runtime.texts) - before <= 3
-        assert not all(task.done() for task in large)
+        assert await runtime.batches_until(quick) <= 3
+        assert not any(task.done() for task in large)
+        runtime.let_all_go()
         await asyncio.gather(*large)
 
-    run(work, seconds=0.02)
+    run(work, seconds=0.005)
 
 
 def test_the_oldest_request_does_not_wait_for_small_ones_for_ever() -> None:
@@ -193,17 +246,18 @@ def test_the_oldest_request_does_not_wait_for_small_ones_for_ever() -> None:
 
 def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         large = asyncio.create_task(engine.encode([picture(i) for i in range(64)]))
-        while not engine.metrics.batches:
-            await asyncio.sleep(0.01)
-        runtime.seconds = 0.0
+        await runtime.batch_waits()
+        runtime.held = False
         quick = await engine.encode(["quick", picture(77)])
         assert not quick.errors
         assert engine.metrics.express_batches == 2
-        assert not large.done()
+        assert [shape[0] for shape in runtime.images] == [1]  # the large one's batch is held yet
+        runtime.let_all_go()
         assert not (await large).errors
 
-    run(work, seconds=1.0, concurrent=True)
+    run(work, concurrent=True)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -238,32 +292,38 @@ def test_what_is_under_way_is_not_computed_again() -> None:
 
 def test_a_shared_item_outlives_the_request_that_came_first() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         texts = numbered(200)
         first = asyncio.create_task(engine.encode(texts))
         second = asyncio.create_task(engine.encode(texts[150:]))
-        await asyncio.sleep(0.03)
+        await runtime.batch_waits()
+        await all_ready(engine)
         first.cancel()
+        await asyncio.wait([first])
+        runtime.let_all_go()
         encoded = await second
         assert not encoded.errors
         assert np.isfinite(encoded.embeddings).all()
         computed = sum(shape[0] for shape in runtime.texts)
-        assert computed < 150
+        assert computed <= 32 + 50
         assert not engine._under_way
 
-    run(work, seconds=0.02)
+    run(work)
 
 
 def test_a_small_request_does_not_wait_in_the_line_of_the_same_item() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         large = asyncio.create_task(engine.encode(numbered(4000)))
-        await asyncio.sleep(0.3)
-        before = len(runtime.texts)
-        await engine.encode(["number 3999"])
-        assert len(runtime.texts) - before <= 3
+        await runtime.batch_waits()
+        await all_ready(engine)
+        small = asyncio.create_task(engine.encode(["number 3999"]))
+        assert await runtime.batches_until(small) <= 3
+        runtime.let_all_go()
         assert not (await large).errors
         assert sum(shape[0] for shape in runtime.texts) == 4000
 
-    run(work, seconds=0.02)
+    run(work, seconds=0.005)
 
 
 def test_a_bad_item_that_is_shared_fails_everywhere() -> None:
@@ -276,31 +336,35 @@ def test_a_bad_item_that_is_shared_fails_everywhere() -> None:
 
 def test_what_is_too_late_is_given_up() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         with pytest.raises(RequestError, match="time was over") as raised:
             await engine.encode(numbered(4000), timeout=0.1)
         assert raised.value.code == "DEADLINE_EXCEEDED"
-        begun = len(runtime.texts)
+        await runtime.batch_waits()
+        runtime.let_all_go()
         assert not (await engine.encode(["next"], timeout=60)).errors
-        assert len(runtime.texts) <= begun + 2
+        assert [shape[0] for shape in runtime.texts] == [32, 1]
         assert engine.metrics.expired_requests == 1
         assert engine.metrics.open_items == 0
 
-    run(work, seconds=0.02)
+    run(work)
 
 
 def test_what_is_too_much_is_refused() -> None:
-    async def work(engine: Engine, _: CountingRuntime) -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         # An idle engine takes any request.
         under_way = asyncio.create_task(engine.encode(numbered(150)))
-        await asyncio.sleep(0.01)
+        await runtime.batch_waits()
         with pytest.raises(RequestError, match="server is full: 150 items") as raised:
             await engine.encode(["one more"])
         assert raised.value.code == "RESOURCE_EXHAUSTED"
         assert raised.value.retry_after > 0
+        runtime.let_all_go()
         assert not (await under_way).errors
         assert not (await engine.encode(["one more"])).errors
 
-    run(work, seconds=0.02, max_queued_items=100)
+    run(work, max_queued_items=100)
 
 
 def test_cache() -> None:
@@ -332,17 +396,18 @@ def test_no_cache_unless_asked_for() -> None:
 
 def test_what_is_cancelled_is_not_computed() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        task = asyncio.create_task(engine.encode([f"number {i}" for i in range(4000)]))
-        await asyncio.sleep(0.2)
+        runtime.held = True
+        task = asyncio.create_task(engine.encode(numbered(4000)))
+        await runtime.batch_waits()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        begun = len(runtime.texts)
+        runtime.let_all_go()
         encoded = await engine.encode(["next"])
         assert not encoded.errors
-        assert len(runtime.texts) <= begun + 3
+        assert [shape[0] for shape in runtime.texts] == [32, 1]
 
-    run(work, seconds=0.02)
+    run(work)
 
 
 def test_decoded_pictures_waiting_are_bounded() -> None:
