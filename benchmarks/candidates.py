@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnxruntime import OrtValue
 
 from clip_server.models import converted, graph, onnx_file
 from clip_server.models.card import Precision
 from clip_server.runtimes import engines
 from clip_server.runtimes.base import Halving, Runtime, load_checkpoint
 from clip_server.runtimes.cuda import Gpu
-from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.onnx import OnnxRuntime, _Tower
 from clip_server.runtimes.tensorrt import EngineTower, TensorrtRuntime
 from clip_server.runtimes.torch import TorchRuntime, towers
 
@@ -34,6 +35,7 @@ def named(device: str) -> dict[str, Callable[[Path], Runtime]]:
         "torch compiled": _compiled,
         "torch pinned": _pinned,
         "onnx padded-texts": _padded_texts,
+        "onnx io-binding": _io_binding,
         "tensorrt cuda-graphs": _cuda_graphs,
     }
     if device.startswith("cpu"):
@@ -103,6 +105,37 @@ def _padded_texts(checkpoint: Path, precision: Precision, device: str) -> Runtim
         onnx_file.save(textual, folder / files["text"])
         converted.write(folder, card, precision)
         return OnnxRuntime.load(card.name, model_path=folder, device=device)
+
+
+def _io_binding(checkpoint: Path, precision: Precision, device: str) -> Runtime:
+    """Batches copied into memory of the GPU that is kept for their shape."""
+
+    class BoundTower(_Tower):
+        def __init__(self, tower: _Tower) -> None:
+            super().__init__(tower._session)
+            self._bindings: dict[tuple[int, ...], tuple[Any, OrtValue]] = {}
+
+        def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+            if batch.shape not in self._bindings:
+                self._bindings[batch.shape] = self._bind(batch.shape)
+            binding, source = self._bindings[batch.shape]
+            source.update_inplace(np.ascontiguousarray(batch, dtype=self.dtype))
+            self._session.run_with_iobinding(binding)
+            output: NDArray[Any] = binding.copy_outputs_to_cpu()[0]
+            return output.astype(np.float32, copy=False)
+
+        def _bind(self, shape: tuple[int, ...]) -> tuple[Any, OrtValue]:
+            kind, _, index = device.partition(":")
+            place = (kind, int(index or 0))
+            source = OrtValue.ortvalue_from_shape_and_type(shape, self.dtype, *place)
+            binding = self._session.io_binding()
+            binding.bind_ortvalue_input(self._input, source)
+            binding.bind_output(self._session.get_outputs()[0].name, *place)
+            return binding, source
+
+    runtime = OnnxRuntime.load("", model_path=checkpoint, device=device, dtype=precision)
+    towers = BoundTower(runtime._visual), BoundTower(runtime._textual)
+    return OnnxRuntime(runtime.card, *towers, runtime.device, runtime.dtype)
 
 
 def _cuda_graphs(checkpoint: Path, precision: Precision, device: str) -> Runtime:
