@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--bulk", type=int, default=100_000, help="texts of the bulk job")
     parser.add_argument("--minutes", type=float, default=20, help="of the soak")
-    parser.add_argument("--port", type=int, default=53000, help="the first of those to listen on")
+    parser.add_argument("--port", type=int, default=9600, help="the first of those to listen on")
     parser.add_argument("--quick", action="store_true", help="little of everything, to try it")
     parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and its plot")
     return parser

@@ -18,51 +18,50 @@ Callback = Callable[[Batch], Any]
 Advance = Callable[[int], None]
 
 
-# New memory is given in large pieces at a fraction of what it costs in those of a batch.
-_BLOCK_BYTES = 16 * 2**20
+# Room is made for so much at a time.
+_ROOM_BYTES = 16 * 2**20
 
 
 class Rows:
-    """Embeddings, one batch after the other."""
+    """Embeddings, one batch after the other, in one array that grows where it lies.
+
+    Batches put together in the end would take the memory twice, and new memory is most of what
+    it costs to receive an embedding: the system has to clear it.
+    """
 
     def __init__(self) -> None:
-        self._blocks: list[NDArray[np.float32]] = []
-        self._room = self._total = 0  # rows that the last block has left, and rows of all
+        self._array = np.empty((0, 0), np.float32)
+        self._count = 0
 
     @property
     def dim(self) -> int:
         """D, or 0 while no embedding has come."""
-        return max((block.shape[1] for block in self._blocks), default=0)
+        return self._array.shape[1]
 
-    def add(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Takes [n, D], or [n, 0] where D is not known, and gives them where they are kept."""
-        count, dim = rows.shape
-        if count > self._room or dim != self._blocks[-1].shape[1]:
-            self._cut()
+    def add(self, rows: NDArray[np.float32]) -> None:
+        """Takes [n, D], or [n, 0] where D is not known, which become NaN."""
+        total = self._count + len(rows)
+        if dim := self.dim or rows.shape[1]:
+            self._make_room(total, dim)
+            self._array[self._count : total] = rows if rows.shape[1] else np.nan
+        self._count = total
+
+    def take(self, dim: int) -> NDArray[np.float32]:
+        """All of them, [N, D], which are let go."""
+        self._make_room(self._count, dim)
+        array, self._array = self._array, np.empty((0, 0), np.float32)
+        array.resize(self._count, dim, refcheck=False)
+        return array
+
+    def _make_room(self, total: int, dim: int) -> None:
+        if not self.dim:
+            self._array = np.full((self._count, dim), np.nan, np.float32)
+        room = len(self._array)
+        if room < total:
             # As many as there are already, so that a few take no more than they need.
-            self._room = max(count, min(self._total, _BLOCK_BYTES // (4 * dim or 1)))
-            self._blocks.append(np.empty((self._room, dim), np.float32))
-        first = len(self._blocks[-1]) - self._room
-        kept = self._blocks[-1][first : first + count]
-        kept[:] = rows
-        self._room -= count
-        self._total += count
-        return kept
-
-    def array(self, dim: int) -> NDArray[np.float32]:
-        """All of them, [N, D], with NaN where D was not known."""
-        self._cut()
-        filled = [
-            block if block.shape[1] else np.full((len(block), dim), np.nan, np.float32)
-            for block in self._blocks
-        ]
-        return np.concatenate([np.empty((0, dim), np.float32), *filled])
-
-    def _cut(self) -> None:
-        """Takes what is left of the last block off it."""
-        if self._room:
-            self._blocks[-1] = self._blocks[-1][: -self._room]
-            self._room = 0
+            room = max(total, room + min(room, _ROOM_BYTES // (4 * dim)))
+            # No one else has seen it: a large one is moved by its pages, without a copy.
+            self._array.resize(room, dim, refcheck=False)
 
 
 class Gathered:
@@ -95,16 +94,10 @@ class Gathered:
     def add(self, batch: Batch) -> None:
         self.total += len(batch.indices)
         self.failures.extend(batch.errors)
-        rows = batch.embeddings
-        # Callbacks may write to what they get, and not to a message.
-        batch = replace(batch, embeddings=self._rows.add(rows) if self.keeps else rows.copy())
+        if self.keeps:
+            self._rows.add(batch.embeddings)
         self._embed_documents(batch)
-        if self._on_done and batch.exception is None:
-            self._on_done(batch)
-        if self._on_error and (batch.exception or batch.errors):
-            self._on_error(batch)
-        if self._on_always:
-            self._on_always(batch)
+        self._call_back(batch)
         self._advance(len(batch.indices))
 
     @property
@@ -119,7 +112,18 @@ class Gathered:
 
     def embeddings(self, dim: int) -> NDArray[np.float32]:
         """[N, D] float32."""
-        return self._rows.array(dim)
+        return self._rows.take(dim)
+
+    def _call_back(self, batch: Batch) -> None:
+        called = [
+            self._on_done if batch.exception is None else None,
+            self._on_error if batch.exception or batch.errors else None,
+            self._on_always,
+        ]
+        if any(called):  # they may write to what they get, and not to a message
+            batch = replace(batch, embeddings=batch.embeddings.copy())
+        for callback in filter(None, called):
+            callback(batch)
 
     def _embed_documents(self, batch: Batch) -> None:
         failed = {failure.index for failure in batch.errors}
