@@ -18,7 +18,7 @@ Callback = Callable[[Batch], Any]
 Advance = Callable[[int], None]
 
 
-# Room is made for so much at a time.
+# Room is made for so much at a time, or for an eighth of what there is: some systems copy it.
 _ROOM_BYTES = 16 * 2**20
 
 
@@ -58,10 +58,10 @@ class Rows:
             self._array = np.full((self._count, dim), np.nan, np.float32)
         room = len(self._array)
         if room < total:
-            # As many as there are already, so that a few take no more than they need.
-            room = max(total, room + min(room, _ROOM_BYTES // (4 * dim)))
-            # No one else has seen it: a large one is moved by its pages, without a copy.
-            self._array.resize(room, dim, refcheck=False)
+            # At most as many as there are already, so that a few take no more than they need.
+            more = max(min(room, _ROOM_BYTES // (4 * dim)), room // 8)
+            # No one else has seen it. Linux moves a large one by its pages, without a copy.
+            self._array.resize(max(total, room + more), dim, refcheck=False)
 
 
 class Gathered:
