@@ -21,15 +21,15 @@ def main() -> None:
     if options.quick:
         chosen = QUICK
     print(report.machine(), flush=True)
-    with Peers(options.port) as peers:
-        for name in options.legs or DEFAULT:
-            print(f"\n{name}", flush=True)
-            started = time.monotonic()
+    for name in options.legs or DEFAULT:
+        print(f"\n{name}", flush=True)
+        started = time.monotonic()
+        with Peers(options.port) as peers:  # those of other legs would take memory and caches
             leg = LEGS[name](peers, chosen)
-            report.show(leg)
-            if not options.quick:  # a trial is no result
-                report.save(name, leg, how)
-            print(f"\n  {time.monotonic() - started:.0f} s", flush=True)
+        report.show(leg)
+        if not options.quick:  # a trial is no result
+            report.save(name, leg, how)
+        print(f"\n  {time.monotonic() - started:.0f} s", flush=True)
     if options.docs:
         report.write_docs(LEGS)
 

@@ -43,7 +43,7 @@ class Started:
 
 
 class Peers:
-    """Servers and drivers by name, each started when first asked for and kept until the end.
+    """Servers and drivers of a leg by name, each started when asked for and kept until its end.
 
     first_port: the first of those that the servers listen on, one after the other.
     """
