@@ -54,7 +54,6 @@ class Peers:
         LOGS.mkdir(parents=True, exist_ok=True)
         self.started = functools.cache(self._start)
         self.driver = functools.cache(self._drive)
-        self._checked: set[str] = set()
 
     def __enter__(self) -> Peers:
         return self
@@ -87,7 +86,7 @@ class Peers:
         return crowd
 
     def _check(self, name: str) -> None:
-        if name in self._checked or name not in LEAST_COSINE:
+        if name not in LEAST_COSINE:
             return
         least = {
             kind: _least_cosine(self.driver(OURS), self.driver(name), kind, count)
@@ -97,7 +96,6 @@ class Peers:
         if min(least.values()) < LEAST_COSINE[name]:
             raise NotAvailableError(f"its vectors are not ours: least cosine {shown}")
         print(f"  {name}: least cosine to {OURS}: {shown}", flush=True)
-        self._checked.add(name)
 
     def _drive(self, name: str, protocol: str = "grpc") -> Driver:
         interpreter, script, target = Path(sys.executable), "clip_server_driver.py", ""

@@ -24,7 +24,7 @@ from clip_client.proto import clip_pb2 as pb
 SLOW = str(Path(__file__).parent / "slow_executor.py")
 BATCH, SECONDS = 4, 0.05  # of the slow executor
 FULL = 200  # items
-MOST_BEGUN = 120  # of 160 that take 2 s, if they are given up early; a busy machine is late
+MOST_BEGUN = 80  # of 160, which take 2 s, where they are given up early
 
 _numbers = itertools.count()
 
@@ -102,7 +102,7 @@ def test_what_is_too_late_is_given_up(slow: Server, protocol: str) -> None:
     before = metrics(slow)
     with Client(getattr(slow, protocol)) as client, pytest.raises(DeadlineExceededError):
         client.encode(texts(160), batch_size=160, timeout=0.3)
-    assert eventually(lambda: is_idle(slow))
+    assert eventually(lambda: is_idle(slow), 2)
     after = metrics(slow)
     assert after["texts"] - before["texts"] < MOST_BEGUN
     ended = ("expired_requests", "cancelled_requests")
@@ -116,7 +116,7 @@ def test_a_grpc_deadline_goes_along(slow: Server) -> None:
         with pytest.raises(grpc.RpcError) as raised:
             encode(protobuf(160), timeout=0.3)
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert eventually(lambda: is_idle(slow))
+    assert eventually(lambda: is_idle(slow), 2)
     assert metrics(slow)["texts"] - before < MOST_BEGUN
 
 
@@ -130,7 +130,7 @@ def test_what_a_client_gives_up_is_dropped(slow: Server, protocol: str) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert eventually(lambda: is_idle(slow))
+        assert eventually(lambda: is_idle(slow), 2)
         # The connection serves on.
         assert (await client.aencode(["next"])).shape == (1, 256)
 
@@ -147,7 +147,7 @@ def test_a_client_that_vanishes_leaves_no_work_behind(slow: Server) -> None:
         request = pb.Request(id=1, encode=pb.EncodeRequest.FromString(protobuf(160)))
         socket.send(pb.Requests(requests=[request]).SerializeToString())
         assert eventually(lambda: not is_idle(slow))
-    assert eventually(lambda: is_idle(slow))
+    assert eventually(lambda: is_idle(slow), 2)
     assert metrics(slow)["texts"] - before < MOST_BEGUN
 
 
@@ -180,7 +180,7 @@ def test_an_interactive_request_passes_a_bulk_one(slow: Server) -> None:
         started = time.monotonic()
         client.encode(texts(1))
         # Of 46 batches: what is under way, perhaps one of the oldest's, its own; and some slack.
-        assert time.monotonic() - started < 30 * SECONDS
+        assert time.monotonic() - started < 20 * SECONDS
         assert not bulk.done()
         assert np.isfinite(bulk.result()).all()
 
