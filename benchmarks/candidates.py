@@ -17,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
-from clip_server.models import converted, graph, onnx_file
-from clip_server.models.card import Precision
-from clip_server.runtimes import engines
+from clip_server.model_card import Precision
+from clip_server.models import converted
+from clip_server.runtimes import tensorrt_engines
 from clip_server.runtimes.base import Halving, Runtime, load_checkpoint
 from clip_server.runtimes.cuda import Gpu
 from clip_server.runtimes.onnx import OnnxRuntime, _Tower
 from clip_server.runtimes.tensorrt import EngineTower, TensorrtRuntime
 from clip_server.runtimes.torch import TorchRuntime, towers
+from clip_server.towers import graph, onnx_file
 
 
 def named(device: str) -> dict[str, Callable[[Path], Runtime]]:
@@ -144,7 +145,7 @@ def _cuda_graphs(checkpoint: Path, precision: Precision, device: str) -> Runtime
     class GraphedTower(EngineTower):
         def _new_context(self) -> Any:
             config = self._engine.create_runtime_config()
-            strategies = engines.library().CudaGraphStrategy
+            strategies = tensorrt_engines.library().CudaGraphStrategy
             config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE
             return self._engine.create_execution_context(config)
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from clip_server.models import graph, weights, zoo
+from clip_server.models import weights, zoo
+from clip_server.towers import graph
 
 CACHE = Path(".cache/bench").resolve()
 MODEL = "ViT-B-32::openai"

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from clip_server import reporting, variants
 from clip_server.errors import ClipServerError, ConfigurationError
+from clip_server.model_card import ModelCard
 from clip_server.models import zoo
-from clip_server.models.card import ModelCard
 from clip_server.process import stay_silent
 from clip_server.runtimes.base import Runtime
 

@@ -16,13 +16,14 @@ from safetensors.numpy import save_file
 
 from clip_client import Client
 from clip_server.errors import WeightsError
-from clip_server.models import graph, onnx_file, weights, zoo
-from clip_server.models.card import Precision, TextSpec
+from clip_server.model_card import Precision, TextSpec
+from clip_server.models import weights, zoo
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.rank import normalize
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime, open_tower
+from clip_server.towers import graph, onnx_file
 
 KINDS = ["onnx", "torch"]
 NAMES = [f"CN-CLIP/{size}" for size in reference.REAL]

@@ -20,10 +20,11 @@ from clip_server.convert.__main__ import main
 from clip_server.convert.parity import LEAST_COSINE, Parity
 from clip_server.convert.rewrite import rewritten
 from clip_server.errors import ConfigurationError
-from clip_server.models import onnx_file, quantize, zoo
-from clip_server.models.card import PRECISIONS, Precision
+from clip_server.model_card import PRECISIONS, Precision
+from clip_server.models import zoo
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime, open_tower
+from clip_server.towers import onnx_file, quantize
 
 BUILT = {"vision transformer": seeded.SMALL_VIT, "residual network": seeded.SMALL_RESNET}
 # Of CLIP's own kind, but for what the graph builder does not know.

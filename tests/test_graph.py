@@ -13,9 +13,9 @@ import seeded
 from cn_clip_reference import drawn
 
 from clip_server.errors import ConfigurationError
-from clip_server.models import graph
-from clip_server.models.card import ImageSpec, Precision
+from clip_server.model_card import ImageSpec, Precision
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.towers import graph
 
 TOLERANCE = 1e-4
 SMALL = {

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import ImageSpec
 from clip_server.models import hugging_face, tokenizer, zoo
-from clip_server.models.card import ImageSpec
 from clip_server.models.image import ImageTransform
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime

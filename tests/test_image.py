@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_server.errors import ItemError
-from clip_server.models.card import ImageSpec
+from clip_server.model_card import ImageSpec
 from clip_server.models.image import ImageTransform, readable_formats
 
 SPEC = ImageSpec(64)

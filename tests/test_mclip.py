@@ -12,10 +12,11 @@ import seeded
 from numpy.typing import NDArray
 
 from clip_server.errors import ItemError, WeightsError
-from clip_server.models import graph, weights, zoo
+from clip_server.models import weights, zoo
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.towers import graph
 
 KINDS = ["onnx", "torch"]
 DIM = seeded.SMALL_VIT["embed_dim"]

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from test_tokenizer_hugging_face import roberta as write_tokenizer
 
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.model_card import Trim
 from clip_server.models import zoo
-from clip_server.models.card import Trim
 
 pytest.importorskip("open_clip")
 
@@ -271,8 +271,8 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:
 
 def test_the_list_says_which_models_onnx_builds() -> None:
     """The dimensions that shapes tell are those of the families whose graphs can be built."""
-    graph = pytest.importorskip("clip_server.models.graph")
-    from clip_server.models import shapes
+    graph = pytest.importorskip("clip_server.towers.graph")
+    from clip_server.towers import shapes
 
     def builds(described: dict[str, Any]) -> bool:
         try:

@@ -23,14 +23,15 @@ from clip_server import flow
 from clip_server.convert.__main__ import main
 from clip_server.convert.parity import Parity
 from clip_server.errors import ConfigurationError, WeightsError
-from clip_server.models import converted, graph, onnx_file, weights, zoo
-from clip_server.models.card import ModelCard, Precision
+from clip_server.model_card import ModelCard, Precision
+from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import TOWERS, Tower
-from clip_server.runtimes import cuda, engines
+from clip_server.runtimes import cuda, tensorrt_engines
 from clip_server.runtimes.base import Halving, load_checkpoint
-from clip_server.runtimes.engines import Key, Profile
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.tensorrt import TensorrtRuntime, fitting
+from clip_server.runtimes.tensorrt_engines import Key, Profile
+from clip_server.towers import graph, onnx_file
 
 CONFIGS = {
     "vision transformer": seeded.SMALL_VIT,
@@ -48,7 +49,7 @@ LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999}
 
 def _installed() -> bool:
     try:
-        engines.library()
+        tensorrt_engines.library()
     except ConfigurationError:
         return False
     return True
@@ -128,9 +129,9 @@ def test_engines_of_the_embedded_model(precision: Precision) -> None:
 def assert_builds(card: ModelCard, tensors: Any, precision: Precision) -> None:
     sizes = []
     for tower in TOWERS:
-        wanted = engines.profiles(card, tower, ODD)
+        wanted = tensorrt_engines.profiles(card, tower, ODD)
         packed = model_of(card, tensors, tower, precision).SerializeToString()
-        engine = engines.build(packed, wanted, tell=lambda _: None)
+        engine = tensorrt_engines.build(packed, wanted, tell=lambda _: None)
         for profile in wanted:
             assert holds(engine, profile.most)
         assert not holds(engine, (ODD + 1, *wanted[-1].most[1:]))
@@ -149,21 +150,21 @@ def test_a_large_graph_is_built_from_a_file(small: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
     with onnx_file.packed(model_of(card, tensors, "text", "fp16")) as packed:
         assert isinstance(packed, Path)
-        wanted = engines.profiles(card, "text", 1)[:1]
-        assert engines.build(packed, wanted, tell=lambda _: None)
+        wanted = tensorrt_engines.profiles(card, "text", 1)[:1]
+        assert tensorrt_engines.build(packed, wanted, tell=lambda _: None)
     assert not packed.exists()
 
 
 @needs_library
 def test_a_graph_that_cannot_be_built_says_why() -> None:
     with pytest.raises(ConfigurationError, match=r"TensorRT cannot build the engine \(tensorrt"):
-        engines.build(b"no graph", [], tell=lambda _: None)
+        tensorrt_engines.build(b"no graph", [], tell=lambda _: None)
 
 
 @needs_library
 def test_what_is_no_engine_is_refused_by_name() -> None:
     with pytest.raises(WeightsError, match=r"visual\.trt is no engine that tensorrt\S* \d"):
-        engines.load(b"\x00" * 4096, "visual.trt")
+        tensorrt_engines.load(b"\x00" * 4096, "visual.trt")
 
 
 @needs_library
@@ -191,31 +192,31 @@ def test_the_convert_command_says_that_nothing_was_compared(
 
 def test_profiles_are_for_one_item_and_for_many_and_for_lengths() -> None:
     card = zoo.resolve("ViT-B-32::openai")
-    assert engines.profiles(card, "image", 32) == tuple(
+    assert tensorrt_engines.profiles(card, "image", 32) == tuple(
         Profile((1, 3, 224, 224), (most, 3, 224, 224), (most, 3, 224, 224)) for most in (1, 32)
     )
-    assert engines.profiles(card, "text", 32) == tuple(
+    assert tensorrt_engines.profiles(card, "text", 32) == tuple(
         Profile((1, 1), (most, length), (most, length))
         for length in (16, 32, 77)
         for most in (1, 32)
     )
-    assert len(engines.profiles(card, "image", 1)) == 1
-    assert {each.most[1] for each in engines.profiles(zoo.resolve("CN-CLIP/RN50"), "text", 8)} == {
-        *(16, 32, 52)
-    }
+    assert len(tensorrt_engines.profiles(card, "image", 1)) == 1
+    assert {
+        each.most[1] for each in tensorrt_engines.profiles(zoo.resolve("CN-CLIP/RN50"), "text", 8)
+    } == {*(16, 32, 52)}
 
 
 def test_a_tower_that_takes_every_position_has_one_length() -> None:
     card = zoo.resolve("ViT-B-16-SigLIP::webli")
     context = card.text.context_length
-    assert engines.profiles(card, "text", 2) == (
+    assert tensorrt_engines.profiles(card, "text", 2) == (
         Profile((1, context), (1, context), (1, context)),
         Profile((1, context), (2, context), (2, context)),
     )
 
 
 def test_a_batch_has_the_smallest_profile_that_takes_it() -> None:
-    profiles = engines.profiles(zoo.resolve("embedded"), "text", 32)
+    profiles = tensorrt_engines.profiles(zoo.resolve("embedded"), "text", 32)
     chosen = [profiles[fitting(profiles, shape)].most for shape in ((1, 8), (1, 24), (2, 8))]
     assert chosen == [(1, 16), (1, 32), (32, 16)]
     assert profiles[fitting(profiles, (32, 77))].most == (32, 77)
@@ -244,9 +245,9 @@ KEY = Key("graph", "tensorrt 10.9", "H100 (9.0)", "fp16", (Profile((1,), (2,), (
 )
 def test_an_engine_of_anything_else_is_another(other: Key, tmp_path: Path) -> None:
     assert other.digest != KEY.digest
-    engines.write(tmp_path / "one.engine", KEY, b"engine")
-    assert engines.read(tmp_path / "one.engine", KEY) == b"engine"
-    assert engines.read(tmp_path / "one.engine", other) is None
+    tensorrt_engines.write(tmp_path / "one.engine", KEY, b"engine")
+    assert tensorrt_engines.read(tmp_path / "one.engine", KEY) == b"engine"
+    assert tensorrt_engines.read(tmp_path / "one.engine", other) is None
 
 
 def test_the_graphs_hash_is_of_weights_too(small: Path) -> None:
@@ -287,7 +288,7 @@ def test_an_engine_that_is_damaged_or_stale_is_built_again(
         return made[-1]
 
     def engine() -> bytes:
-        return engines.cached(KEY, make, told.append)
+        return tensorrt_engines.cached(KEY, make, told.append)
 
     assert (engine(), engine()) == (b"engine 0", b"engine 0")
     (file,) = caches.rglob("*.engine")
@@ -304,7 +305,7 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(caches: Path) -> None:
         raise ConfigurationError("no")
 
     with pytest.raises(ConfigurationError):
-        engines.cached(KEY, fail, lambda _: None)
+        tensorrt_engines.cached(KEY, fail, lambda _: None)
     assert not list(caches.rglob("*.engine"))
 
 
@@ -312,14 +313,14 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigurationError, match=r"cannot be kept in .*XDG_CACHE_HOME"):
-        engines.cached(KEY, lambda: b"engine", lambda _: None)
+        tensorrt_engines.cached(KEY, lambda: b"engine", lambda _: None)
 
 
 # --- what is missing is said
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in engines.LIBRARIES:
+    for name in tensorrt_engines.LIBRARIES:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigurationError, match=r"pip install 'clip-server\[tensorrt\]'"):
         TensorrtRuntime.load("embedded")
@@ -403,8 +404,8 @@ def test_engines_in_a_folder_are_served(suffix: str, small: Path, tmp_path: Path
     converted.write(folder, card, "fp32")
     for tower, file in converted.FILES["tensorrt"].items():
         packed = model_of(card, tensors, tower, "fp32").SerializeToString()
-        wanted = engines.profiles(card, tower, BATCH)
-        engine = engines.build(packed, wanted, tell=lambda _: None)
+        wanted = tensorrt_engines.profiles(card, tower, BATCH)
+        engine = tensorrt_engines.build(packed, wanted, tell=lambda _: None)
         (folder / file).with_suffix(suffix).write_bytes(engine)
     found = TensorrtRuntime.load("any name", model_path=folder)
     expected = OnnxRuntime.load("", model_path=small, device="cpu", threads=1)
@@ -467,10 +468,12 @@ def test_profiles_and_vectors_on_a_gpu(name: str, precision: Precision, tmp_path
     folder = saved(tmp_path, CONFIGS[name])
     card, tensors = load_checkpoint("", folder)
     for tower in TOWERS:
-        wanted = engines.profiles(card, tower, BATCH)
+        wanted = tensorrt_engines.profiles(card, tower, BATCH)
         packed = model_of(card, tensors, tower, precision).SerializeToString()
-        engine = engines.load(engines.build(packed, wanted, tell=lambda _: None), tower)
-        assert tuple(engines.profiles_of(engine, engine.get_tensor_name(0))) == wanted
+        engine = tensorrt_engines.load(
+            tensorrt_engines.build(packed, wanted, tell=lambda _: None), tower
+        )
+        assert tuple(tensorrt_engines.profiles_of(engine, engine.get_tensor_name(0))) == wanted
     found = TensorrtRuntime.load("", model_path=folder, dtype=precision, batch=BATCH)
     expected = TorchRuntime.load("", model_path=folder, device="cpu")
     assert_equal(found, expected, LEAST_COSINE[precision])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clip_server.errors import ItemError
-from clip_server.models.card import TextSpec
+from clip_server.model_card import TextSpec
 from clip_server.models.tokenizer import pad, tokenizer_for
 
 SPEC = TextSpec()
@@ -133,7 +133,7 @@ def test_threads_share_a_tokenizer() -> None:
 def test_needs_neither_torch_nor_ftfy_for_ascii() -> None:
     program = (
         "import sys; sys.modules.update(torch=None, ftfy=None)\n"
-        "from clip_server.models.card import TextSpec\n"
+        "from clip_server.model_card import TextSpec\n"
         "from clip_server.models.tokenizer import tokenizer_for\n"
         "print(tokenizer_for(TextSpec()).encode('a cat').tolist())"
     )

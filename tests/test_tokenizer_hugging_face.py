@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 
 from clip_server.errors import ConfigurationError, ItemError, WeightsError
+from clip_server.model_card import TextSpec
 from clip_server.models import zoo
-from clip_server.models.card import TextSpec
 from clip_server.models.tokenizer import CONFIG, FILE, pad, tokenizer_for
 
 CONTEXT = 16

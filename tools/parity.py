@@ -28,10 +28,11 @@ from clip_server.convert.parity import Parity, samples
 from clip_server.convert.rewrite import rewritten
 from clip_server.convert.writers import OnnxWriter, TorchScriptWriter
 from clip_server.errors import ConfigurationError
-from clip_server.models import graph, onnx_file, weights, zoo
-from clip_server.models.card import PRECISIONS, ModelCard
+from clip_server.model_card import PRECISIONS, ModelCard
+from clip_server.models import weights, zoo
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes.torch import TorchRuntime, towers
+from clip_server.towers import graph, onnx_file
 
 # One or two of each family, with no more than 2 GB of weights.
 ARCHITECTURES = (

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity, samples
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
+from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, zoo
-from clip_server.models.bert import BertTower
-from clip_server.models.card import PRECISIONS, ModelCard, Precision
 from clip_server.models.converted import FILES, TOWERS, Tower
 from clip_server.process import stay_silent
 from clip_server.reporting import print_table, remark
 from clip_server.runtimes.base import Runtime, load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.towers.bert import BertTower
 
 if TYPE_CHECKING:
     from clip_server.convert.writers import Encode, Writer

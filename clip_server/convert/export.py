@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clip_server.errors import ConfigurationError
-from clip_server.models.nodes import OPSET
+from clip_server.towers.nodes import OPSET
 
 _OUTPUT = "embedding"
 

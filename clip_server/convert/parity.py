@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.models.card import ModelCard, Precision
+from clip_server.model_card import ModelCard, Precision
 from clip_server.models.converted import Tower
 
 # What every item's cosine has to reach.

@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from clip_server.models.card import Precision
-from clip_server.models.nodes import KINDS, Graph
+from clip_server.model_card import Precision
+from clip_server.towers.nodes import KINDS, Graph
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from clip_server.convert import parity
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import ModelCard, Precision
 from clip_server.models import weights
-from clip_server.models.card import ModelCard, Precision
 from clip_server.models.converted import Tower
-from clip_server.runtimes import cuda, engines
+from clip_server.runtimes import cuda, tensorrt_engines
 from clip_server.runtimes import onnx as onnx_runtime
 from clip_server.runtimes import tensorrt as tensorrt_runtime
 from clip_server.runtimes.base import check_precision
@@ -25,7 +25,7 @@ try:
     import onnx
 
     from clip_server.convert import rewrite
-    from clip_server.models import graph, onnx_file
+    from clip_server.towers import graph, onnx_file
 except ImportError as missing:
     raise ConfigurationError("to convert, pip install 'clip-server[onnx]'") from missing
 
@@ -114,14 +114,16 @@ class TensorrtWriter(OnnxWriter):
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         check_precision(precision, tensorrt_runtime.PRECISIONS, "TensorRT")
-        engines.library()
+        tensorrt_engines.library()
         super().__init__(card, tensors, precision)
 
     def write(self, tower: Tower, path: Path) -> None:
         """See `Writer`."""
-        profiles = engines.profiles(self._card, tower, tensorrt_runtime.BATCH)
+        profiles = tensorrt_engines.profiles(self._card, tower, tensorrt_runtime.BATCH)
         with onnx_file.packed(self.model(tower)) as packed:
-            engine = engines.build(packed, profiles, tell=engines.teller(path.name))
+            engine = tensorrt_engines.build(
+                packed, profiles, tell=tensorrt_engines.teller(path.name)
+            )
         path.write_bytes(engine)
 
     def open(self, path: Path) -> Encode | None:

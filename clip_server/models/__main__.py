@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from clip_server.models import shapes, weights, zoo
-from clip_server.models.card import ModelCard
+from clip_server.model_card import ModelCard
+from clip_server.models import weights, zoo
+from clip_server.towers import shapes
 
 _COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import ImageSpec, ModelCard, TextSpec
 from clip_server.models import tokenizer
-from clip_server.models.card import ImageSpec, ModelCard, TextSpec
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)

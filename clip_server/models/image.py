@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from clip_server.errors import ItemError
-from clip_server.models.card import Crop, ImageSpec
+from clip_server.model_card import Crop, ImageSpec
 
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
 MAX_PIXELS = 2**27

@@ -21,8 +21,8 @@ from tokenizers import Encoding, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from clip_server.errors import ConfigurationError, ItemError, WeightsError
+from clip_server.model_card import Clean, TextSpec
 from clip_server.models import weights
-from clip_server.models.card import Clean, TextSpec
 from clip_server.models.wordpiece import WordPieceTokenizer
 from clip_server.models.words import RememberedWords
 

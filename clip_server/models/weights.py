@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from clip_server.errors import ConfigurationError, WeightsError
-from clip_server.models import names
-from clip_server.models.card import ModelCard
+from clip_server.model_card import ModelCard
+from clip_server.models import state_dict_keys
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -110,7 +110,7 @@ def read(path: Path) -> Tensors:
     else:
         with _opened(path) as file:
             tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    return names.standard(tensors)
+    return state_dict_keys.standard(tensors)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.models.card import TextSpec
+from clip_server.model_card import TextSpec
 from clip_server.models.words import RememberedWords
 
 _VOCABULARY = "data/chinese_bert_vocab.txt.gz"

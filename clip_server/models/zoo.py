@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.models import converted, hugging_face, shapes, tokenizer, weights
-from clip_server.models.card import ImageSpec, ModelCard, TextSpec, Trim
+from clip_server.model_card import ImageSpec, ModelCard, TextSpec, Trim
+from clip_server.models import converted, hugging_face, tokenizer, weights
+from clip_server.towers import shapes
 
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import ImageSpec, ModelCard, Precision
 from clip_server.models import weights, zoo
-from clip_server.models.card import ImageSpec, ModelCard, Precision
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, weights, zoo
-from clip_server.models.card import PRECISIONS, ModelCard, Precision
 from clip_server.runtimes import cuda
 from clip_server.runtimes.base import check_precision, load_checkpoint, normalized
 
@@ -62,7 +62,7 @@ class OnnxRuntime:
             `textual.onnx`, whose card is in its `card.json` or else that of `name`.
         device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
         dtype: that the graphs of a checkpoint are built in: `fp32`, the default; on a GPU
-            `fp16`; on the CPU `int8`: linear layers in integers (see `models.quantize`).
+            `fp16`; on the CPU `int8`: linear layers in integers (see `towers.quantize`).
             Graphs in a folder have theirs.
         threads: cores that one call may use; by default all that this process may run on.
 
@@ -118,7 +118,7 @@ def _built(
 ) -> tuple[ModelCard, Iterator[Path | bytes]]:
     """The card of a checkpoint, and the image and the text tower."""
     try:
-        from clip_server.models import graph, onnx_file
+        from clip_server.towers import graph, onnx_file
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
-from clip_server.models.card import ModelCard, Precision
 from clip_server.models.converted import TOWERS, Tower
-from clip_server.runtimes import engines
+from clip_server.runtimes import tensorrt_engines
 from clip_server.runtimes.base import Halving, check_precision, load_checkpoint, normalized
 from clip_server.runtimes.cuda import Buffer, Gpu, OutOfMemory
-from clip_server.runtimes.engines import Profile, Shape
+from clip_server.runtimes.tensorrt_engines import Profile, Shape
 
 # The default first.
 PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
@@ -70,7 +70,7 @@ class TensorrtRuntime:
         Raises:
             ConfigurationError: the extra, the device, the dtype or the model is not to be had.
         """
-        engines.library()
+        tensorrt_engines.library()
         gpu = Gpu(_index(device))
         if (folder := engine_files(model_path)) is not None:
             dtype = converted.check_dtype(next(iter(folder.values())).parent, dtype)
@@ -138,10 +138,10 @@ class EngineTower:
     """
 
     def __init__(self, gpu: Gpu, plan: bytes, origin: str) -> None:
-        trt = engines.library()
+        trt = tensorrt_engines.library()
         self._gpu = gpu
         with gpu.active():
-            self._engine = engine = engines.load(plan, origin)
+            self._engine = engine = tensorrt_engines.load(plan, origin)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         if len(inputs) != 1 or len(names) != 2:
@@ -151,7 +151,7 @@ class EngineTower:
         self._input, (self._output,) = inputs[0], [name for name in names if name != inputs[0]]
         self.dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(self._input)))
         self._output_dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(self._output)))
-        self._profiles = engines.profiles_of(engine, self._input)
+        self._profiles = tensorrt_engines.profiles_of(engine, self._input)
         self.least = min((profile.least for profile in self._profiles), key=math.prod)
         self._most = max(profile.most[0] for profile in self._profiles)
         self._idle: list[_Lane] = []
@@ -220,7 +220,7 @@ class _Lane:
         fed = self._fed.reserve(shape)
         fed[: len(batch)] = batch
         fed[len(batch) :] = 0
-        engines.take_errors()
+        tensorrt_engines.take_errors()
         if not context.set_input_shape(self._source, shape):
             raise RuntimeError(f"the engine takes no batch of shape {shape}")
         read = self._read.reserve(tuple(context.get_tensor_shape(self._target)))
@@ -228,7 +228,7 @@ class _Lane:
         context.set_tensor_address(self._target, self._read.address)
         self._fed.upload(fed, stream)
         if not context.execute_async_v3(stream.handle):
-            said = engines.take_errors() or "TensorRT could not compute the batch"
+            said = tensorrt_engines.take_errors() or "TensorRT could not compute the batch"
             raise OutOfMemory(said) if "memory" in said else RuntimeError(said)
         self._read.download(read, stream)
         stream.synchronize()
@@ -265,7 +265,7 @@ def _built(
 ) -> tuple[ModelCard, dict[Tower, tuple[str, bytes]]]:
     """The card of a checkpoint, and for each tower where its engine is from, and the engine."""
     try:
-        from clip_server.models import graph
+        from clip_server.towers import graph
     except ImportError as error:
         raise ConfigurationError(
             "the graphs of engines need onnx: pip install 'clip-server[tensorrt]'"
@@ -282,6 +282,8 @@ def _built(
             model = graph.build_textual(card.config, tensors, **kind)
         plans[tower] = (
             f"the {tower} engine of {card.name}",
-            engines.engine_of(model, card, tower, precision, gpu, batch=batch, threads=threads),
+            tensorrt_engines.engine_of(
+                model, card, tower, precision, gpu, batch=batch, threads=threads
+            ),
         )
     return card, plans

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
-from clip_server.models.bert import BertTower
-from clip_server.models.card import ImageSpec, ModelCard
 from clip_server.runtimes.base import Halving, load_checkpoint
+from clip_server.towers.bert import BertTower
 
 try:
     import torch

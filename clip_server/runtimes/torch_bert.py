@@ -1,4 +1,4 @@
-"""BERT as a text tower in torch (see `models.bert`), without the transformers library."""
+"""BERT as a text tower in torch (see `towers.bert`), without the transformers library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from clip_server.models.bert import BertTower
+from clip_server.towers.bert import BertTower
 
 
 class BertTextTower(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from clip_server.models.nodes import Graph
+from clip_server.towers.nodes import Graph
 
 _NO_TOKEN = -1
 

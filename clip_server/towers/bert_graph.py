@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from clip_server.models.attention import Attention, head
-from clip_server.models.bert import MASKED, BertTower
-from clip_server.models.layout import Layout
-from clip_server.models.nodes import Graph
+from clip_server.towers.attention import Attention, head
+from clip_server.towers.bert import MASKED, BertTower
+from clip_server.towers.layout import Layout
+from clip_server.towers.nodes import Graph
 
 
 def text_transformer(graph: Graph, tower: BertTower) -> str:

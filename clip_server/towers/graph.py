@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from clip_server.errors import ConfigurationError
-from clip_server.models import bert_graph
-from clip_server.models.attention import Attention, head
-from clip_server.models.bert import BertTower, Shapes
-from clip_server.models.card import ImageSpec, Precision
-from clip_server.models.layout import Layout, of_first_positions, of_padded_texts, of_texts
-from clip_server.models.nodes import EPSILON, KINDS, Graph, Weights
+from clip_server.model_card import ImageSpec, Precision
+from clip_server.towers import bert_graph
+from clip_server.towers.attention import Attention, head
+from clip_server.towers.bert import BertTower, Shapes
+from clip_server.towers.layout import Layout, of_first_positions, of_padded_texts, of_texts
+from clip_server.towers.nodes import EPSILON, KINDS, Graph, Weights
 
 # Graphs for onnxruntime save a CPU work, with shapes that depend on the texts and operators on
 # bytes; TensorRT takes neither.

@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from clip_server.models import quantize
-from clip_server.models.card import Precision
+from clip_server.model_card import Precision
+from clip_server.towers import quantize
 
 Weights = Mapping[str, NDArray[Any]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from clip_server.models.bert import BertTower
+from clip_server.towers.bert import BertTower
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.models.layout import Layout
-from clip_server.models.nodes import Graph
+from clip_server.towers.layout import Layout
+from clip_server.towers.nodes import Graph
 
 
 class Attention:

@@ -22,7 +22,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, TypeAlias
 
 from clip_server.errors import ConfigurationError, WeightsError
-from clip_server.models.card import ModelCard, Precision
+from clip_server.model_card import ModelCard, Precision
 from clip_server.models.converted import Tower
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
@@ -175,7 +175,7 @@ def engine_of(
     Raises:
         ConfigurationError: as `build`.
     """
-    from clip_server.models import onnx_file
+    from clip_server.towers import onnx_file
 
     wanted = profiles(card, tower, batch)
     key = Key(onnx_file.digest(model), version(), gpu, precision, wanted)

@@ -1,0 +1,1 @@
+"""ONNX graphs of the towers, built from a checkpoint without torch."""
