@@ -17,6 +17,7 @@ from typing import Any
 
 from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
+from clip_server.install import runtimes_hint
 from clip_server.process import share_heaps, stay_silent
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
@@ -47,10 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _warn(str(error))
         return 1
     except ModuleNotFoundError as error:
-        _warn(
-            f"the server needs the package {error.name}: "
-            "pip install 'clip-server[onnx]', or [torch], [onnx-gpu]"
-        )
+        _warn(f"the server needs the package {error.name}: {runtimes_hint()}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint
 
 DEFAULT_FLOW = "torch-flow.yml"
 DEFAULT_MODEL = "ViT-B-32::openai"
@@ -222,8 +223,7 @@ def _check_encoder(module: str, parameters: Mapping[str, Any]) -> None:
         if error.name and error.name.startswith("clip_server"):
             raise ConfigurationError(f"{module} does not exist") from None
         raise ConfigurationError(
-            f"{name} needs the package {error.name}: "
-            f"pip install 'clip-server[{_EXTRAS.get(name, name)}]'"
+            f"{name} needs the package {error.name}: {install_hint(_EXTRAS.get(name, name))}"
         ) from None
     encoder.prepare(parameters)
 

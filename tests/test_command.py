@@ -159,9 +159,9 @@ def test_a_missing_extra(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         return done.stderr
 
-    assert "pip install 'clip-server[onnx]'" in without("onnxruntime")
-    assert "pip install 'clip-server[torch]'" in without("torch", "torch")
-    assert "pip install 'clip-server[onnx]'" in without("jina")
+    assert "pip install 'clip-microservice[onnx]'" in without("onnxruntime")
+    assert "pip install 'clip-microservice[torch]'" in without("torch", "torch")
+    assert "pip install 'clip-microservice[onnx]'" in without("jina")
 
 
 def test_without_torch(start: Start, tmp_path: Path) -> None:

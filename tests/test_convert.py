@@ -161,7 +161,10 @@ def test_without_torch_the_source_is_our_own_graph(tmp_path: Path) -> None:
 def test_without_onnx_it_says_what_to_install(tmp_path: Path) -> None:
     done = convert_without("onnx", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == ("clip_server.convert: to convert, pip install 'clip-server[onnx]'\n")
+    assert done.stderr == (
+        "clip_server.convert: to convert, pip install 'clip-microservice[onnx]' "
+        "(in a checkout: pip install '.[onnx]')\n"
+    )
 
 
 def test_what_falls_short_is_a_failure(

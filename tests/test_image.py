@@ -297,7 +297,7 @@ def test_what_is_not_a_picture_is_an_item_error(data: bytes, message: str) -> No
 def test_heic_without_its_package(hidden: None) -> None:
     del hidden
     head = b"\x00\x00\x00\x18ftypheic" + bytes(200)
-    with pytest.raises(ItemError, match=r"pip install 'clip-server\[heif\]'"):
+    with pytest.raises(ItemError, match=r"pip install 'clip-microservice\[heif\]'"):
         ImageTransform(SPEC)(head)
     with pytest.raises(ItemError) as caught:
         ImageTransform(SPEC)(b"not a picture")

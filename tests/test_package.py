@@ -126,5 +126,5 @@ def test_the_client_beside_pydantic_2(wheel: Path, tmp_path: Path, onnx_server: 
         [inside, "-m", "clip_server"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert said.returncode == 1
-    assert "pip install 'clip-server[onnx]'" in said.stderr
+    assert "pip install 'clip-microservice[onnx]'" in said.stderr
     assert "Traceback" not in said.stderr

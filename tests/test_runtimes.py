@@ -305,7 +305,7 @@ def test_a_missing_extra_is_named(missing: str, program: str) -> None:
         "except ConfigurationError as error: print(error)"
     )
     extra = "onnx" if "onnx" in missing else "torch"
-    assert f"pip install 'clip-server[{extra}]'" in message
+    assert f"pip install 'clip-microservice[{extra}]'" in message
 
 
 def embeddings(runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -56,7 +56,7 @@ def _installed() -> bool:
 
 
 needs_library = pytest.mark.skipif(
-    not _installed(), reason="no TensorRT: pip install 'clip-server[tensorrt-rtx]'"
+    not _installed(), reason="no TensorRT: pip install 'clip-microservice[tensorrt-rtx]'"
 )
 needs_gpu = pytest.mark.skipif(
     cuda.device_count() == 0, reason="NOTHING WAS RUN IN TENSORRT: there is no NVIDIA GPU here"
@@ -322,7 +322,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in tensorrt_engines.LIBRARIES:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'clip-server\[tensorrt\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'clip-microservice\[tensorrt\]'"):
         TensorrtRuntime.load("embedded")
 
 

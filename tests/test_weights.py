@@ -181,7 +181,7 @@ class TestPickles:
         path = tmp_path / "epoch.pt"
         path.touch()
         monkeypatch.setitem(sys.modules, "torch", None)
-        with pytest.raises(ConfigurationError, match=r"pip install 'clip-server\[torch\]'"):
+        with pytest.raises(ConfigurationError, match=r"pip install 'clip-microservice\[torch\]'"):
             weights.read(path)
 
 

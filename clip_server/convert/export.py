@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint
 from clip_server.towers.nodes import OPSET
 
 _OUTPUT = "embedding"
@@ -35,7 +36,7 @@ def exported(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(
-            "torch cannot export graphs: pip install 'clip-server[convert]'"
+            f"torch cannot export graphs: {install_hint('convert')}"
         ) from error
     with _quietly():
         try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from clip_server.convert import parity
 from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import weights
 from clip_server.models.converted import Tower
@@ -27,7 +28,7 @@ try:
     from clip_server.convert import rewrite
     from clip_server.towers import graph, onnx_file
 except ImportError as missing:
-    raise ConfigurationError("to convert, pip install 'clip-server[onnx]'") from missing
+    raise ConfigurationError(f"to convert, {install_hint('onnx')}") from missing
 
 Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from clip_server.errors import ItemError
+from clip_server.install import install_hint
 from clip_server.model_card import Crop, ImageSpec
 
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
@@ -173,10 +174,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _unreadable(data: bytes) -> ItemError:
     kind = _container(data)
     if kind in _FORMATS and kind not in readable_formats():
-        package = "'clip-server[heif]'" if kind == "HEIF" else "--upgrade pillow"
+        command = install_hint("heif") if kind == "HEIF" else "pip install --upgrade pillow"
         return ItemError(
-            f"the server cannot read {_FORMATS[kind]} images until, where it runs, you "
-            f"pip install {package}"
+            f"the server cannot read {_FORMATS[kind]} images; on its machine: {command}"
         )
     *names, last = (_FORMATS[name] for name in readable_formats())
     return ItemError(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.install import install_hint
 from clip_server.model_card import ModelCard
 from clip_server.models import state_dict_keys
 
@@ -223,8 +224,7 @@ def _torch(path: Path | str) -> ModuleType:
         import torch
     except ImportError as error:
         raise ConfigurationError(
-            f"only torch reads {path}: pip install 'clip-server[torch]', or save the tensors as "
-            ".safetensors"
+            f"only torch reads {path}: save the tensors as .safetensors, or {install_hint('torch')}"
         ) from error
     return torch
 

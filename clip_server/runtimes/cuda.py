@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint
 
 _EXTRA = (
-    "pycuda cannot be imported: pip install 'clip-server[tensorrt]' builds it, with CUDA's nvcc"
+    "pycuda cannot be imported; what installs it, and needs CUDA's nvcc, is "
+    f"{install_hint('tensorrt')}"
 )
 
 

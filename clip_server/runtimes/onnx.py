@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.runtimes import cuda
 from clip_server.runtimes.base import check_precision, load_checkpoint, normalized
 
-_EXTRA = "the ONNX runtime is not installed: pip install 'clip-server[onnx]'"
+_EXTRA = f"the ONNX runtime is not installed: {install_hint('onnx')}"
 _FILES = tuple(converted.FILES["onnx"].values())
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {
@@ -230,7 +231,7 @@ def _lacking_for_cuda(ort: Any, index: int) -> str | None:
     if _PROVIDERS["cuda"] not in available:
         return (
             f"the onnxruntime installed here has only {', '.join(available)}; "
-            "pip uninstall onnxruntime, then pip install 'clip-server[onnx-gpu]'"
+            f"pip uninstall onnxruntime, then {install_hint('onnx-gpu')}"
         )
     count = cuda.device_count()
     if count <= index:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import TOWERS, Tower
@@ -268,7 +269,7 @@ def _built(
         from clip_server.towers import graph
     except ImportError as error:
         raise ConfigurationError(
-            "the graphs of engines need onnx: pip install 'clip-server[tensorrt]'"
+            f"the graphs of engines need onnx: {install_hint('tensorrt')}"
         ) from error
 
     card, tensors = load_checkpoint(name, model_path)

@@ -22,6 +22,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, TypeAlias
 
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models.converted import Tower
 
@@ -32,8 +33,8 @@ _LENGTHS = (16, 32)
 _WAY = 1
 _SECONDS_BETWEEN_REMARKS = 10
 _MISSING = (
-    "TensorRT is not installed: pip install 'clip-server[tensorrt]', or for TensorRT-RTX, on "
-    "consumer GPUs, 'clip-server[tensorrt-rtx]'"
+    f"TensorRT is not installed: {install_hint('tensorrt')}; for TensorRT-RTX, on consumer "
+    "GPUs, the extra is tensorrt-rtx"
 )
 
 Shape: TypeAlias = tuple[int, ...]

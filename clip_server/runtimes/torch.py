@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.install import install_hint
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
 from clip_server.runtimes.base import Halving, load_checkpoint
@@ -28,7 +29,7 @@ try:
     from clip_server.runtimes.torch_bert import BertTextTower
 except ImportError as missing:
     raise ConfigurationError(
-        "the torch runtime is not installed: pip install 'clip-server[torch]'"
+        f"the torch runtime is not installed: {install_hint('torch')}"
     ) from missing
 
 # What a configuration says of the two towers, and the part of CoCa that writes captions.
