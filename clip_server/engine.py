@@ -65,12 +65,14 @@ class Encoded:
 
     embeddings: [N, D]; the row of an item that failed is NaN.
     errors: why, by the item's index.
+    truncated: texts that were longer than the model's context, and embedded without their end.
     preprocess_seconds, total_seconds: until the last item was ready for the device, and
         until the answer.
     """
 
     embeddings: NDArray[np.float32]
     errors: dict[int, str]
+    truncated: int
     preprocess_seconds: float
     total_seconds: float
 
@@ -82,6 +84,7 @@ class Metrics:
     texts: int = 0
     images: int = 0
     failed_items: int = 0
+    truncated_texts: int = 0
     duplicate_items: int = 0
     requests: int = 0
     refused_requests: int = 0
@@ -172,6 +175,7 @@ class Engine:
         finally:
             self.metrics.open_items -= len(items)
             self.metrics.failed_items += len(job.errors)
+            self.metrics.truncated_texts += job.truncated
             if job.is_open():
                 self._drop(job)
             if timer:
@@ -179,6 +183,7 @@ class Engine:
         return Encoded(
             embeddings=job.embeddings,
             errors=dict(sorted(job.errors.items())),
+            truncated=job.truncated,
             preprocess_seconds=job.prepared - job.started,
             total_seconds=time.perf_counter() - job.started,
         )
@@ -215,7 +220,7 @@ class Engine:
                 job.fail(index, str(item))
             elif (known := self.cache.get(item)) is not None:
                 job.close_preparation()
-                job.succeed(index, known)
+                job.succeed(index, *known)
             else:
                 self._place(item, job, index)
         self._advance()
@@ -231,7 +236,7 @@ class Engine:
         if isinstance(item, bytes):
             self._pictures.push(entry)
         elif job.size <= QUICK_TEXTS and len(item) <= QUICK_LENGTH and item.isascii():
-            entry.content = self._tokenizer.encode(item)
+            entry.content, entry.truncated = self._tokenizer.tokenize(item)
             job.close_preparation()
             self._ready_texts.push(entry)
         else:
@@ -253,9 +258,9 @@ class Engine:
         while self._preparing < self._workers:
             if self._texts:  # all of them: tokens are small, and a late one is not held up
                 leader = self._pool_turns.next(self._texts.jobs())
-                self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenizer.encode)
+                self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenizer.tokenize)
             elif (job := self._next_to_decode()) is not None:
-                self._prepare(self._pictures, 1, job, self._transform)
+                self._prepare(self._pictures, 1, job, self._decode)
             else:
                 break
         ready = self._ready_texts or self._ready_pictures
@@ -285,7 +290,7 @@ class Engine:
             for entry, content in zip(entries, contents, strict=True):
                 if isinstance(content, ItemError):
                     entry.fail(str(content))
-                elif entry.prepare(content):
+                elif entry.prepare(*content):
                     ready.push(entry)
                     continue
                 self._forget(entry)
@@ -293,6 +298,10 @@ class Engine:
 
         items = [entry.item for entry in entries]
         self._pool.submit(lambda: [_attempt(prepare, item) for item in items], finish)
+
+    def _decode(self, image: bytes) -> tuple[NDArray[np.uint8], bool]:
+        """An image as the device takes it. False, as with tokens: it is not truncated."""
+        return self._transform(image), False
 
     def _next_batches(self) -> list[Batch]:
         """A batch, and those behind it that the device is done with in next to no time."""
@@ -354,7 +363,7 @@ class Engine:
             return
         for entry, embedding in zip(batch, embeddings, strict=True):
             entry.succeed(embedding)
-            self.cache.put(entry.item, embedding)
+            self.cache.put(entry.item, embedding, entry.truncated)
 
     def _count(self, lane: _Lane, batch: Batch) -> None:
         metrics = self.metrics

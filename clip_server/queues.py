@@ -28,19 +28,21 @@ class Job:
     minibatch_size: a batch led by one of them holds at most so many.
     embeddings: [size, D]; NaN until an item's is there.
     errors: why an item has none, by its index.
+    truncated: texts that were longer than the model's context.
     done: set when each item has the one or the other.
     prepared: when the last item was ready for the device, as of `time.perf_counter`.
     """
 
     __slots__ = (
         "_open", "_unprepared", "done", "embeddings", "errors", "minibatch_size", "number",
-        "prepared", "size", "started",
+        "prepared", "size", "started", "truncated",
     )  # fmt: skip
 
     def __init__(self, number: int, size: int, dim: int, minibatch_size: int) -> None:
         self.number, self.size, self.minibatch_size = number, size, minibatch_size
         self.embeddings = np.full((size, dim), np.nan, np.float32)
         self.errors: dict[int, str] = {}
+        self.truncated = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = time.perf_counter()
         self.prepared = self.started
@@ -57,9 +59,10 @@ class Job:
         self.errors[index] = message
         self._close_item()
 
-    def succeed(self, index: int, embedding: NDArray[np.float32]) -> None:
-        """Ends an item with its embedding, [D]."""
+    def succeed(self, index: int, embedding: NDArray[np.float32], truncated: bool) -> None:
+        """Ends an item with its embedding, [D]. truncated: it is of a text that was cut."""
         self.embeddings[index] = embedding
+        self.truncated += truncated
         self._close_item()
 
     def is_open(self) -> bool:
@@ -76,13 +79,15 @@ class Entry:
     """A text or picture under way, and every place of a request that its embedding goes to.
 
     item: as the client sent it. content: what the device takes, None until it is prepared.
+    truncated: whether it is a text longer than the model's context.
     """
 
-    __slots__ = ("content", "item", "places", "queue")
+    __slots__ = ("content", "item", "places", "queue", "truncated")
 
     def __init__(self, item: str | bytes, job: Job, index: int) -> None:
         self.item = item
         self.content: NDArray[Any] | None = None
+        self.truncated = False
         self.places = [(job, index)]
         self.queue: Queue | None = None  # where it waits
 
@@ -105,9 +110,9 @@ class Entry:
         self.places = [place for place in self.places if place[0] is not job]
         return bool(self.places)
 
-    def prepare(self, content: NDArray[Any]) -> bool:
+    def prepare(self, content: NDArray[Any], truncated: bool) -> bool:
         """Takes what the device takes. Whether anyone still waits for it."""
-        self.content = content
+        self.content, self.truncated = content, truncated
         self.places = [place for place in self.places if not place[0].done.done()]
         for job, _ in self.places:
             job.close_preparation()
@@ -116,7 +121,7 @@ class Entry:
     def succeed(self, embedding: NDArray[np.float32]) -> None:
         """Ends it with its embedding, [D]."""
         for job, index in self.places:
-            job.succeed(index, embedding)
+            job.succeed(index, embedding, self.truncated)
 
     def fail(self, message: str) -> None:
         """Ends it without one."""

@@ -94,6 +94,7 @@ class Service:
         response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
         response.count, response.dim = embeddings.shape
         response.errors.extend(_item_errors(encoded.errors.items()))
+        response.truncated = encoded.truncated
         _set_timings(response.timings, encoded)
 
     async def rank(

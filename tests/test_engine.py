@@ -387,6 +387,19 @@ def test_cache() -> None:
     run(work, cache_bytes=100_000)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 100_000])
+def test_truncated_texts_are_counted(cache_bytes: int) -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        del runtime
+        fits, long = "cat " * 75, "cat " * 76
+        items = [fits, long, picture(5), long, f"{long} \u732b", ItemError("unfit")]
+        for _ in range(2):  # the second time from the cache, if there is one
+            assert (await engine.encode(items)).truncated == 3
+        assert engine.metrics.truncated_texts == 6
+
+    run(work, cache_bytes=cache_bytes)
+
+
 def test_no_cache_unless_asked_for() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         await engine.encode(["text"])

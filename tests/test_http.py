@@ -76,6 +76,15 @@ def test_base64_embeddings(http: Http) -> None:
     )
 
 
+def test_truncated_texts_are_counted(http: Http) -> None:
+    texts = ["cat " * 75, "cat " * 76, "a cat", "\u732b" * 100]
+    assert http.post("/encode", json={"data": texts}).json()["truncated"] == 2
+    body = pb.EncodeRequest(items=[pb.Item(text=text) for text in texts])
+    answer = http.post("/encode", data=body.SerializeToString(), headers=PROTOBUF)
+    assert pb.EncodeResponse.FromString(answer.content).truncated == 2
+    assert "clip_truncated_texts_total" in http.get("/metrics").text
+
+
 def test_protobuf(http: Http) -> None:
     body = pb.EncodeRequest(items=[pb.Item(text="a cat"), pb.Item(image=b"no")])
     answer = http.post("/encode", data=body.SerializeToString(), headers=PROTOBUF)

@@ -212,7 +212,7 @@ class HttpListener(Listener):
             else:
                 result["embedding"] = embeddings[index]
             data.append(result)
-        return _json({"data": data})
+        return _json({"data": data, "truncated": answer.truncated})
 
     async def _rank_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
         ranked = await asyncio.gather(*(self._rank_doc(doc, asked_in) for doc in _docs(body)))

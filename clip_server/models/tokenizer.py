@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from clip_server.errors import ConfigurationError, ItemError, WeightsError
 from clip_server.model_card import Clean, TextSpec
 from clip_server.models import weights
+from clip_server.models.tokens import Tokenizer, Tokens
 from clip_server.models.wordpiece import WordPieceTokenizer
 from clip_server.models.words import RememberedWords
 
@@ -39,25 +40,6 @@ _PATTERN = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
 )
-
-
-class Tokenizer(Protocol):
-    """The tokenizer of one model. Safe to call from several threads.
-
-    spec: the model's, with the tokenizer's own padding id where it says one.
-    """
-
-    spec: TextSpec
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of one text, its special tokens included; [l] int32, not padded.
-
-        A text longer than the context is cut.
-
-        Raises:
-            ItemError: the text holds half of a surrogate pair, so it is not Unicode.
-        """
-        ...
 
 
 def tokenizer_for(spec: TextSpec) -> Tokenizer:
@@ -98,7 +80,7 @@ def files(spec: TextSpec) -> list[Path]:
     return [_file(spec.tokenizer), *([config] if config else [])]
 
 
-class ClipTokenizer:
+class ClipTokenizer(Tokenizer):
     """CLIP's own tokenizer; see `Tokenizer`. A text that is cut ends in the end token all the
     same, and the empty text gives start and end.
 
@@ -114,18 +96,19 @@ class ClipTokenizer:
         self._bpe = _byte_pair_encoder(spec.vocab_size)
         self._known = RememberedWords(self._merge)
 
-    def encode(self, text: str) -> NDArray[np.int32]:
+    def tokenize(self, text: str) -> Tokens:
         """Start token, ids, end token; see `Tokenizer`."""
-        most = self.spec.context_length - 2  # two places go to the start and the end token
         if _is_plain(text):
-            ids = self._known.ids(text.lower().split(None, most)[:most])  # each has an id at least
+            # Each word has an id at least, so one more than there is room for is enough.
+            most = self.spec.context_length - 1
+            ids = self._known.ids(text.lower().split(None, most)[:most])
         else:
             cleaned = _lower(text)
             encoding = self._bpe.encode(cleaned)
             ids = encoding.ids
             if any(special in cleaned for special in _SPECIAL):
                 ids = self._restore_specials(cleaned, encoding)
-        return np.array([self._start, *ids[:most], self._end], dtype=np.int32)
+        return self._framed(self._start, ids, self._end)
 
     def _merge(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text).ids
@@ -144,7 +127,7 @@ class ClipTokenizer:
         return ids
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of Hugging Face's, as open_clip's HFTokenizer uses it; see `Tokenizer`."""
 
     def __init__(self, spec: TextSpec) -> None:
@@ -159,12 +142,13 @@ class HuggingFaceTokenizer:
         self._separator = self._id_of(config.get("sep_token", _SEPARATOR))
         self._clean = _CLEANERS[spec.clean]
 
-    def encode(self, text: str) -> NDArray[np.int32]:
+    def tokenize(self, text: str) -> Tokens:
         """The ids as the tokenizer's own template frames them; see `Tokenizer`."""
-        ids = np.array(self._encoder.encode(self._clean(text)).ids, dtype=np.int32)
+        encoding = self._encoder.encode(self._clean(text))
+        ids = np.array(encoding.ids, dtype=np.int32)
         if self.spec.strip_separator and self._separator is not None:
             ids[ids == self._separator] = 0
-        return ids
+        return Tokens(ids, truncated=bool(encoding.overflowing))
 
     def _id_of(self, token: Any) -> int | None:
         """The id of a special token as a configuration has it: a string, or a table about one."""

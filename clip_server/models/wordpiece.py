@@ -15,10 +15,8 @@ import unicodedata
 from collections.abc import Callable
 from importlib import resources
 
-import numpy as np
-from numpy.typing import NDArray
-
 from clip_server.model_card import TextSpec
+from clip_server.models.tokens import Tokenizer, Tokens
 from clip_server.models.words import RememberedWords
 
 _VOCABULARY = "data/chinese_bert_vocab.txt.gz"
@@ -37,7 +35,7 @@ _CHINESE = (
 )
 
 
-class WordPieceTokenizer:
+class WordPieceTokenizer(Tokenizer):
     """Chinese BERT's tokenizer for one model. Safe to call from several threads."""
 
     def __init__(self, spec: TextSpec) -> None:
@@ -47,14 +45,11 @@ class WordPieceTokenizer:
         self._unknown = self._ids["[UNK]"]
         self._known = RememberedWords(self._pieces)
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of one text: [CLS], ids, [SEP]; [l] int32, not padded.
-
-        A text longer than the context is cut, and its last id is then [SEP].
-        """
-        most = self.spec.context_length - 2  # two places go to the start and the end token
-        ids = self._known.ids(_words(text, most))  # each has an id at least
-        return np.array([self._start, *ids[:most], self._end], dtype=np.int32)
+    def tokenize(self, text: str) -> Tokens:
+        """[CLS], ids, [SEP]; see `Tokenizer`."""
+        # Each word has an id at least, so one more than there is room for is enough.
+        ids = self._known.ids(_words(text, self.spec.context_length - 1))
+        return self._framed(self._start, ids, self._end)
 
     def _pieces(self, word: str) -> list[int]:
         """The longest pieces, from the left; [UNK] alone where a part is in none, or for a word
