@@ -18,7 +18,7 @@ from typing import Any
 from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
 from clip_server.install import runtimes_hint
-from clip_server.process import share_heaps, stay_silent
+from clip_server.process import share_heaps, stay_silent, tolerate_closed_output
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000
@@ -126,12 +126,14 @@ def _run(spec: dict[str, Any], started: float) -> int:
         why = str(error) or "what stands above says why"
         raise ConfigurationError(f"the server could not start: {why}") from None
     running = True
-    _welcome(spec, flow, time.perf_counter() - started)
-    status = _watch(flow, stop)
-    print("clip_server: finishing what is under way", flush=True)
-    # The gateway first, while the encoders can still answer what it has taken.
-    flow._deployment_nodes["gateway"].close()
-    flow.close()
+    try:
+        _welcome(spec, flow, time.perf_counter() - started)
+        status = _watch(flow, stop)
+        print("clip_server: finishing what is under way", flush=True)
+    finally:
+        # The gateway first, while the encoders can still answer what it has taken.
+        flow._deployment_nodes["gateway"].close()
+        flow.close()
     return status
 
 
@@ -192,4 +194,5 @@ async def _describe(flow: Any) -> list[str]:
 
 
 if __name__ == "__main__":
+    tolerate_closed_output()
     sys.exit(main())

@@ -21,7 +21,7 @@ from clip_server import reporting, variants
 from clip_server.errors import ClipServerError, ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import zoo
-from clip_server.process import stay_silent
+from clip_server.process import stay_silent, tolerate_closed_output
 from clip_server.runtimes.base import Runtime
 
 # Calls that are not timed: the first ones allocate, and choose kernels for the shape.
@@ -231,4 +231,5 @@ def _record(result: Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    tolerate_closed_output()
     sys.exit(main())

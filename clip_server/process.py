@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_ARENA_MAX = -8  # malloc.h of glibc
@@ -50,3 +55,33 @@ def stay_silent() -> None:
     os.environ["JINA_OPTOUT_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def tolerate_closed_output() -> None:
+    """Lets stdin, stdout and stderr be closed at any time, for this process and those it forks.
+
+    A server outlives whoever reads its log. What cannot be written, because the reader of a pipe
+    has gone or the disk is full, is dropped. Call it once, before anything is written.
+    """
+    # A closed stream leaves its number to the next file or socket, which would then receive what
+    # libraries print.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _tolerant(1, sys.stdout), _tolerant(2, sys.stderr)
+
+
+def _tolerant(number: int, stream: TextIO | None) -> TextIO:
+    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "replace")
+    buffer = io.BufferedWriter(_TolerantFile(number, "wb", closefd=False))
+    return io.TextIOWrapper(buffer, encoding, errors, line_buffering=True)
+
+
+class _TolerantFile(io.FileIO):
+    def write(self, data: ReadableBuffer) -> int:
+        written = None  # as of a full pipe that does not block
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+        return memoryview(data).nbytes if written is None else written

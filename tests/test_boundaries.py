@@ -22,6 +22,7 @@ ALLOWED = {
         "clip_server.towers",
         "clip_server.model_card",
         "clip_server.install",
+        "clip_server.process",
         "clip_server.errors",
     ],
     "clip_server.runtimes": [

@@ -23,7 +23,7 @@ from clip_server.errors import ClipServerError, ConfigurationError, UnknownModel
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, zoo
 from clip_server.models.converted import FILES, TOWERS, Tower
-from clip_server.process import stay_silent
+from clip_server.process import stay_silent, tolerate_closed_output
 from clip_server.reporting import print_table, remark
 from clip_server.runtimes.base import Runtime, load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -211,4 +211,5 @@ def _megabytes(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    tolerate_closed_output()
     sys.exit(main())

@@ -20,7 +20,7 @@ from clip_server.errors import ClipServerError, ConfigurationError
 from clip_server.evaluate import data
 from clip_server.evaluate.encoders import Encoder, EngineEncoder, ServerEncoder, embed
 from clip_server.models import zoo
-from clip_server.process import stay_silent
+from clip_server.process import stay_silent, tolerate_closed_output
 
 # Faults that are told one by one; all of them are in the JSON file.
 _SHOWN = 20
@@ -226,4 +226,5 @@ def _result(column: Column, scores: Mapping[str, float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    tolerate_closed_output()
     sys.exit(main())

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from clip_server.model_card import ModelCard
 from clip_server.models import weights, zoo
+from clip_server.process import tolerate_closed_output
 from clip_server.towers import shapes
 
 _COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")
@@ -103,4 +104,5 @@ def _cells(each: Listed) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    tolerate_closed_output()
     sys.exit(main())
