@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnxruntime import OrtValue
 
 from clip_server.model_card import Precision
 from clip_server.models import converted
@@ -110,6 +109,7 @@ def _padded_texts(checkpoint: Path, precision: Precision, device: str) -> Runtim
 
 def _io_binding(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     """Batches copied into memory of the GPU that is kept for their shape."""
+    from onnxruntime import OrtValue  # after clip_server, which keeps it from calling home
 
     class BoundTower(_Tower):
         def __init__(self, tower: _Tower) -> None:

@@ -13,12 +13,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
 from clip_server.install import runtimes_hint
-from clip_server.process import share_heaps, stay_silent, tolerate_closed_output
+from clip_server.process import bypass_proxies, share_heaps, tolerate_closed_output
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000
@@ -37,8 +38,8 @@ _DEFAULTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 ended as told, 1 could not start, 2 misused."""
     options = _parser().parse_args(arguments)
-    stay_silent()
     share_heaps()
+    bypass_proxies()
     started = time.perf_counter()
     try:
         spec = flows.load(sys.stdin.read() if options.stdin else flows.read(options.flow))
@@ -82,10 +83,15 @@ def _import_jina(without_torch: bool) -> None:
     hidden = without_torch and "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]
+    # Jina makes folders in the home directory, where there may be none to write to. It makes them
+    # again where it needs them.
+    make_folder = Path.mkdir
+    Path.mkdir = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         import jina.orchestrate.flow.base
         import jina.orchestrate.orchestrator as orchestrator
     finally:
+        Path.mkdir = make_folder  # type: ignore[method-assign]
         if hidden:
             del sys.modules["torch"]
     # Jina asks three services on the internet for this machine's public address.

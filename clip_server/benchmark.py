@@ -21,7 +21,7 @@ from clip_server import reporting, variants
 from clip_server.errors import ClipServerError, ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import zoo
-from clip_server.process import stay_silent, tolerate_closed_output
+from clip_server.process import tolerate_closed_output
 from clip_server.runtimes.base import Runtime
 
 # Calls that are not timed: the first ones allocate, and choose kernels for the shape.
@@ -93,7 +93,6 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 done, 1 nothing could be timed, 2 misused."""
     options = _parser().parse_args(arguments)
-    stay_silent()
     results: list[Result] = []
     unavailable: list[dict[str, str]] = []
     try:

@@ -9,6 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -277,6 +278,8 @@ async def _setup_with_clip(server: GRPCServer) -> None:
     if isinstance(executor, BaseCLIPEncoder):
         others = server.grpc_tracing_server_interceptors or []
         server.grpc_tracing_server_interceptors = [*others, _ClipCalls(executor.service)]
+        # Jina would leave it behind in the temporary directory; encoders have no snapshots.
+        Path(server._request_handler._snapshot_parent_directory).rmdir()
     await _setup_server(server)
 
 

@@ -23,7 +23,7 @@ from clip_server.errors import ClipServerError, ConfigurationError, UnknownModel
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, zoo
 from clip_server.models.converted import FILES, TOWERS, Tower
-from clip_server.process import stay_silent, tolerate_closed_output
+from clip_server.process import tolerate_closed_output
 from clip_server.reporting import print_table, remark
 from clip_server.runtimes.base import Runtime, load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -50,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 done, 1 failed or fallen short, 2 misused."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(chinese_clip.translated(given))
-    stay_silent()
     try:
         near = _convert(options)
     except ClipServerError as error:

@@ -20,7 +20,7 @@ from clip_server.errors import ClipServerError, ConfigurationError
 from clip_server.evaluate import data
 from clip_server.evaluate.encoders import Encoder, EngineEncoder, ServerEncoder, embed
 from clip_server.models import zoo
-from clip_server.process import stay_silent, tolerate_closed_output
+from clip_server.process import tolerate_closed_output
 
 # Faults that are told one by one; all of them are in the JSON file.
 _SHOWN = 20
@@ -41,7 +41,6 @@ class Column:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 done, 1 could not be done, 2 misused."""
     options = _parser().parse_args(arguments)
-    stay_silent()
     try:
         task = _read(options)
         columns, unavailable = _measure(options, task)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -243,7 +242,6 @@ def _first(names: Iterable[str]) -> str:
 
 def _hub() -> ModuleType:
     """The hub's client, which reads its settings when it is first imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
 
     return huggingface_hub

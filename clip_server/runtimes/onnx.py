@@ -201,6 +201,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
+    # For a program that imported it before this package, which tells it so by the environment.
     onnxruntime.disable_telemetry_events()
     return onnxruntime
 
