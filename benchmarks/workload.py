@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from clip_server.models import weights, zoo
-from clip_server.towers import graph
+from clip_server.towers import registry
 
 CACHE = Path(".cache/bench").resolve()
 MODEL = "ViT-B-32::openai"
@@ -33,7 +33,7 @@ def checkpoint() -> Path:
         config = zoo.resolve(MODEL).config
         described = {"model_cfg": config, "preprocess_cfg": {}}
         (folder / weights.CONFIG).write_text(json.dumps(described))
-        shapes = graph.tensor_shapes(config)
+        shapes = registry.tensor_shapes(config)
         save_file(_random_tensors(shapes), folder / weights.CHECKPOINT)
     return folder
 

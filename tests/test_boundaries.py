@@ -141,7 +141,8 @@ FRAMEWORKS = {
               "clip_server.models.weights", "clip_server.convert.export"],
     "open_clip": ["clip_server.runtimes.torch"],
     "onnxruntime": ["clip_server.runtimes.onnx"],
-    "onnx": ["clip_server.towers", "clip_server.convert"],
+    "onnx": ["clip_server.towers.builder", "clip_server.towers.graph",
+             "clip_server.towers.onnx_file", "clip_server.convert"],
     "pycuda": ["clip_server.runtimes.cuda"],
     "onnxscript": ["clip_server.convert.export"],
 }  # fmt: skip

@@ -23,7 +23,7 @@ from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.rank import normalize
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime, open_tower
-from clip_server.towers import graph, onnx_file
+from clip_server.towers import graph, onnx_file, registry
 
 KINDS = ["onnx", "torch"]
 NAMES = [f"CN-CLIP/{size}" for size in reference.REAL]
@@ -48,7 +48,7 @@ def load(kind: str, *arguments: Any, **options: Any) -> Runtime:
 
 def saved(folder: Path, config: dict[str, Any]) -> Path:
     """A folder with the seeded checkpoint of a configuration."""
-    tensors = reference.drawn(graph.tensor_shapes(config))
+    tensors = reference.drawn(registry.tensor_shapes(config))
     save_file(tensors, folder / weights.CHECKPOINT)
     seeded.describe(folder, config)
     return folder
@@ -122,7 +122,7 @@ def test_every_precision(
     name: str, precision: Precision, least: float, theirs: dict[str, Any], tmp_path: Path
 ) -> None:
     config = reference.CONFIGS[name]
-    tensors = reference.drawn(graph.tensor_shapes(config))
+    tensors = reference.drawn(registry.tensor_shapes(config))
     image = zoo.card_from_config(name, config, {}).image
     batches = {"images": theirs["pixels"], "texts": theirs["tokens"][: len(reference.CLASSES)]}
     models = {
@@ -153,7 +153,7 @@ def test_a_server_ranks_as_cn_clip_does(
 def test_real_sizes_equal_cn_clip(name: str, theirs: dict[str, Any], tmp_path: Path) -> None:
     canonical = f"CN-CLIP/{name}"
     file = tmp_path / f"{name}.safetensors"
-    save_file(reference.drawn(graph.tensor_shapes(zoo.resolve(canonical).config)), file)
+    save_file(reference.drawn(registry.tensor_shapes(zoo.resolve(canonical).config)), file)
     for kind in KINDS:
         runtime = load(kind, canonical, model_path=file)
         assert runtime.card.name == canonical
@@ -164,7 +164,7 @@ def test_real_sizes_equal_cn_clip(name: str, theirs: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize("size", reference.REAL)
 def test_cards_have_cn_clips_tensors(size: str, theirs: dict[str, Any]) -> None:
     card = zoo.resolve(f"CN-CLIP/{size}")
-    assert reference.digest(graph.tensor_shapes(card.config)) == theirs[f"{size}.shapes"]
+    assert reference.digest(registry.tensor_shapes(card.config)) == theirs[f"{size}.shapes"]
     assert (card.text.context_length, card.text.trim) == (52, "masked")
     assert (card.text.vocabulary, card.text.pad_id) == ("chinese-bert", 0)
     assert card.image.resize == "squash"
@@ -202,7 +202,7 @@ def test_a_trainers_checkpoint_is_read(theirs: dict[str, Any], tmp_path: Path) -
     BERT's own pooling, which no text tower uses."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("open_clip")
-    tensors = reference.drawn(graph.tensor_shapes(reference.SMALL))
+    tensors = reference.drawn(registry.tensor_shapes(reference.SMALL))
     tensors["bert.pooler.dense.bias"] = np.zeros(64, np.float32)
     halves = {f"module.{name}": torch.from_numpy(each).half() for name, each in tensors.items()}
     torch.save({"epoch": 3, "state_dict": halves}, tmp_path / "epoch3.pt")
@@ -215,7 +215,7 @@ def test_a_trainers_checkpoint_is_read(theirs: dict[str, Any], tmp_path: Path) -
 
 
 def test_the_architecture_is_read_from_a_checkpoint(tmp_path: Path) -> None:
-    shapes = graph.tensor_shapes(zoo.resolve("CN-CLIP/RN50").config)
+    shapes = registry.tensor_shapes(zoo.resolve("CN-CLIP/RN50").config)
     file = tmp_path / "epoch_latest.safetensors"
     save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, file)
     for name in ("CN-CLIP/RN50", "RN50@RBT3-chinese"):

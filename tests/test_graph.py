@@ -15,7 +15,7 @@ from cn_clip_reference import drawn
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec, Precision
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers import graph
+from clip_server.towers import graph, registry
 
 TOLERANCE = 1e-4
 SMALL = {
@@ -57,7 +57,7 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_graphs_for_tensorrt_give_the_same_vectors(name: str, precision: Precision) -> None:
     config = SMALL[name]
-    tensors = drawn(graph.tensor_shapes(config))
+    tensors = drawn(registry.tensor_shapes(config))
     ours, theirs = (
         (
             graph.build_visual(config, tensors, ImageSpec(64), precision=precision, target=target),
@@ -91,7 +91,7 @@ def test_tensor_shapes_are_those_of_open_clip(name: str) -> None:
         for name, tensor in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    assert graph.tensor_shapes(SMALL[name]) == expected
+    assert registry.tensor_shapes(SMALL[name]) == expected
 
 
 def session(model: onnx.ModelProto) -> Any:
@@ -102,7 +102,7 @@ def session(model: onnx.ModelProto) -> Any:
 
 def random_tensors(config: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    shapes = graph.tensor_shapes(config)
+    shapes = registry.tensor_shapes(config)
     return {name: rng.uniform(0.1, 1, shape).astype("f2") for name, shape in shapes.items()}
 
 
@@ -174,4 +174,4 @@ def signature(model: onnx.ModelProto) -> dict[str, tuple[str, list[str | int]]]:
 def test_another_family_is_refused_by_name(part: str, key: str, value: object) -> None:
     config = seeded.SMALL_VIT | {part: seeded.SMALL_VIT[part] | {key: value}}
     with pytest.raises(ConfigurationError, match=f"{key} in {part}"):
-        graph.tensor_shapes(config)
+        registry.tensor_shapes(config)

@@ -17,7 +17,7 @@ from clip_server.models import zoo
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers import graph, quantize
+from clip_server.towers import graph, quantize, registry
 
 SMALL = {
     "vision transformer": seeded.SMALL_VIT,
@@ -124,7 +124,7 @@ def test_graphs_are_less_than_half_the_size() -> None:
 
 
 def tensors_of(config: dict[str, Any], fill: Any) -> dict[str, NDArray[np.float32]]:
-    shapes = graph.tensor_shapes(config)
+    shapes = registry.tensor_shapes(config)
     return {name: fill(shape).astype(np.float32) for name, shape in shapes.items()}
 
 

@@ -16,7 +16,7 @@ from clip_server.models import weights, zoo
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers import graph
+from clip_server.towers import registry
 
 KINDS = ["onnx", "torch"]
 DIM = seeded.SMALL_VIT["embed_dim"]
@@ -199,7 +199,7 @@ def test_cards(name: str, dim: int, image: str) -> None:
         for key, tensor in tower.state_dict().items()
         if not key.startswith("pooler.")
     }
-    shapes = graph.tensor_shapes(card.config)
+    shapes = registry.tensor_shapes(card.config)
     assert {
         key: shape for key, shape in shapes.items() if key.startswith("transformer.")
     } == expected

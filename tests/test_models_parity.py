@@ -17,7 +17,6 @@ from test_tokenizer_hugging_face import roberta as write_tokenizer
 
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.model_card import Trim
-from clip_server.models import zoo
 
 pytest.importorskip("open_clip")
 
@@ -267,19 +266,3 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:
     folder = seeded.save(open_clip_model(config(VIT, TEXT)), tmp_path, FAMILIES["convnext"][0])
     with pytest.raises(WeightsError, match=r"another architecture: visual\.trunk"):
         TorchRuntime.load("mine", model_path=folder)
-
-
-def test_the_list_says_which_models_onnx_builds() -> None:
-    """The dimensions that shapes tell are those of the families whose graphs can be built."""
-    graph = pytest.importorskip("clip_server.towers.graph")
-    from clip_server.towers import shapes
-
-    def builds(described: dict[str, Any]) -> bool:
-        try:
-            return bool(graph.tensor_shapes(described))
-        except ConfigurationError:
-            return False
-
-    for name in zoo.names():
-        described = zoo.resolve(name).config
-        assert builds(described) is (shapes.of_config(described) is not None), name

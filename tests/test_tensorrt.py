@@ -31,7 +31,7 @@ from clip_server.runtimes.base import Halving, load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.tensorrt import TensorrtRuntime, fitting
 from clip_server.runtimes.tensorrt_engines import Key, Profile
-from clip_server.towers import graph, onnx_file
+from clip_server.towers import graph, onnx_file, registry
 
 CONFIGS = {
     "vision transformer": seeded.SMALL_VIT,
@@ -86,7 +86,7 @@ def small(tmp_path: Path) -> Path:
 def saved(folder: Path, config: dict[str, Any]) -> Path:
     """A folder with the seeded checkpoint of a configuration."""
     folder.mkdir(exist_ok=True)
-    save_file(chinese.drawn(graph.tensor_shapes(config)), folder / weights.CHECKPOINT)
+    save_file(chinese.drawn(registry.tensor_shapes(config)), folder / weights.CHECKPOINT)
     seeded.describe(folder, config)
     return folder
 

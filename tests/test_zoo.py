@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
 from clip_server.model_card import ImageSpec
 from clip_server.models import weights, zoo
+from clip_server.towers import registry
 
 CONFIG = {
     "embed_dim": 32,
@@ -184,9 +185,8 @@ def test_an_architecture_may_stand_before_the_path(
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-L-14-336", "RN50x4", "RN101"])
 def test_shapes_tell_the_architecture(architecture: str, tmp_path: Path) -> None:
     """Of tensors, only the shapes are looked at: these are as long as they must be, and empty."""
-    graph = pytest.importorskip("clip_server.towers.graph")
     torch = pytest.importorskip("torch")
-    shapes = graph.tensor_shapes(zoo.resolve(f"{architecture}::openai").config)
+    shapes = registry.tensor_shapes(zoo.resolve(f"{architecture}::openai").config)
     number = torch.zeros(())
     file = tmp_path / "epoch_3.pt"
     torch.save({name: number.expand(shape) for name, shape in shapes.items()}, file)

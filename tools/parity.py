@@ -32,7 +32,8 @@ from clip_server.model_card import PRECISIONS, ModelCard
 from clip_server.models import weights, zoo
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes.torch import TorchRuntime, towers
-from clip_server.towers import graph, onnx_file
+from clip_server.towers import onnx_file, registry
+from clip_server.towers.tower import Shapes
 
 # One or two of each family, with no more than 2 GB of weights.
 ARCHITECTURES = (
@@ -109,7 +110,7 @@ def _torchscript(
 def _onnx(
     card: ModelCard, tensors: weights.Tensors, folder: Path, expected: Embeddings
 ) -> Iterator[Row]:
-    built = graph.builds(card.config)
+    built = registry.builds(card.config)
     for precision in PRECISIONS:
         writer, found = OnnxWriter(card, tensors, precision), []
         for tower in TOWERS:
@@ -126,7 +127,7 @@ def _saved(architecture: str, card: ModelCard, path: Path) -> Embeddings:
     """Writes a seeded checkpoint, and gives open_clip's embeddings of the samples, if it can."""
     torch.manual_seed(0)
     if architecture.startswith("CN-CLIP/"):
-        save_file(_drawn(graph.tensor_shapes(card.config)), path)
+        save_file(_drawn(registry.tensor_shapes(card.config)), path)
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -159,7 +160,7 @@ def _enliven(model: Any, pixels: Tensor) -> None:
     model.eval()
 
 
-def _drawn(shapes: graph.Shapes) -> dict[str, Tensor]:
+def _drawn(shapes: Shapes) -> dict[str, Tensor]:
     """Weights that keep the size of what passes through them."""
     tensors = {}
     for name, shape in shapes.items():

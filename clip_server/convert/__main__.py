@@ -27,7 +27,7 @@ from clip_server.process import tolerate_closed_output
 from clip_server.reporting import print_table, remark
 from clip_server.runtimes.base import Runtime, load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers.bert import BertTower
+from clip_server.towers import registry
 
 if TYPE_CHECKING:
     from clip_server.convert.writers import Encode, Writer
@@ -125,8 +125,7 @@ def _with_context(card: ModelCard, length: int | None) -> ModelCard:
     """
     if length in (None, card.text.context_length):
         return card
-    bert = BertTower.of(card.config)
-    most = bert.positions if bert else card.text.context_length
+    most = registry.text_tower(card.config).max_length
     if card.text.trim == "fixed" or not 2 < length <= most:
         allowed = f"is {most}" if card.text.trim == "fixed" else f"may be 3 to {most}"
         raise ConfigurationError(f"the context length of {card.name} {allowed}, not {length}")

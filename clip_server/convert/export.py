@@ -15,7 +15,7 @@ from torch import nn
 
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
-from clip_server.towers.nodes import OPSET
+from clip_server.towers.builder import OPSET
 
 _OUTPUT = "embedding"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from clip_server.model_card import Precision
-from clip_server.towers.nodes import KINDS, Graph
+from clip_server.towers.builder import BUILDERS, GraphBuilder
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
@@ -27,18 +27,18 @@ def rewritten(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
     int8: products by a matrix of weights in integers, as `quantize` has them; tables in
         float16; convolutions and products of activations stay in float32.
     """
-    kinds = {"fp32": _Copy, "fp16": _Halves, "int8": _Integers}
-    return kinds[precision](model, KINDS[precision](model.graph.name)).made()
+    rewriters = {"fp32": _Rewriter, "fp16": _Fp16Rewriter, "int8": _Int8Rewriter}
+    return rewriters[precision](model, BUILDERS[precision](model.graph.name)).rewritten()
 
 
-class _Copy:
+class _Rewriter:
     """Copies a model node by node; subclasses say which nodes are replaced, and by what."""
 
-    def __init__(self, model: onnx.ModelProto, target: Graph) -> None:
+    def __init__(self, model: onnx.ModelProto, target: GraphBuilder) -> None:
         self._model, self._target = model, target
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
 
-    def made(self) -> onnx.ModelProto:
+    def rewritten(self) -> onnx.ModelProto:
         """The new model."""
         for node in self._model.graph.node:
             if not self._replaced(node):
@@ -77,7 +77,7 @@ class _Copy:
         return self._value(name)
 
 
-class _SmallTables(_Copy):
+class _Fp16Tables(_Rewriter):
     """Keeps the tables that rows are taken from in float16."""
 
     def _replaced(self, node: onnx.NodeProto) -> bool:
@@ -86,14 +86,14 @@ class _SmallTables(_Copy):
         table, indices = node.input
         output = node.output[0]
         rows = self._target.op("Gather", self._half(table), indices, name=f"{output}.half")
-        self._target.cast(rows, TensorProto.FLOAT, output)
+        self._target.cast(rows, np.float32, output)
         return True
 
     def _half(self, name: str) -> str:
         return self._target.constant(f"{name}.half", self._value(name).astype(np.float16))
 
 
-class _Halves(_SmallTables):
+class _Fp16Rewriter(_Fp16Tables):
     """Multiplies in float16."""
 
     def _replaced(self, node: onnx.NodeProto) -> bool:
@@ -108,7 +108,7 @@ class _Halves(_SmallTables):
         )
         half.attribute.extend(node.attribute)
         self._target.copy(half)
-        self._target.cast(half.output[0], TensorProto.FLOAT, output)
+        self._target.cast(half.output[0], np.float32, output)
         return True
 
     def _inputs(self, node: onnx.NodeProto) -> Iterator[str]:
@@ -117,12 +117,12 @@ class _Halves(_SmallTables):
                 yield self._half(name)
             elif name:
                 half = f"{node.output[0]}.input{index}"
-                yield self._target.cast(name, TensorProto.FLOAT16, half)
+                yield self._target.cast(name, np.float16, half)
             else:
                 yield ""  # left out
 
 
-class _Integers(_SmallTables):
+class _Int8Rewriter(_Fp16Tables):
     """Multiplies by matrices of weights in integers."""
 
     def _replaced(self, node: onnx.NodeProto) -> bool:

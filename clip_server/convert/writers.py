@@ -21,12 +21,13 @@ from clip_server.runtimes import cuda, tensorrt_engines
 from clip_server.runtimes import onnx as onnx_runtime
 from clip_server.runtimes import tensorrt as tensorrt_runtime
 from clip_server.runtimes.base import check_precision
+from clip_server.towers.tower import Target
 
 try:
     import onnx
 
     from clip_server.convert import rewrite
-    from clip_server.towers import graph, onnx_file
+    from clip_server.towers import graph, onnx_file, registry
 except ImportError as missing:
     raise ConfigurationError(f"to convert, {install_hint('onnx')}") from missing
 
@@ -66,7 +67,7 @@ class OnnxWriter:
     """Graphs built from the weights, or of other architectures exported from torch."""
 
     executor = "clip_onnx"
-    target: graph.Target = "onnxruntime"
+    target: Target = "onnxruntime"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         self._card, self._tensors, self._precision = card, tensors, precision
@@ -81,12 +82,12 @@ class OnnxWriter:
 
     def model(self, tower: Tower) -> onnx.ModelProto:
         """A tower's graph."""
-        built = graph.builds(self._card.config)
+        built = registry.builds(self._card.config)
         return self._built(tower) if built else self._exported(tower)
 
     def _built(self, tower: Tower) -> onnx.ModelProto:
         card, tensors = self._card, self._tensors
-        weights.check(tensors, graph.tensor_shapes(card.config))
+        weights.check(tensors, registry.tensor_shapes(card.config))
         kind: Any = {"precision": self._precision, "target": self.target}
         if tower == "image":
             return graph.build_visual(card.config, tensors, card.image, **kind)

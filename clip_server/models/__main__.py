@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from clip_server.model_card import ModelCard
 from clip_server.models import weights, zoo
 from clip_server.process import tolerate_closed_output
-from clip_server.towers import shapes
+from clip_server.towers import registry
 
 _COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")
 
@@ -70,14 +70,12 @@ def _fits(name: str, filters: Sequence[str]) -> bool:
 
 
 def _listed(card: ModelCard) -> Listed:
-    # The ONNX runtime builds graphs of the families whose dimensions are known.
-    builds = shapes.of_config(card.config) is not None
     return Listed(
         name=card.name,
         dimensions=card.dim,
         context=card.text.context_length,
         image=card.image.size,
-        runtimes=("torch", "onnx") if builds else ("torch",),
+        runtimes=("torch", "onnx") if registry.builds(card.config) else ("torch",),
         licence=card.licence,
         cached=card.name == zoo.EMBEDDED or weights.cached(card) is not None,
         other_names=tuple(zoo.other_names(card.name)),

@@ -1,63 +1,28 @@
-"""A folder that transformers saved a CLIPModel or ChineseCLIPModel in: its configuration in
-open_clip's terms. Its weights are read as any others (see `names`)."""
+"""A folder in which transformers saved a model, such as a CLIPModel or a ChineseCLIPModel: its
+configuration in open_clip's terms. Its weights are read as any others (see `state_dict_keys`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import TextSpec, Vocabulary
 from clip_server.models import tokenizer, wordpiece
+from clip_server.towers import registry
+from clip_server.towers.tower import ImageTower, TextSavedByTransformers, TextTower, Tower
+
+Family = TypeVar("Family", bound=Tower)
 
 CONFIG = "config.json"
-# How pictures are prepared: in a file of its own, or in that of the whole processor.
+# How images are prepared: in a file of its own, or in that of the whole processor.
 _PREPROCESSING, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # Where a tokenizer is that has no `tokenizer.json`.
 _MERGES, _WORD_PIECES = "merges.txt", "vocab.txt"
-_CLIP, _CHINESE = "clip", "chinese_clip"
 # M-CLIP's, which does not say enough of its towers: its name does.
 _TEXT_ALONE = "M-CLIP"
-# What a configuration leaves out where it is as in the first model of its kind.
-_VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-_TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-}
-_BERT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 512,
-    "vocab_size": 30522,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "type_vocab_size": 2,
-    "pad_token_id": 0,
-}
-_EPSILON = 1e-5
-# Chinese-CLIP was trained with this many tokens, though it has places for more.
-_CHINESE_CONTEXT = 52
-# Configurations of before the end token's id was put right have this one.
-_OLD_END = 2
 # Pillow's numbers of the filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 
@@ -76,24 +41,56 @@ def configuration(folder: Path) -> dict[str, Any] | None:
     kind = config.get("model_type")
     if kind == _TEXT_ALONE:
         return None
-    if kind not in (_CLIP, _CHINESE):
-        raise ConfigurationError(
-            f"{file} is of a {kind!r} model: of Hugging Face's, {_CLIP!r} and {_CHINESE!r} are read"
-        )
-    vision: dict[str, Any] = _VISION | _part(config, "vision")
-    model = {
-        "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": _is_quick(file, vision),
-        "vision_cfg": _vision(vision),
-    }
-    if kind == _CHINESE:
-        text = _bert(_BERT | _part(config, "text"), folder)
-    else:
-        text = _causal(_TEXT | _part(config, "text"), model["quick_gelu"], folder)
+    image, text = _families(kind, file)
+    try:
+        towers = _towers(config, image, text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{file}: {error}") from error
+    described, saved = towers["text_cfg"], text.saved or TextSavedByTransformers()
+    described |= _tokenizer(folder, saved.vocabulary, described["vocab_size"])
+    size = towers["vision_cfg"]["image_size"]
     return {
-        "model_cfg": model | {"text_cfg": text},
-        "preprocess_cfg": _preprocessing(folder, vision["image_size"], squash=kind == _CHINESE),
+        "model_cfg": {"embed_dim": config.get("projection_dim", 512), **towers},
+        "preprocess_cfg": _preprocessing(folder, size, squash=saved.resize == "squash"),
     }
+
+
+def _families(kind: Any, file: Path) -> tuple[type[ImageTower], type[TextTower]]:
+    """The families of the two towers of a model type.
+
+    Raises:
+        ConfigurationError: one of them is not ours.
+    """
+    image = _by_type(registry.IMAGE_FAMILIES).get(kind)
+    text = _by_type(registry.TEXT_FAMILIES).get(kind)
+    if image is None or text is None:
+        known = " and ".join(map(repr, _by_type(registry.TEXT_FAMILIES)))
+        raise ConfigurationError(
+            f"{file} is of a {kind!r} model: of Hugging Face's, {known} are read"
+        )
+    return image, text
+
+
+def _by_type(families: Iterable[type[Family]]) -> dict[str, type[Family]]:
+    return {kind: each for each in families if each.saved for kind in each.saved.model_types}
+
+
+def _towers(
+    config: Mapping[str, Any], image: type[ImageTower], text: type[TextTower]
+) -> dict[str, Any]:
+    """Both towers in open_clip's form: `vision_cfg`, `text_cfg` and `quick_gelu`."""
+    visual = image.from_transformers(_tower(config, "vision", image))
+    textual = text.from_transformers(_tower(config, "text", text))
+    if textual.get("quick_gelu", visual.get("quick_gelu")) != visual.get("quick_gelu"):
+        raise ConfigurationError("the towers have different activations")
+    return textual | visual
+
+
+def _tower(config: Mapping[str, Any], part: str, family: type[Tower]) -> dict[str, Any]:
+    """A tower's configuration, complete; in older files the second place overrides the first."""
+    said = {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
+    defaults = family.saved.defaults if family.saved else {}
+    return {**defaults, **{key: value for key, value in said.items() if value is not None}}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -104,71 +101,17 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _part(config: dict[str, Any], part: str) -> dict[str, Any]:
-    """What is said of a tower; in older files the second place overrides the first."""
-    said = {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
-    return {key: value for key, value in said.items() if value is not None}
+def _tokenizer(folder: Path, vocabulary: Vocabulary, size: int) -> dict[str, Any]:
+    """The keys of `text_cfg` that choose a tokenizer: a bundled one if the folder's is the same.
+
+    vocabulary: the bundled one of the model's family; size: entries that the model knows.
+    """
+    if not _BUNDLED[vocabulary](folder, size):
+        return {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"clean": "none"}}
+    return {} if vocabulary == TextSpec.vocabulary else {"vocabulary": vocabulary}
 
 
-def _vision(vision: dict[str, Any]) -> dict[str, Any]:
-    width = vision["hidden_size"]
-    return {
-        "image_size": vision["image_size"],
-        "layers": vision["num_hidden_layers"],
-        "width": width,
-        "head_width": width // vision["num_attention_heads"],
-        "patch_size": vision["patch_size"],
-        "mlp_ratio": vision["intermediate_size"] / width,
-    }
-
-
-def _causal(text: dict[str, Any], quick_gelu: bool, folder: Path) -> dict[str, Any]:
-    if _is_quick(folder / CONFIG, text) != quick_gelu:
-        raise ConfigurationError(f"{folder / CONFIG}: the towers have different activations")
-    width, vocabulary, end = text["hidden_size"], text["vocab_size"], text["eos_token_id"]
-    config = {
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": vocabulary,
-        "width": width,
-        "heads": text["num_attention_heads"],
-        "layers": text["num_hidden_layers"],
-        "mlp_ratio": text["intermediate_size"] / width,
-    }
-    if end not in (_OLD_END, vocabulary - 1):
-        config |= {"pool_type": "eos", "eos_id": end}
-    if not _has_clips_merges(folder, vocabulary):
-        config |= _own_tokenizer(folder)
-    return config
-
-
-def _bert(text: dict[str, Any], folder: Path) -> dict[str, Any]:
-    config = {
-        "context_length": _CHINESE_CONTEXT,
-        "vocab_size": text["vocab_size"],
-        "bert": {
-            "width": text["hidden_size"],
-            "layers": text["num_hidden_layers"],
-            "heads": text["num_attention_heads"],
-            "mlp_width": text["intermediate_size"],
-            "vocab_size": text["vocab_size"],
-            "positions": text["max_position_embeddings"],
-            "types": text["type_vocab_size"],
-            "pad_id": text["pad_token_id"],
-            "epsilon": text["layer_norm_eps"],
-        },
-    }
-    if text["hidden_act"] != "gelu":
-        raise ConfigurationError(f"{folder / CONFIG}: hidden_act {text['hidden_act']!r} of a BERT")
-    if _has_chinese_berts_vocabulary(folder):
-        return config | {"vocabulary": "chinese-bert"}
-    return config | _own_tokenizer(folder)
-
-
-def _own_tokenizer(folder: Path) -> dict[str, Any]:
-    return {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"clean": "none"}}
-
-
-def _has_clips_merges(folder: Path, vocabulary: int) -> bool:
+def _has_clips_merges(folder: Path, size: int) -> bool:
     """Whether a tokenizer is CLIP's own, as it is where no file tells otherwise."""
     if (file := folder / tokenizer.FILE).is_file():
         merges = _read(file).get("model", {}).get("merges", [])
@@ -177,11 +120,12 @@ def _has_clips_merges(folder: Path, vocabulary: int) -> bool:
     else:
         return True
     pairs = [tuple(each.split(" ") if isinstance(each, str) else each) for each in merges]
-    return pairs == tokenizer.merges(vocabulary)
+    return pairs == tokenizer.merges(size)
 
 
-def _has_chinese_berts_vocabulary(folder: Path) -> bool:
+def _has_chinese_berts_vocabulary(folder: Path, size: int) -> bool:
     """Whether a tokenizer is Chinese BERT's, as it is where no file tells otherwise."""
+    del size  # the vocabulary has one size
     if (file := folder / tokenizer.FILE).is_file():
         found = _read(file).get("model", {}).get("vocab", {})
     elif (file := folder / _WORD_PIECES).is_file():
@@ -195,7 +139,7 @@ def _has_chinese_berts_vocabulary(folder: Path) -> bool:
 
 def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
     """squash: what is done where no file tells otherwise."""
-    said = _said_of_pictures(folder)
+    said = _said_of_images(folder)
     sides = said.get("size", {"height": size} if squash else {"shortest_edge": size})
     squash = isinstance(sides, Mapping) and "shortest_edge" not in sides
     cropped = said.get("do_center_crop", not squash)
@@ -203,7 +147,7 @@ def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
     fits = _side(sides) == size and (_side(crop) == size if cropped else squash)
     if not fits or not said.get("do_resize", True):
         raise ConfigurationError(
-            f"{folder}: pictures are resized to {sides} and cropped to {crop}, but the model takes "
+            f"{folder}: images are resized to {sides} and cropped to {crop}, but the model takes "
             f"squares of {size} pixels"
         )
     preprocess = {
@@ -223,7 +167,7 @@ def _side(size: Any) -> int | None:
     return side
 
 
-def _said_of_pictures(folder: Path) -> dict[str, Any]:
+def _said_of_images(folder: Path) -> dict[str, Any]:
     if (file := folder / _PREPROCESSING).is_file():
         return _read(file)
     file = folder / _PROCESSOR
@@ -231,11 +175,8 @@ def _said_of_pictures(folder: Path) -> dict[str, Any]:
     return said
 
 
-def _is_quick(file: Path, tower: Mapping[str, Any]) -> bool:
-    activation = tower["hidden_act"]
-    if activation not in ("quick_gelu", "gelu") or tower["layer_norm_eps"] != _EPSILON:
-        raise ConfigurationError(
-            f"{file}: hidden_act {activation!r} with layer_norm_eps {tower['layer_norm_eps']} is "
-            "not CLIP's: quick_gelu or gelu, and 1e-05"
-        )
-    return bool(activation == "quick_gelu")
+# Whether a folder's tokenizer has a bundled vocabulary.
+_BUNDLED: dict[Vocabulary, Callable[[Path, int], bool]] = {
+    "clip": _has_clips_merges,
+    "chinese-bert": _has_chinese_berts_vocabulary,
+}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard
-from clip_server.models import state_dict_keys
+from clip_server.models.state_dict_keys import is_used, to_open_clip_keys
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -99,7 +99,7 @@ def in_folder(path: Path) -> Path | None:
 
 def read(path: Path) -> Tensors:
     """Every tensor of a checkpoint, as stored; bfloat16, which numpy lacks, as float32. A Hugging
-    Face model's have open_clip's names (see `names`).
+    Face model's have open_clip's names (see `state_dict_keys`).
 
     Raises:
         WeightsError: the file is damaged, not a checkpoint at all, or holds code.
@@ -110,11 +110,12 @@ def read(path: Path) -> Tensors:
     else:
         with _opened(path) as file:
             tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    return state_dict_keys.standard(tensors)
+    return to_open_clip_keys(tensors)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint. Errors are those of `read`."""
+    """The shape of every tensor of a checkpoint, by the names it has there. Errors are those of
+    `read`."""
     if path.suffix in _PICKLES:
         return {name: tuple(tensor.shape) for name, tensor in _unpickled(path).items()}
     with _opened(path) as file:
@@ -141,30 +142,41 @@ def read_logit_scale(path: Path) -> float:
 def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Checks that a checkpoint is of the architecture whose tensors have `shapes`.
 
-    tensors: numpy's or torch's. A single number may have any number of axes.
+    tensors: numpy's or torch's.
 
     Raises:
         WeightsError: tensors are missing, of another shape, or left over; names the first few.
     """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if faults := differences(found, shapes):
+        listed = [f"{_first(names)} ({fault})" for fault, names in faults.items()]
+        raise WeightsError("the checkpoint is of another architecture: " + "; ".join(listed))
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
+    """The tensors that a checkpoint should not have, or should: each fault, with theirs.
+
+    found, expected: the shapes of tensors. A single number may have any number of axes.
+    """
     missing = [
         f"{name} {shape}"
-        for name, shape in shapes.items()
-        if name not in tensors and not name.endswith(_HARMLESS)
+        for name, shape in expected.items()
+        if name not in found and not name.endswith(_HARMLESS)
     ]
     mismatched = [
-        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and not _fits(tuple(tensors[name].shape), shape)
+        f"{name} is {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and not _fits(found[name], shape)
     ]
     left_over = [
-        f"{name} {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if name not in shapes and not name.endswith(_HARMLESS)
+        f"{name} {shape}"
+        for name, shape in found.items()
+        if name not in expected and not name.endswith(_HARMLESS) and is_used(name)
     ]
     faults = {"missing": missing, "of another shape": mismatched, "not in the model": left_over}
-    found = [f"{_first(names)} ({what})" for what, names in faults.items() if names]
-    if found:
-        raise WeightsError("the checkpoint is of another architecture: " + "; ".join(found))
+    return {fault: names for fault, names in faults.items() if names}
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.model_card import ImageSpec, ModelCard, TextSpec, Trim
+from clip_server.model_card import ImageSpec, ModelCard, TextSpec
 from clip_server.models import converted, hugging_face, tokenizer, weights
-from clip_server.towers import shapes
+from clip_server.towers import registry
 
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
@@ -81,9 +81,9 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     if card.image_of is not None:
         checkpoint(card.image_of)
     tokenizer.fetch(card.text)
-    tower = card.config["text_cfg"].get("hf_model_name")
-    if tower is not None and not Path(tower).is_dir():
-        weights.fetch(tower, hugging_face.CONFIG)
+    tower = registry.text_tower(card.config)
+    if tower.hub is not None and not Path(tower.hub).is_dir():
+        weights.fetch(tower.hub, hugging_face.CONFIG)
     return file
 
 
@@ -117,7 +117,7 @@ def card_from_config(
             image=_image_spec(
                 config["vision_cfg"], {**config.get("preprocess_cfg", {}), **preprocess}
             ),
-            text=_text_spec(config["text_cfg"], folder),
+            text=_text_spec(config, folder),
             logit_scale=logit_scale,
             config=dict(config),
             hub=hub,
@@ -149,7 +149,8 @@ def _image_spec(vision: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
     )
 
 
-def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
+def _text_spec(config: Mapping[str, Any], folder: Path | None) -> TextSpec:
+    text, tower = config["text_cfg"], registry.text_tower(config)
     if mode := text.get("tokenizer_mode"):
         raise ConfigurationError(f"tokenizer_mode {mode!r} is not supported")
     spec = TextSpec()
@@ -160,8 +161,8 @@ def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
         tokenizer=source,
         context_length=text.get("context_length", spec.context_length),
         vocab_size=text.get("vocab_size", spec.vocab_size),
-        pad_id=_pad_id(text),
-        trim=_trim(text),
+        pad_id=_pad_id(text) if tower.pad_id is None else tower.pad_id,
+        trim=tower.trim,
         clean=options.get("clean", "whitespace" if source else spec.clean),
         strip_separator=options.get("strip_sep_token", False),
         vocabulary=text.get("vocabulary", spec.vocabulary),
@@ -169,21 +170,11 @@ def _text_spec(text: Mapping[str, Any], folder: Path | None) -> TextSpec:
 
 
 def _pad_id(text: Mapping[str, Any]) -> int:
-    tower, source = text.get("bert", text), text.get("hf_tokenizer_name")
-    if source and "pad_id" not in tower:
-        return 0 if any(part in source for part in _PADS_WITH_ZERO) else 1
-    pad_id: int = tower.get("pad_id", TextSpec.pad_id)
-    return pad_id
-
-
-def _trim(text: Mapping[str, Any]) -> Trim:
-    """What open_clip's text tower of this configuration allows."""
-    if "hf_model_name" in text or "bert" in text:
-        return "masked"
-    # CoCa's class token stands after the padding, at a position of its own.
-    every_position = text.get("no_causal_mask") or text.get("embed_cls")
-    at_end_token = text.get("pool_type", "argmax") in ("argmax", "eos")
-    return "causal" if at_end_token and not every_position else "fixed"
+    """The padding token of a tokenizer."""
+    source = text.get("hf_tokenizer_name")
+    return (
+        TextSpec.pad_id if not source else int(not any(part in source for part in _PADS_WITH_ZERO))
+    )
 
 
 @cache
@@ -300,11 +291,12 @@ def _card_for_checkpoint(name: str, path: Path) -> ModelCard:
 def _read_architecture(path: Path) -> str:
     """The name of the architecture that the tensors of a checkpoint have the shapes of."""
     file = weights.local(path)
-    dimensions = shapes.of_tensors(weights.read_shapes(file))
+    shapes = weights.read_shapes(file)
     found: list[str] = [
         name
         for name, config in _zoo()["architectures"].items()
-        if dimensions is not None and shapes.of_config(config) == dimensions
+        if registry.builds(config)
+        and not weights.differences(shapes, registry.tensor_shapes(config))
     ]
     if len(found) != 1:
         which = f"it may be {' or '.join(found)}" if found else "no architecture has its tensors"

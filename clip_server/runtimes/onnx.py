@@ -119,12 +119,12 @@ def _built(
 ) -> tuple[ModelCard, Iterator[Path | bytes]]:
     """The card of a checkpoint, and the image and the text tower."""
     try:
-        from clip_server.towers import graph, onnx_file
+        from clip_server.towers import graph, onnx_file, registry
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
 
     card, tensors = load_checkpoint(name, model_path)
-    weights.check(tensors, graph.tensor_shapes(card.config))
+    weights.check(tensors, registry.tensor_shapes(card.config))
 
     def graphs() -> Iterator[Path | bytes]:
         """Each when it is asked for: with its weights in it, it is large."""

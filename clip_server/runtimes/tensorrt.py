@@ -266,14 +266,14 @@ def _built(
 ) -> tuple[ModelCard, dict[Tower, tuple[str, bytes]]]:
     """The card of a checkpoint, and for each tower where its engine is from, and the engine."""
     try:
-        from clip_server.towers import graph
+        from clip_server.towers import graph, registry
     except ImportError as error:
         raise ConfigurationError(
             f"the graphs of engines need onnx: {install_hint('tensorrt')}"
         ) from error
 
     card, tensors = load_checkpoint(name, model_path)
-    weights.check(tensors, graph.tensor_shapes(card.config))
+    weights.check(tensors, registry.tensor_shapes(card.config))
     kind: Any = {"precision": precision, "target": "tensorrt"}
     plans = {}
     for tower in TOWERS:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from clip_server.install import install_hint
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
 from clip_server.runtimes.base import Halving, load_checkpoint
-from clip_server.towers.bert import BertTower
+from clip_server.towers import registry
 
 try:
     import torch
@@ -25,8 +26,6 @@ try:
     from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict, text_global_pool
     from torch import Tensor, nn
     from torch.overrides import TorchFunctionMode
-
-    from clip_server.runtimes.torch_bert import BertTextTower
 except ImportError as missing:
     raise ConfigurationError(
         f"the torch runtime is not installed: {install_hint('torch')}"
@@ -248,13 +247,14 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
     """open_clip's two towers of a card with the checkpoint's weights, on the CPU.
 
     Every family is built as open_clip's CustomTextCLIP, which gives a CLIP whose text tower is
-    apart, and CoCa without its decoder. A BERT of ours takes the place of its text tower.
+    apart, and CoCa without its decoder. A family with a `torch_module` takes the place of its text
+    tower.
     """
-    model, bert = _empty_model(card), BertTower.of(card.config)
+    model, text = _empty_model(card), registry.text_tower(card.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    if bert:
-        shapes |= bert.shapes(card.dim)
+    if text.torch_module:
+        shapes |= text.shapes(card.dim)
     else:
         # Checkpoints of the makers of a model, and of CLIP, whose text tower was not apart.
         state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
@@ -265,23 +265,24 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
         found = state[name] if name in state else torch.zeros_like(parameter)
         state[name] = found.reshape(parameter.shape)
     model.load_state_dict(state, strict=False, assign=True)
-    if bert:
-        model.text = BertTextTower(bert, state).eval()
+    if text.torch_module:
+        module: Callable[..., nn.Module] = resolve_name(text.torch_module)
+        model.text = module(text, state).eval()
     return model
 
 
 def _empty_model(card: ModelCard) -> CustomTextCLIP:
     """open_clip's two towers of a card; what their parameters hold is left to chance."""
     config = {key: value for key, value in card.config.items() if key in _TOWERS}
-    bert = BertTower.of(card.config)
+    own_text = registry.text_tower(card.config).torch_module is not None
     # The tower of a Hugging Face model would be fetched with weights of its own.
-    text = {} if bert else config["text_cfg"] | {"hf_model_pretrained": False}
+    text = {} if own_text else config["text_cfg"] | {"hf_model_pretrained": False}
     try:
         with _NothingDrawn():
             model = CustomTextCLIP(**config | {"text_cfg": text}).eval()
     except Exception as error:  # of open_clip, timm or transformers
         raise ConfigurationError(f"open_clip cannot build {card.name}: {error}") from error
-    if bert:
+    if own_text:
         model.text = nn.Identity()
     return model
 

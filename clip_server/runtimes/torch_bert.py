@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from clip_server.towers.bert import BertTower
+from clip_server.towers.bert import BertText
 
 
 class BertTextTower(nn.Module):
@@ -18,7 +18,7 @@ class BertTextTower(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, tower: BertTower, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tower: BertText, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._pad_id, self._pool = tower.pad_id, tower.pool
         prefix = f"{tower.prefix}embeddings."
@@ -49,7 +49,7 @@ class BertTextTower(nn.Module):
         return (states * present).sum(1) / present.sum(1)
 
 
-def _block(tower: BertTower, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _block(tower: BertText, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A block of the checkpoint: torch's own is the same, by other names."""
     with torch.device("meta"):
         block = nn.TransformerEncoderLayer(
@@ -79,7 +79,7 @@ def _affine(tensors: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, 
     return {f"{ours}{part}": tensors[f"{theirs}.{part}"] for part in ("weight", "bias")}
 
 
-def _projection(tower: BertTower, tensors: Mapping[str, Tensor]) -> nn.Linear:
+def _projection(tower: BertText, tensors: Mapping[str, Tensor]) -> nn.Linear:
     bias = tower.projection_bias
     weight = tensors[f"{tower.projection}.weight"] if bias else tensors[tower.projection].T
     dim, width = weight.shape

@@ -1,14 +1,17 @@
-"""Multi-head attention, and what both kinds of text tower need, in ONNX nodes."""
+"""Multi-head attention in ONNX nodes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.towers.layout import Layout
-from clip_server.towers.nodes import Graph
+
+if TYPE_CHECKING:
+    from clip_server.towers.builder import GraphBuilder
 
 
 class Attention:
@@ -16,7 +19,7 @@ class Attention:
 
     def __init__(
         self,
-        graph: Graph,
+        graph: GraphBuilder,
         prefix: str,
         heads: int,
         weight: NDArray[np.float32],
@@ -35,11 +38,11 @@ class Attention:
         qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
         return self._split(layout.spread(qkv), layout.length, ("query", "key", "value"))
 
-    def project_picked(self, picked: str, states: str, layout: Layout) -> list[str]:
-        """As `project_all`, but queries of the picked positions only: [B, H, 1, W / H]."""
+    def project_pooled(self, pooled: str, states: str, layout: Layout) -> list[str]:
+        """As `project_all`, but queries of the pooled positions only: [B, H, 1, W / H]."""
         width = self._width
         weight, bias = self._weight, self._bias
-        query = self._graph.linear(picked, f"{self._prefix}.q", weight[:width], bias[:width])
+        query = self._graph.linear(pooled, f"{self._prefix}.q", weight[:width], bias[:width])
         shape = self._graph.integers(-1, self._heads, 1, self._head_width)
         query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
         kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
@@ -74,7 +77,7 @@ class Attention:
         return graph.split(rows, parts, axis=1)
 
 
-def head(graph: Graph, table: str, length: str, axes: Sequence[int]) -> str:
+def slice_first(graph: GraphBuilder, table: str, length: str, axes: Sequence[int]) -> str:
     """The first `length` entries of a constant along `axes`."""
     starts, ends = graph.integers(*(0 for _ in axes)), length
     if len(axes) > 1:

@@ -1,31 +1,49 @@
-"""BERT as a text tower: its dimensions, and its tensors by name.
+"""BERT as a text tower: Chinese-CLIP's, and M-CLIP's.
 
-Chinese-CLIP's text towers are of this kind, and M-CLIP's. Unlike CLIP's own, a block normalises
-after it adds, every position sees every other that is no padding, and an embedding is that of
-the first position or the mean over all.
+Unlike CLIP's own, a block normalises after it adds, every position sees every other that is not
+padding, and an embedding is that of the first position or the mean over all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-Shapes = dict[str, tuple[int, ...]]
+import numpy as np
 
-# What is added to the attention scores of padding.
-MASKED = -10000.0
+from clip_server.errors import ConfigurationError
+from clip_server.towers.attention import Attention, slice_first
+from clip_server.towers.layout import Layout
+from clip_server.towers.tower import (
+    TOKENIZER_KEYS,
+    Config,
+    Shapes,
+    Target,
+    TextSavedByTransformers,
+    TextTower,
+    linear_shapes,
+    norm_shapes,
+)
+
+if TYPE_CHECKING:
+    from clip_server.towers.builder import GraphBuilder
+
+# Added to the attention scores of padding.
+_MASKED = -10000.0
+# Chinese-CLIP was trained with this many tokens, though it has positions for more.
+_CHINESE_CONTEXT = 52
 
 
 @dataclass(frozen=True)
-class BertTower:
-    """`text_cfg`'s `bert`.
+class BertText(TextTower):
+    """The fields are those of `bert` in `text_cfg`.
 
-    prefix: where its tensors are in a checkpoint.
-    mlp_width: of the layer between the two of a block.
-    positions: that it has embeddings of; the first token stands at `first_position`.
+    prefix: of the tensors in a checkpoint.
+    mlp_width: of the hidden layer in a block.
+    positions: that have embeddings; the first token stands at `first_position`.
     types: of tokens; ours are all of the first.
-    pool: what an embedding is made of: the first position, or the mean over all.
+    pool: what becomes the embedding: the first position, or the mean over all.
     projection: the tensor [width, dim], or the Linear with a bias, that ends the tower.
     """
 
@@ -44,29 +62,91 @@ class BertTower:
     projection: str = "text_projection"
     projection_bias: bool = False
 
+    keys = TOKENIZER_KEYS | {"bert", "context_length", "vocab_size", "vocabulary"}
+    # BERT's own pooling, in Chinese-CLIP's checkpoints and in M-CLIP's.
+    unused = ("bert.pooler.", "transformer.pooler.")
+    trim = "masked"
+    torch_module = "clip_server.runtimes.torch_bert:BertTextTower"
+    saved = TextSavedByTransformers(
+        model_types=("chinese_clip",),
+        defaults={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+            "vocab_size": 30522,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "type_vocab_size": 2,
+            "pad_token_id": 0,
+        },
+        prefixes={"text_model.": "bert."},
+        transposed={"text_projection.weight": "text_projection"},
+        vocabulary="chinese-bert",
+        resize="squash",
+    )
+
+    @property
+    def max_length(self) -> int:
+        """See `TextTower`."""
+        return self.positions - self.first_position
+
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> BertTower | None:
-        """The tower of a configuration in open_clip's JSON form, if it is a BERT."""
+    def from_config(cls, config: Config) -> BertText | None:
+        """See `Tower`."""
         described = config["text_cfg"].get("bert")
-        return described and cls(**described)
+        if not described:
+            return None
+        known = {field.name: field for field in fields(cls)}
+        required = {name for name, field in known.items() if field.default is MISSING}
+        unknown, missing = described.keys() - known.keys(), required - described.keys()
+        if unknown or missing:
+            faults = {"unknown": unknown, "missing": missing}
+            found = [
+                f"{fault}: {', '.join(sorted(keys))}" for fault, keys in faults.items() if keys
+            ]
+            raise ConfigurationError(
+                f"bert in text_cfg has keys that are {'; '.join(found)} (known: {', '.join(known)})"
+            )
+        return cls(**described)
+
+    @classmethod
+    def from_transformers(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Tower`."""
+        if saved["hidden_act"] != "gelu":
+            raise ConfigurationError(f"hidden_act {saved['hidden_act']!r} of a BERT: only gelu")
+        bert = {
+            "width": saved["hidden_size"],
+            "layers": saved["num_hidden_layers"],
+            "heads": saved["num_attention_heads"],
+            "mlp_width": saved["intermediate_size"],
+            "vocab_size": saved["vocab_size"],
+            "positions": saved["max_position_embeddings"],
+            "types": saved["type_vocab_size"],
+            "pad_id": saved["pad_token_id"],
+            "epsilon": saved["layer_norm_eps"],
+        }
+        text = {"context_length": _CHINESE_CONTEXT, "vocab_size": saved["vocab_size"], "bert": bert}
+        return {"text_cfg": text}
 
     def shapes(self, dim: int) -> Shapes:
-        """The name and shape of every tensor in a checkpoint; embeddings have `dim`."""
+        """See `Tower`."""
         width, embeddings = self.width, f"{self.prefix}embeddings."
         shapes: Shapes = {
             f"{embeddings}word_embeddings.weight": (self.vocab_size, width),
             f"{embeddings}position_embeddings.weight": (self.positions, width),
             f"{embeddings}token_type_embeddings.weight": (self.types, width),
-            **_vectors(f"{embeddings}LayerNorm", width),
+            **norm_shapes(f"{embeddings}LayerNorm", width),
         }
         for index in range(self.layers):
             shapes |= self._block_shapes(self.block(index))
         if self.projection_bias:
-            return shapes | _linear(self.projection, width, dim)
+            return shapes | linear_shapes(self.projection, width, dim)
         return shapes | {self.projection: (width, dim)}
 
     def block(self, index: int) -> str:
-        """Where a block's tensors are."""
+        """The prefix of a block's tensors."""
         return f"{self.prefix}encoder.layer.{index}."
 
     def attention(self, index: int) -> tuple[str, str, str]:
@@ -77,20 +157,111 @@ class BertTower:
     def _block_shapes(self, block: str) -> Shapes:
         width = self.width
         return {
-            **_linear(f"{block}attention.self.query", width, width),
-            **_linear(f"{block}attention.self.key", width, width),
-            **_linear(f"{block}attention.self.value", width, width),
-            **_linear(f"{block}attention.output.dense", width, width),
-            **_vectors(f"{block}attention.output.LayerNorm", width),
-            **_linear(f"{block}intermediate.dense", width, self.mlp_width),
-            **_linear(f"{block}output.dense", self.mlp_width, width),
-            **_vectors(f"{block}output.LayerNorm", width),
+            **linear_shapes(f"{block}attention.self.query", width, width),
+            **linear_shapes(f"{block}attention.self.key", width, width),
+            **linear_shapes(f"{block}attention.self.value", width, width),
+            **linear_shapes(f"{block}attention.output.dense", width, width),
+            **norm_shapes(f"{block}attention.output.LayerNorm", width),
+            **linear_shapes(f"{block}intermediate.dense", width, self.mlp_width),
+            **linear_shapes(f"{block}output.dense", self.mlp_width, width),
+            **norm_shapes(f"{block}output.LayerNorm", width),
         }
 
+    def build(self, graph: GraphBuilder, target: Target) -> str:
+        """See `TextTower`."""
+        del target  # the same graph for all
+        length = graph.op("Shape", "tokens", name="length", start=1, end=2)
+        present = self._present(graph)
+        mask = _mask(graph, present)
+        states = self._embeddings(graph, length)
+        layout = Layout(length, pool=lambda rows: self._first_positions(graph, rows, length))
+        for index in range(self.layers):
+            pool = self.pool == "first" and index == self.layers - 1
+            states = self._build_block(graph, index, states, layout, mask, pool=pool)
+        if self.pool == "mean":
+            states = self._mean(graph, states, length, present)
+        if self.projection_bias:
+            return graph.stored_linear(states, self.projection)
+        return graph.projection(states, self.projection)
 
-def _vectors(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    def _present(self, graph: GraphBuilder) -> str:
+        """1.0 where there is a token and 0.0 where there is padding: [B, L]."""
+        pad = graph.constant("pad_id", np.array(self.pad_id, dtype=np.int32))
+        padding = graph.op("Equal", "tokens", pad, name="padding")
+        tokens = graph.op("Not", padding, name="present")
+        return graph.as_computed(graph.cast(tokens, np.float32, "present.float"))
+
+    def _embeddings(self, graph: GraphBuilder, length: str) -> str:
+        """Tokens with their positions, normalised: [B * L, W]."""
+        prefix = f"{self.prefix}embeddings."
+        table = graph.weight(f"{prefix}word_embeddings.weight")
+        words = graph.lookup(f"{prefix}word_embeddings", table, "tokens")
+        places = graph.weight(f"{prefix}position_embeddings.weight")[self.first_position :]
+        kind = graph.weight(f"{prefix}token_type_embeddings.weight")[0]
+        positions = graph.floats(f"{prefix}position_embeddings", places + kind)
+        positions = slice_first(graph, positions, length, axes=[0])
+        states = graph.op("Add", words, positions, name="tokens.placed")
+        states = graph.op("Reshape", states, graph.integers(-1, self.width), name="tokens.flat")
+        return graph.layer_norm(states, f"{prefix}LayerNorm", epsilon=self.epsilon)
+
+    def _build_block(
+        self,
+        graph: GraphBuilder,
+        index: int,
+        states: str,
+        layout: Layout,
+        mask: str,
+        *,
+        pool: bool,
+    ) -> str:
+        """One block: states [B * L, W] to the same, or only to the pooled ones, [B, W]."""
+        block, names = self.block(index), self.attention(index)
+        weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
+        bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
+        attention = Attention(graph, f"{block}attention.self", self.heads, weight, bias)
+        if pool:
+            pooled = layout.pool(states)
+            query, key, value = attention.project_pooled(pooled, states, layout)
+            states = pooled
+        else:
+            query, key, value = attention.project_all(states, layout)
+        attended = attention.attend(query, key, value, mask)
+        attended = graph.stored_linear(attended, f"{block}attention.output.dense")
+        states = self._added(graph, states, attended, f"{block}attention.output")
+        hidden = graph.stored_linear(states, f"{block}intermediate.dense")
+        hidden = graph.gelu(hidden, f"{block}intermediate.gelu")
+        hidden = graph.stored_linear(hidden, f"{block}output.dense")
+        return self._added(graph, states, hidden, f"{block}output")
+
+    def _added(self, graph: GraphBuilder, states: str, change: str, name: str) -> str:
+        states = graph.op("Add", states, change, name=f"{name}.sum")
+        return graph.layer_norm(states, f"{name}.LayerNorm", epsilon=self.epsilon)
+
+    def _by_text(self, graph: GraphBuilder, states: str, length: str) -> str:
+        """[B * L, W] to [B, L, W]."""
+        batch, width = graph.integers(-1), graph.integers(self.width)
+        shape = graph.op("Concat", batch, length, width, name=f"{states}.shape", axis=0)
+        return graph.op("Reshape", states, shape, name=f"{states}.by_text")
+
+    def _first_positions(self, graph: GraphBuilder, states: str, length: str) -> str:
+        """The first position of each text: [B, W]."""
+        texts = self._by_text(graph, states, length)
+        first = graph.constant("first", np.array(0, dtype=np.int64))
+        return graph.op("Gather", texts, first, name=f"{states}.first", axis=1)
+
+    def _mean(self, graph: GraphBuilder, states: str, length: str, present: str) -> str:
+        """The mean over the positions of each text that are not padding: [B, W]."""
+        texts = self._by_text(graph, states, length)
+        weights = graph.op("Unsqueeze", present, graph.integers(1), name="present.row")
+        summed = graph.op("MatMul", weights, texts, name="tokens.summed")
+        summed = graph.op("Reshape", summed, graph.integers(-1, self.width), name="texts.summed")
+        axis = graph.integers(1)
+        count = graph.op("ReduceSum", present, axis, name="tokens.count", keepdims=1)
+        return graph.op("Div", summed, count, name="texts.mean")
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+def _mask(graph: GraphBuilder, present: str) -> str:
+    """Added to attention scores: [B, 1, 1, L]."""
+    missing = graph.op("Sub", present, graph.number(1), name="padding.float")
+    mask = graph.op("Mul", missing, graph.number(-_MASKED), name="padding.mask")
+    return graph.op("Unsqueeze", mask, graph.integers(1, 2), name="mask")

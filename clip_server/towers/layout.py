@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import TensorProto
 
-from clip_server.towers.nodes import Graph
+if TYPE_CHECKING:
+    from clip_server.towers.builder import GraphBuilder
 
 _NO_TOKEN = -1
 
@@ -22,13 +23,13 @@ class Layout:
     """N rows, for the L positions of each of B items. All but attention is computed on rows.
 
     length: L, int64 [1].
-    pick: rows [N, W] to those that become the embeddings, [B, W].
+    pool: rows [N, W] to those that become the embeddings, [B, W].
     spread: rows [N, W] to every position, [B * L, W].
     gather: every position [B * L, W] to rows, [N, W].
     """
 
     length: str
-    pick: Callable[[str], str] = _as_they_are
+    pool: Callable[[str], str] = _as_they_are
     spread: Callable[[str], str] = _as_they_are
     gather: Callable[[str], str] = _as_they_are
 
@@ -42,19 +43,19 @@ class TextLayout(Layout):
     ends: str
 
 
-def of_first_positions(graph: Graph, length: int) -> Layout:
+def of_first_positions(graph: GraphBuilder, length: int) -> Layout:
     """Images: every position; the first becomes the embedding."""
 
-    def pick(rows: str) -> str:
+    def first(rows: str) -> str:
         start, end, axis = graph.integers(0), graph.integers(2**63 - 1), graph.integers(0)
         return graph.op(
             "Slice", rows, start, end, axis, graph.integers(length), name=f"{rows}.first"
         )
 
-    return Layout(graph.integers(length), pick)
+    return Layout(graph.integers(length), first)
 
 
-def of_texts(graph: Graph) -> TextLayout:
+def of_texts(graph: GraphBuilder) -> TextLayout:
     """Texts of `tokens` [B, L] in a causal tower: no position that cannot count, none twice.
 
     Left out are a text's padding, and what a text begins alike with the one before it: a causal
@@ -71,7 +72,7 @@ def of_texts(graph: Graph) -> TextLayout:
     computed = op("Transpose", computed, name="computed.by_position", perm=[1, 0])
     computed = op("Reshape", computed, flat, name="computed.flat")
     chosen = op("Reshape", op("NonZero", computed, name="chosen.found"), flat, name="chosen")
-    counted = op("Cast", computed, name="computed.ones", to=TensorProto.INT64)
+    counted = graph.cast(computed, np.int64, "computed.ones")
     counted = op("CumSum", counted, graph.integers(0), name="computed.count")
     row = op("Sub", counted, graph.integers(1), name="row.flat")
     by_position = op("Concat", length, flat, name="by_position", axis=0)
@@ -86,7 +87,7 @@ def of_texts(graph: Graph) -> TextLayout:
     end_row = op("Gather", row, _end_places(graph, batch, length, end), name="end.row")
     return TextLayout(
         length,
-        pick=_gathering(graph, end_row, "end"),
+        pool=_gathering(graph, end_row, "end"),
         spread=_gathering(graph, row, "everywhere"),
         gather=_gathering(graph, place, "once"),
         tokens=op("Gather", tokens, place, name="tokens.once"),
@@ -95,7 +96,7 @@ def of_texts(graph: Graph) -> TextLayout:
     )
 
 
-def of_padded_texts(graph: Graph) -> TextLayout:
+def of_padded_texts(graph: GraphBuilder) -> TextLayout:
     """Texts of `tokens` [B, L] in a causal tower: every position, padding too.
 
     More is computed than in `of_texts`, but no shape depends on what the texts are, which
@@ -108,53 +109,53 @@ def of_padded_texts(graph: Graph) -> TextLayout:
     positions = op("Expand", _range(graph, length, "position"), shape, name="positions.by_text")
     return TextLayout(
         length,
-        pick=_gathering(graph, _end_places(graph, batch, length, end), "end"),
+        pool=_gathering(graph, _end_places(graph, batch, length, end), "end"),
         tokens=op("Reshape", "tokens", flat, name="tokens.flat"),
         positions=op("Reshape", positions, flat, name="positions"),
         ends=end,
     )
 
 
-def _shape(graph: Graph) -> tuple[str, str]:
+def _shape(graph: GraphBuilder) -> tuple[str, str]:
     """B and L of `tokens`, each int64 [1]."""
     batch = graph.op("Shape", "tokens", name="batch", start=0, end=1)
     return batch, graph.op("Shape", "tokens", name="length", start=1, end=2)
 
 
-def _ends(graph: Graph) -> tuple[str, str]:
+def _ends(graph: GraphBuilder) -> tuple[str, str]:
     """Where each text's end token is, [B, 1] and [B]: it has the largest id of the vocabulary."""
     ends = graph.op("ArgMax", "tokens", name="ends", axis=1, keepdims=1)
     return ends, graph.op("Squeeze", ends, graph.integers(1), name="ends.flat")
 
 
-def _end_places(graph: Graph, batch: str, length: str, ends: str) -> str:
+def _end_places(graph: GraphBuilder, batch: str, length: str, ends: str) -> str:
     """Where the end tokens, of `ends` [B], are among the B * L positions: [B]."""
     starts = graph.op("Mul", _range(graph, batch, "text"), length, name="text.start")
     return graph.op("Add", starts, ends, name="end.place")
 
 
-def _gathering(graph: Graph, places: str, kind: str) -> Callable[[str], str]:
+def _gathering(graph: GraphBuilder, places: str, kind: str) -> Callable[[str], str]:
     return lambda rows: graph.op("Gather", rows, places, name=f"{rows}.{kind}", axis=0)
 
 
-def _begins_otherwise(graph: Graph) -> str:
+def _begins_otherwise(graph: GraphBuilder) -> str:
     """Whether a text, up to and with a position, differs from the text before it: [B, L]."""
     shift = graph.integers(1, 0, -1, 0)  # a row more in front, a row less at the end
     no_token = graph.constant("no_token", np.array(_NO_TOKEN, dtype=np.int32))
     before = graph.op("Pad", "tokens", shift, no_token, name="tokens.before")
     same = graph.op("Equal", "tokens", before, name="tokens.same")
     differs = graph.op("Not", same, name="tokens.differ")
-    differs = graph.op("Cast", differs, name="tokens.differ.ones", to=TensorProto.INT32)
+    differs = graph.cast(differs, np.int32, "tokens.differ.ones")
     differs = graph.op("CumSum", differs, graph.integers(1), name="tokens.differ.count")
-    return graph.op("Cast", differs, name="tokens.fresh", to=TensorProto.BOOL)
+    return graph.cast(differs, np.bool_, "tokens.fresh")
 
 
-def _is_text(graph: Graph, length: str, ends: str) -> str:
+def _is_text(graph: GraphBuilder, length: str, ends: str) -> str:
     """Whether a position comes before a text's padding: [B, L]."""
     return graph.op("LessOrEqual", _range(graph, length, "position"), ends, name="tokens.of_text")
 
 
-def _range(graph: Graph, count: str, name: str) -> str:
+def _range(graph: GraphBuilder, count: str, name: str) -> str:
     """0 .. count - 1, for a count int64 [1]."""
     count = graph.op("Squeeze", count, name=f"{name}.count")
     zero, one = (graph.constant(f"i64({n})", np.array(n, dtype=np.int64)) for n in (0, 1))

@@ -1,7 +1,7 @@
-"""ONNX models put together node by node, in float32, float16 or int8.
+"""ONNX models assembled node by node, in float32, float16 or int8.
 
-The three kinds have the same methods, so that a tower is described once. All take and give the
-type they compute in: float32, or float16 in `HalfGraph`.
+The three builders have the same methods, so that a tower is described once. Values that pass
+between methods have the type the graph computes in: float32, or float16 in `Fp16Builder`.
 """
 
 from __future__ import annotations
@@ -12,37 +12,35 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from clip_server.model_card import Precision
 from clip_server.towers import quantize
+from clip_server.towers.tower import EPSILON
 
 Weights = Mapping[str, NDArray[Any]]
 
 OPSET = 18
 IR_VERSION = 8  # the one that came with the opset
-EPSILON = 1e-5
 # The domain of onnxruntime's own operators.
 _ONNXRUNTIME = "com.microsoft"
 # The slope in QuickGELU, x * sigmoid(1.702 x).
 _QUICK_GELU = 1.702
 
 
-class Graph:
-    """A model to which nodes and weights are added. An op gives the name of its output.
+class GraphBuilder:
+    """A model to which nodes and weights are added. Each op returns the name of its output.
 
-    tensors: a checkpoint, by the names that `weight` and the methods that take a `tensor` know.
+    tensors: a checkpoint, by the names that `weight` and the arguments called `tensor` refer to.
     """
 
     _float: ClassVar[np.dtype[Any]] = np.dtype(np.float32)
 
-    def __init__(
-        self, name: str, tensors: Weights | None = None, *, quick_gelu: bool = False
-    ) -> None:
+    def __init__(self, name: str, tensors: Weights | None = None) -> None:
         self._tensors = tensors or {}
-        self._quick_gelu = quick_gelu
         self._constants: set[str] = set()
         # Weights go straight into this one message: each copy of them takes time and memory.
         self._model = onnx.ModelProto(
@@ -81,7 +79,7 @@ class Graph:
             self._graph.initializer.add(
                 name=name,
                 dims=value.shape,
-                data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+                data_type=_onnx_type(value.dtype),
                 raw_data=value.tobytes(),
             )
         return name
@@ -98,11 +96,11 @@ class Graph:
         """A float constant with no axis; equal ones are stored once."""
         return self.floats(f"float({value:.6g})", np.array(value, dtype=np.float32))
 
-    def cast(self, source: str, to: int, name: str) -> str:
-        """source as TensorProto's type `to`."""
-        return self.op("Cast", source, name=name, to=to)
+    def cast(self, source: str, to: npt.DTypeLike, name: str) -> str:
+        """source in numpy's type `to`."""
+        return self.op("Cast", source, name=name, to=_onnx_type(to))
 
-    def computed(self, source: str) -> str:
+    def as_computed(self, source: str) -> str:
         """A float32 source in the type that the graph computes in."""
         return source
 
@@ -122,19 +120,18 @@ class Graph:
         """source [..., I] by a matrix [I, O]."""
         return self.op("MatMul", source, self.floats(name, matrix), name=f"{name}.out")
 
-    def linear_of_bytes(
+    def linear_from_uint8(
         self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
     ) -> str:
         """As `linear`, of a uint8 source."""
-        return self.linear(self.of_bytes(source), name, weight, bias)
+        return self.linear(self.cast_from_uint8(source), name, weight, bias)
 
-    def of_bytes(self, source: str) -> str:
+    def cast_from_uint8(self, source: str) -> str:
         """A uint8 source in the type that the graph computes in."""
-        kind = helper.np_dtype_to_tensor_dtype(self._float)
-        return self.cast(source, kind, f"{source}.float")
+        return self.cast(source, self._float, f"{source}.float")
 
     def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
-        """The rows of a table [V, W] that `indices` name."""
+        """The rows of a table [V, W] at `indices`."""
         return self.op("Gather", self.floats(name, table), indices, name=f"{name}.rows")
 
     def projection(self, source: str, tensor: str) -> str:
@@ -154,20 +151,22 @@ class Graph:
         return self.op("Softmax", source, name=name, axis=-1)
 
     def gelu(self, source: str, name: str) -> str:
-        """The model's GELU: QuickGELU or the exact one."""
-        if self._quick_gelu:
-            steeper = self.op("Mul", source, self.number(_QUICK_GELU), name=f"{name}.scaled")
-            gate = self.op("Sigmoid", steeper, name=f"{name}.gate")
-            return self.op("Mul", source, gate, name=name)
+        """The exact GELU."""
         root = self.op("Div", source, self.number(math.sqrt(2)), name=f"{name}.scaled")
         gate = self.op("Erf", root, name=f"{name}.erf")
         gate = self.op("Add", gate, self.number(1), name=f"{name}.gate")
         doubled = self.op("Mul", source, gate, name=f"{name}.doubled")
         return self.op("Mul", doubled, self.number(0.5), name=name)
 
+    def quick_gelu(self, source: str, name: str) -> str:
+        """OpenAI's approximation of GELU."""
+        steeper = self.op("Mul", source, self.number(_QUICK_GELU), name=f"{name}.scaled")
+        gate = self.op("Sigmoid", steeper, name=f"{name}.gate")
+        return self.op("Mul", source, gate, name=name)
+
     def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
         """The model, from `source` to `embedding` [B, dim] float32."""
-        self.cast(embedding, TensorProto.FLOAT, "embedding")
+        self.cast(embedding, np.float32, "embedding")
         target = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dim])
         return self.closed([source], [target])
 
@@ -180,16 +179,16 @@ class Graph:
         return self._model
 
 
-class HalfGraph(Graph):
-    """A graph that computes in float16, but layer norm and softmax, which sum, in float32.
+class Fp16Builder(GraphBuilder):
+    """Computes in float16, except layer norm and softmax, which sum, in float32.
 
-    Every type is said by a cast, so that it can be built as strongly typed.
+    Casts make every type explicit, so that TensorRT can build the graph as strongly typed.
     """
 
     _float = np.dtype(np.float16)
 
-    def computed(self, source: str) -> str:
-        return self.cast(source, TensorProto.FLOAT16, f"{source}.half")
+    def as_computed(self, source: str) -> str:
+        return self.cast(source, np.float16, f"{source}.half")
 
     def layer_norm(self, source: str, tensor: str, epsilon: float = EPSILON) -> str:
         return self._in_float32(partial(super().layer_norm, epsilon=epsilon), source, tensor)
@@ -198,12 +197,12 @@ class HalfGraph(Graph):
         return self._in_float32(super().softmax, source, name)
 
     def _in_float32(self, op: Callable[[str, str], str], source: str, name: str) -> str:
-        wide = self.cast(source, TensorProto.FLOAT, f"{name}.wide")
-        return self.computed(op(wide, name))
+        wide = self.cast(source, np.float32, f"{name}.wide")
+        return self.as_computed(op(wide, name))
 
 
-class Int8Graph(Graph):
-    """A graph that multiplies by its matrices in integers, and keeps its tables in float16."""
+class Int8Builder(GraphBuilder):
+    """Multiplies by its matrices in integers, and keeps its tables in float16."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -220,7 +219,7 @@ class Int8Graph(Graph):
         product = self._integer_product(rows, quantize.ROW_ZERO, name, matrix)
         return self.op("Mul", product, scale, name=f"{name}.out")
 
-    def linear_of_bytes(
+    def linear_from_uint8(
         self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
     ) -> str:
         return self._integer_product(source, 0, name, weight.T, bias)
@@ -228,7 +227,7 @@ class Int8Graph(Graph):
     def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
         halves = self.constant(name, table.astype(np.float16))
         rows = self.op("Gather", halves, indices, name=f"{name}.half")
-        return self.cast(rows, TensorProto.FLOAT, f"{name}.rows")
+        return self.cast(rows, np.float32, f"{name}.rows")
 
     def _quantized_rows(self, source: str, name: str) -> tuple[str, str]:
         """source [..., I] as uint8 about `ROW_ZERO`, and the scale of each row [..., 1]."""
@@ -276,4 +275,12 @@ class Int8Graph(Graph):
         return self.constant(f"u8({value})", np.array(value, dtype=np.uint8))
 
 
-KINDS: dict[Precision, type[Graph]] = {"fp32": Graph, "fp16": HalfGraph, "int8": Int8Graph}
+def _onnx_type(dtype: npt.DTypeLike) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+BUILDERS: dict[Precision, type[GraphBuilder]] = {
+    "fp32": GraphBuilder,
+    "fp16": Fp16Builder,
+    "int8": Int8Builder,
+}

@@ -1,0 +1,166 @@
+"""What a family of towers implements, so that everything else asks and nothing else knows.
+
+A family is a subclass of `ImageTower` or `TextTower` in a file of its own, and an entry in
+`registry`. Neither these files nor what they import needs the onnx package: reading a model's
+configuration must work where only torch is installed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from clip_server.model_card import ImageSpec, ResizeMode, Trim, Vocabulary
+
+if TYPE_CHECKING:
+    from clip_server.towers.builder import GraphBuilder
+
+# Names and shapes of the tensors in a checkpoint.
+Shapes = dict[str, tuple[int, ...]]
+# A model's configuration in open_clip's JSON form.
+Config = Mapping[str, Any]
+# Graphs for onnxruntime save a CPU work, with shapes that depend on the texts and operators on
+# uint8; TensorRT takes neither.
+Target = Literal["onnxruntime", "tensorrt"]
+# Keys of `text_cfg` that say nothing of its tower.
+TOKENIZER_KEYS = frozenset({"hf_tokenizer_name", "tokenizer_kwargs"})
+# torch's default in layer norm and batch norm.
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class SavedByTransformers:
+    """How Hugging Face's transformers library saves a tower.
+
+    model_types: the `model_type` of each `config.json` that describes this family.
+    defaults: values that the configuration of a tower leaves out.
+    prefixes: how names of tensors begin, each with the prefix of ours. The longest that fits
+        is replaced.
+    parts: what is then replaced inside a name.
+    transposed: tensors stored as [outputs, inputs], each with the name of ours [inputs, outputs].
+    """
+
+    model_types: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+    transposed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextSavedByTransformers(SavedByTransformers):
+    """As `SavedByTransformers`, with what follows for the rest of the model.
+
+    vocabulary: the tokenizer's, where no file in the folder says otherwise.
+    resize: of images, where no file in the folder says otherwise.
+    """
+
+    vocabulary: Vocabulary = "clip"
+    resize: ResizeMode = "shortest"
+
+
+class Tower(ABC):
+    """One tower of a model: its dimensions, and what follows from them.
+
+    keys: of `vision_cfg` or `text_cfg` that the family reads. Where no family accepts a
+        configuration, the error names the keys that none of them reads.
+    saved: how transformers saves the tower; None if it does not.
+    unused: prefixes of tensors that checkpoints may hold and the tower does not need.
+    """
+
+    keys: ClassVar[frozenset[str]]
+    saved: ClassVar[SavedByTransformers | None] = None
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Config) -> Tower | None:
+        """The tower that a configuration describes; None if it is of another family.
+
+        Raises:
+            ConfigurationError: it is of this family, and makes no sense.
+        """
+
+    @classmethod
+    def from_transformers(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A tower's configuration as transformers saves it, in open_clip's form.
+
+        saved: with `defaults` filled in.
+        Returns `vision_cfg` or `text_cfg`, and `quick_gelu` where the family has that choice.
+
+        Raises:
+            ConfigurationError: it asks for something the family lacks.
+        """
+        raise NotImplementedError(f"transformers does not save {cls.__name__}")
+
+    @abstractmethod
+    def shapes(self, dim: int) -> Shapes:
+        """The name and shape of every tensor in a checkpoint; embeddings have `dim`.
+
+        Raises:
+            ConfigurationError: only torch can build the tower.
+        """
+
+
+class ImageTower(Tower):
+    """An image tower. Its tensors' names begin with `visual.`."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Config) -> ImageTower | None:
+        """See `Tower`."""
+
+    @abstractmethod
+    def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
+        """Adds the nodes from `pixels`, uint8 [B, 3, S, S], to embeddings [B, D].
+
+        image: how pixels are normalised.
+        Returns the name of the embeddings.
+        """
+
+
+class TextTower(Tower):
+    """A text tower.
+
+    trim: how a batch of texts may be cut.
+    pad_id: the token that fills texts up; None if any will do, so that the tokenizer's is used.
+    max_length: the most tokens of a text that the tower has positions for.
+    torch_module: import path (`package.module:Class`) of the tower in torch, made from the tower
+        and its tensors; None if open_clip has it.
+    hub: the repository whose `config.json` torch needs to build the tower, if any.
+    """
+
+    saved: ClassVar[TextSavedByTransformers | None] = None
+    torch_module: ClassVar[str | None] = None
+    trim: Trim
+    pad_id: int | None
+    hub: str | None = None
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """See above."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Config) -> TextTower | None:
+        """See `Tower`."""
+
+    @abstractmethod
+    def build(self, graph: GraphBuilder, target: Target) -> str:
+        """Adds the nodes from `tokens`, int32 [B, L], to embeddings [B, D].
+
+        Returns the name of the embeddings.
+        """
+
+
+def norm_shapes(name: str, width: int) -> Shapes:
+    """The tensors of a torch LayerNorm."""
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def linear_shapes(name: str, inputs: int, outputs: int) -> Shapes:
+    """The tensors of a torch Linear."""
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
