@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -169,3 +171,29 @@ def test_a_model_that_fails_on_a_batch(start: Start, tmp_path: Path) -> None:
     assert [error.index for error in errors] == [0]
     assert "the model failed" in errors[0].message
     assert np.isfinite(embeddings[1]).all()
+
+
+GIANT_TEXTS = {
+    "one long word": "ab" * 3_000_000,
+    "emoji": "\U0001f602" * 500_000,
+    "broken encoding": "sch\u00c3\u00b6n " * 200_000,
+    "a gap": "a" + " " * 6_000_000 + "cat",
+    "blank": "\n" * 6_000_000,
+}
+
+
+def test_giant_texts_do_not_delay_others(onnx_server: Server) -> None:
+    waits: list[float] = []
+    with Client(onnx_server.grpc) as client, ThreadPoolExecutor(1) as pool:
+        expected = client.encode([text[:2000] for text in list(GIANT_TEXTS.values())[:3]])
+        giants = pool.submit(client.encode, list(GIANT_TEXTS.values()), on_item_error="return")
+        while not giants.done() or len(waits) < 3:
+            started = time.monotonic()
+            client.encode([f"a cat {len(waits)}"])
+            assert requests.get(f"{onnx_server.http}/readyz", timeout=60).status_code == 200
+            waits.append(time.monotonic() - started)
+        embeddings, errors = giants.result()
+    assert [error.index for error in errors] == [4]
+    np.testing.assert_allclose(embeddings[:3], expected, rtol=1e-3, atol=1e-4)
+    # Were the first of them alone read to its end, each of these would wait for some seconds.
+    assert max(waits) < 4, waits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 import subprocess
 import sys
 import unicodedata
@@ -13,6 +14,7 @@ import pytest
 
 from clip_server.errors import ItemError
 from clip_server.model_card import TextSpec
+from clip_server.models import cleaning
 from clip_server.models.tokenizer import pad, tokenizer_for
 
 SPEC = TextSpec()
@@ -155,3 +157,80 @@ def test_long_ascii_texts_equal_open_clip() -> None:
         ids = tokenizer.encode(text)
         assert ids.tolist() == expected[: len(ids)].tolist()
         assert not expected[len(ids) :].any()
+
+
+LONG_TEXTS = {
+    "pairs": "ab" * 10_000,
+    "one letter": "a" * 20_000,
+    "random letters": "".join(random.Random(0).choices(string.ascii_lowercase, k=5_000)),
+    "punctuation": "?!" * 10_000,
+    "digits": "1" * 20_000,
+    "contractions": "'s" * 10_000,
+    "emoji": "\U0001f602" * 10_000,
+    "hearts": "\u2764\ufe0f" * 10_000,
+    "chinese": "\u732b\u72ac" * 10_000,
+    "combining marks": "e" + "\u0301\u0323" * 5_000,
+    "a gap": "a" + " " * 50_000 + "cat",
+    "blank lines": "\n" * 40_000 + "a" + "\n \t" * 1_000 + "caf\u00e9",
+    "entities": "&amp;" * 10_000,
+    "entities of two levels": "&amp;eacute;" * 5_000,
+    "tags before entities": "<b>\n" * 10_000 + "&eacute;",
+    "mojibake": "sch\u00c3\u00b6n " * 8_000,
+    "mojibake at the end of a line": "\u00e9 " * 20_000 + "sch\u00c3\u00b6n",
+    "mojibake of a later line": "\u00e9 \n" * 20_000 + "sch\u00c3\u00b6n",
+    "controls": "\0" * 40_000 + "a",
+    "special tokens": "<end_of_text>" * 3_000,
+    "long words": ("x" * 3_000 + " ") * 10,
+    "a word at the end": "cat " * 70 + "ab" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_a_long_text_equals_open_clip_though_only_its_beginning_is_read(name: str) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    text = LONG_TEXTS[name]
+    expected = open_clip.tokenize([text])[0].tolist()
+    ids = tokenizer_for(SPEC).encode(text).tolist()
+    assert ids == expected[: len(ids)]
+    assert not any(expected[len(ids) :])
+
+
+def test_wherever_a_text_is_parted_its_ids_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts are read in parts; here the parts are small, so that many end in odd places."""
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setattr("clip_server.models.tokenizer._SHORT", 256)
+    monkeypatch.setattr("clip_server.models.cleaning._BLOCK", 64)
+    monkeypatch.setattr("clip_server.models.cleaning._mend_elsewhere", cleaning.mend)
+    rng = random.Random(1)
+    parts = [*SNIPPETS, "ab", "a", "\u732b", "\U0001f602", "\n", " ", "!", "1", "<", "&", "\u0301"]
+    texts = [
+        "".join(rng.choice(parts) * rng.choice([1, 3, 40]) for _ in range(rng.randint(2, 30)))
+        for _ in range(400)
+    ]
+    texts += ["\n".join(corpus(5, seed)) for seed in range(100)]
+    tokenizer = tokenizer_for(SPEC)
+    for text, row in zip(texts, open_clip.tokenize(texts).tolist(), strict=True):
+        ids = tokenizer.encode(text).tolist()
+        assert ids == row[: len(ids)], repr(text)
+        assert not any(row[len(ids) :]), repr(text)
+
+
+def test_word_pieces_do_not_depend_on_where_a_text_is_parted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = tokenizer_for(TextSpec(vocabulary="chinese-bert", context_length=52))
+    rng = random.Random(2)
+    parts = ["ab", "cat", "\u732b", "\u0391\u03a3 ", "!", " ", "\0", "e\u0301", "\U0001f602"]
+    texts = [
+        "".join(rng.choice(parts) * rng.choice([1, 3, 80]) for _ in range(rng.randint(2, 30)))
+        for _ in range(300)
+    ]
+    whole = [tokenizer.encode(text).tolist() for text in texts]
+    monkeypatch.setattr("clip_server.models.wordpiece._SLICE", 64)
+    for text, expected in zip(texts, whole, strict=True):
+        assert tokenizer.encode(text).tolist() == expected, repr(text)
+
+
+def test_a_number_without_end_in_a_text_is_an_item_error() -> None:
+    with pytest.raises(ItemError, match="digits"):
+        tokenizer_for(SPEC).encode("&#" + "1" * 10_000 + ";")

@@ -112,6 +112,22 @@ def test_a_text_is_framed_cut_and_cleaned(tmp_path: Path) -> None:
     assert stripped.encode("").tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("make", [bert, t5, roberta])
+def test_the_ids_of_a_long_text_are_those_of_all_of_it(make: Any, tmp_path: Path) -> None:
+    make(tmp_path)
+    tokenizer = tokenizer_for(TextSpec(str(tmp_path), CONTEXT, clean="none"))
+    whole = Tokenizer.from_file(str(tmp_path / FILE))
+    whole.enable_truncation(CONTEXT)
+    texts = [*("ab" * 9_000, "a" * 9_000, "cat " * 9_000, " " * 9_000 + "a", "!?" * 9_000),
+             *("\u732b" * 9_000, "\u00e9 " * 9_000, "unbelievably-" * 1_000),
+             "".join(corpus(300, seed=5))]  # fmt: skip
+    for text in texts:
+        found = tokenizer.tokenize(text)
+        expected = whole.encode(text)
+        assert found.ids.tolist() == expected.ids, text[:20]
+        assert found.truncated == bool(expected.overflowing)
+
+
 def test_canonical_texts_have_no_case_and_no_punctuation(tmp_path: Path) -> None:
     roberta(tmp_path)
     tokenizer = tokenizer_for(TextSpec(str(tmp_path), clean="canonicalize"))

@@ -4,14 +4,13 @@ the vocabularies that Hugging Face's `tokenizers` library reads."""
 from __future__ import annotations
 
 import gzip
-import html
 import json
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from importlib import resources
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from clip_server.errors import ConfigurationError, ItemError, WeightsError
-from clip_server.model_card import Clean, TextSpec
+from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.model_card import TextSpec
 from clip_server.models import weights
+from clip_server.models.cleaning import cleaned, is_plain
 from clip_server.models.tokens import Tokenizer, Tokens
 from clip_server.models.wordpiece import WordPieceTokenizer
 from clip_server.models.words import RememberedWords
@@ -40,6 +40,12 @@ _PATTERN = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
 )
+# The longest text of that pattern that is not a run of like characters.
+_LONGEST_LITERAL = len(_SPECIAL[0])
+# The stand-in of a byte that no text holds: nothing is merged with it.
+_UNUSED_SYMBOL = "\xff"
+# Of a longer text no more is looked at than its first tokens need.
+_SHORT = 2**12
 
 
 def tokenizer_for(spec: TextSpec) -> Tokenizer:
@@ -94,36 +100,83 @@ class ClipTokenizer(Tokenizer):
         self.spec = spec
         self._start, self._end = spec.vocab_size - 2, spec.vocab_size - 1
         self._bpe = _byte_pair_encoder(spec.vocab_size)
+        self._bare_bpe = RustTokenizer(self._bpe.model)
+        self._symbols = _byte_symbols()
+        self._longest = max(len(left + right) for left, right in merges(spec.vocab_size))
         self._known = RememberedWords(self._merge)
 
     def tokenize(self, text: str) -> Tokens:
         """Start token, ids, end token; see `Tokenizer`."""
-        if _is_plain(text):
-            # Each word has an id at least, so one more than there is room for is enough.
-            most = self.spec.context_length - 1
-            ids = self._known.ids(text.lower().split(None, most)[:most])
-        else:
-            cleaned = _lower(text)
-            encoding = self._bpe.encode(cleaned)
-            ids = encoding.ids
-            if any(special in cleaned for special in _SPECIAL):
-                ids = self._restore_specials(cleaned, encoding)
+        # One more id than there is room for tells that the text was longer. Each word has one.
+        most = self.spec.context_length - 1
+        beginning = text[:_SHORT]
+        if is_plain(beginning):
+            words = beginning.lower().split(None, most)
+            if len(words) > most or len(text) <= _SHORT:
+                return self._framed(self._start, self._known.ids(words[:most]), self._end)
+        found = (self._first_ids(*each, most) for each in cleaned(text, "lower"))
+        ids = next((ids for ids in found if ids is not None), [])
         return self._framed(self._start, ids, self._end)
 
-    def _merge(self, text: str) -> list[int]:
-        ids: list[int] = self._bpe.encode(text).ids
-        return ids
+    def _first_ids(self, text: str, is_all: bool, count: int) -> list[int] | None:
+        """The first ids of a clean text, `count` of them or more; fewer only if it has no more.
+        None where they depend on what follows a text that is not all of it."""
+        size = _SHORT
+        while True:
+            part, complete = text[:size], is_all and size >= len(text)
+            words = self._words(part)
+            if complete:
+                return list(chain.from_iterable(ids for _, _, ids in words))
+            # A match of the pattern that ends before these characters is not changed by others.
+            settled = len(part) - _LONGEST_LITERAL
+            found = list(chain.from_iterable(ids for _, end, ids in words[:-1] if end <= settled))
+            if len(found) < count and words and words[-1][0] < settled:
+                last = part[words[-1][0] : settled]
+                found += self._first_of_word(last, count - len(found))
+            if len(found) >= count:
+                return found
+            if size >= len(text):
+                return None
+            size *= 2
 
-    def _restore_specials(self, text: str, encoding: Encoding) -> list[int]:
-        """Gives words that spell a special token its id, as open_clip does."""
+    def _first_of_word(self, word: str, count: int) -> list[int]:
+        """The first ids of every word that begins like this one; empty where they differ.
+
+        No merge goes across the end of a token, so the tokens up to there are those of the text
+        up to there. One ends somewhere within the length of the longest: if all the ends there
+        could be give the same first tokens, these are right however the word goes on.
+        """
+        symbols = "".join(map(self._symbols.__getitem__, word.encode()))
+        for size in (_SHORT // 4, len(symbols)):
+            ends = range(min(size, len(symbols)) - self._longest, min(size, len(symbols)))
+            first, *others = (self._merged(symbols[: max(end, 0)])[:count] for end in ends)
+            if len(first) == count and all(other == first for other in others):
+                return first
+        return []
+
+    def _merged(self, symbols: str) -> list[int]:
+        """The ids of symbols that do not end their word."""
+        ids: list[int] = self._bare_bpe.encode(symbols + _UNUSED_SYMBOL).ids
+        return ids[:-1]
+
+    def _words(self, text: str) -> list[tuple[int, int, list[int]]]:
+        """Where each match of the pattern begins and ends, and its ids. One that spells a special
+        token has its id, as in open_clip."""
         specials = dict(zip(_SPECIAL, (self._start, self._end), strict=True))
-        ids: list[int] = []
+        encoding = self._bpe.encode(text)
+        words = []
         pieces = zip(encoding.word_ids, encoding.ids, encoding.offsets, strict=True)
         for _, group in groupby(pieces, key=lambda piece: piece[0]):
             word = list(group)
-            spelling = text[word[0][2][0] : word[-1][2][1]]
-            special = specials.get(spelling)
-            ids += [piece[1] for piece in word] if special is None else [special]
+            start, end = word[0][2][0], word[-1][2][1]
+            special = specials.get(text[start:end])
+            words.append(
+                (start, end, [piece[1] for piece in word] if special is None else [special])
+            )
+        return words
+
+    def _merge(self, text: str) -> list[int]:
+        ids: list[int] = self._bpe.encode(text).ids
         return ids
 
 
@@ -140,15 +193,36 @@ class HuggingFaceTokenizer(Tokenizer):
         pad_id = self._id_of(config.get("pad_token"))
         self.spec = spec if pad_id is None else replace(spec, pad_id=pad_id)
         self._separator = self._id_of(config.get("sep_token", _SEPARATOR))
-        self._clean = _CLEANERS[spec.clean]
 
     def tokenize(self, text: str) -> Tokens:
         """The ids as the tokenizer's own template frames them; see `Tokenizer`."""
-        encoding = self._encoder.encode(self._clean(text))
+        beginnings = cleaned(text, self.spec.clean)
+        found = (self._first(*each) for each in beginnings)
+        encoding = next(encoding for encoding in found if encoding is not None)
         ids = np.array(encoding.ids, dtype=np.int32)
         if self.spec.strip_separator and self._separator is not None:
             ids[ids == self._separator] = 0
         return Tokens(ids, truncated=bool(encoding.overflowing))
+
+    def _first(self, text: str, is_all: bool) -> Encoding | None:
+        """What a clean text gives, cut to the context; None where that depends on what follows.
+
+        Tokens of byte pairs and of Unigram up to an end of one are those of the text up to there;
+        see `ClipTokenizer._first_of_word`.
+        """
+        size = _SHORT
+        while size < len(text):
+            ends = range(size - self._longest, size)
+            first, *others = (self._encoder.encode(text[:end]) for end in ends)
+            if first.overflowing and all(each.ids == first.ids for each in others):
+                return first
+            size *= 2
+        return self._encoder.encode(text) if is_all else None
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._encoder.get_vocab()))
 
     def _id_of(self, token: Any) -> int | None:
         """The id of a special token as a configuration has it: a string, or a table about one."""
@@ -205,61 +279,9 @@ def pad(rows: Sequence[NDArray[np.int32]], spec: TextSpec) -> NDArray[np.int32]:
     return batch
 
 
-def _is_plain(text: str) -> bool:
-    """Whether the clean-up changes nothing but spaces and case, and no special token is spelled."""
-    return text.isascii() and text.isprintable() and "&" not in text and "<" not in text
-
-
-def _lower(text: str) -> str:
-    """Mended, with one space for each gap, in lower case."""
-    return _whitespace(text).lower()
-
-
-def _whitespace(text: str) -> str:
-    """Mended, with one space for each gap."""
-    return " ".join(_mend(text).split())
-
-
-def _canonicalize(text: str) -> str:
-    """As `_lower`, without ASCII's punctuation; the underscore is a gap."""
-    bare = _mend(text).strip().replace("_", " ").translate(_NO_PUNCTUATION)
-    return " ".join(bare.lower().split())
-
-
-def _mend(text: str) -> str:
-    """With a broken encoding repaired and HTML unescaped."""
-    if _is_plain(text):
-        return text
-    import ftfy  # 90 ms, and many servers only ever see ASCII
-
-    return html.unescape(html.unescape(ftfy.fix_text(_valid(text))))
-
-
-def _valid(text: str) -> str:
-    """As it is, if it is Unicode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ItemError(
-            f"the text is not valid Unicode: character {error.start} is half of a surrogate "
-            "pair; send the whole character"
-        ) from None
-    return text
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# open_clip's clean-ups.
-_CLEANERS: dict[Clean, Callable[[str], str]] = {
-    "lower": _lower,
-    "whitespace": _whitespace,
-    "canonicalize": _canonicalize,
-    "none": _valid,
-}
-
-
 def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
     """The encoder of the first merges, as many as a vocabulary of `vocab_size` leaves."""
-    alphabet = _alphabet()
+    alphabet = _byte_symbols().values()
     symbols = [*alphabet, *(symbol + _END_OF_WORD for symbol in alphabet)]
     pairs = merges(vocab_size)
     symbols += [left + right for left, right in pairs]
@@ -282,17 +304,19 @@ def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
 def merges(vocab_size: int) -> list[tuple[str, str]]:
     """The pairs of symbols that CLIP's own vocabulary merges, commonest first: as many as one of
     `vocab_size` has room for beside the bytes and the special tokens."""
-    count = vocab_size - 2 * len(_alphabet()) - len(_SPECIAL)
+    count = vocab_size - 2 * 256 - len(_SPECIAL)
     packed = resources.files(__package__).joinpath(_VOCABULARY).read_bytes()
     # The first line is a version; each later one is a pair of symbols, commonest first.
     lines = gzip.decompress(packed).decode().split("\n")[1 : count + 1]
     return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
 
 
-def _alphabet() -> list[str]:
-    """The 256 printable stand-ins for bytes, in the order of CLIP's vocabulary.
+def _byte_symbols() -> dict[int, str]:
+    """The printable stand-ins for the 256 bytes, in the order of CLIP's vocabulary.
 
     Bytes that print as themselves come first; the others follow as U+0100 and on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(code) for code in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+    others = [code for code in range(256) if code not in printable]
+    stand_ins = {code: chr(0x100 + n) for n, code in enumerate(others)}
+    return {code: chr(code) for code in printable} | stand_ins

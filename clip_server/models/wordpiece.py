@@ -23,6 +23,8 @@ _VOCABULARY = "data/chinese_bert_vocab.txt.gz"
 # A piece that does not begin its word.
 _CONTINUED = "##"
 _LONGEST_WORD = 200
+# Characters that are made words at once: of a long text the first are enough.
+_SLICE = 2**13
 # Characters beyond are rare, and would take much memory if all were remembered.
 _REMEMBERED_CODES = 2**16
 _CHINESE = (
@@ -115,8 +117,24 @@ _SPACED, _SPLIT = _Table(_spaced), _Table(_split)
 
 def _words(text: str, most: int) -> list[str]:
     """The first `most` words of a text, or all of them."""
-    spaced = text.translate(_SPACED).lower()
-    return unicodedata.normalize("NFD", spaced).translate(_SPLIT).split(None, most)[:most]
+    words: list[str] = []
+    begun = ""  # what may go on in the next slice
+    for start in range(0, len(text), _SLICE):
+        spaced = begun + text[start : start + _SLICE].translate(_SPACED)
+        complete, _, begun = spaced.rpartition(" ")
+        words += _parted(complete)
+        if len(begun) > _SLICE:
+            *found, begun = _parted(begun) or [""]
+            words += found
+            begun = begun[: _LONGEST_WORD + 1]  # beyond, it does not matter how it goes on
+        if len(words) >= most:
+            break
+    return [*words, *_parted(begun)][:most]
+
+
+def _parted(spaced: str) -> list[str]:
+    """The words of a text with spaces around what is Chinese."""
+    return unicodedata.normalize("NFD", spaced.lower()).translate(_SPLIT).split()
 
 
 def vocabulary() -> dict[str, int]:
