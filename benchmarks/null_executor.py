@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
+from clip_server.executors.base import BaseCLIPEncoder
+from clip_server.executors.parameters import EncoderParameters
 from clip_server.models import zoo
 
 

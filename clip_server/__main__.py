@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
 from clip_server.install import runtimes_hint
 from clip_server.process import bypass_proxies, share_heaps, tolerate_closed_output
+from clip_server.start_failures import StartFailures
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000
@@ -37,14 +39,14 @@ _DEFAULTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 ended as told, 1 could not start, 2 misused."""
-    options = _parser().parse_args(arguments)
     share_heaps()
     bypass_proxies()
     started = time.perf_counter()
     try:
-        spec = flows.load(sys.stdin.read() if options.stdin else flows.read(options.flow))
+        options = _parse(arguments)
+        spec = flows.load(flows.read(options.flow))
         _import_jina(without_torch=flows.has_only_encoders(spec))
-        return _run(flows.prepare(flows.expand(spec), options.host), started)
+        return _run(flows.prepare(flows.expand(spec), options.host, options.port), started)
     except ConfigurationError as error:
         _warn(str(error))
         return 1
@@ -55,22 +57,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    ports = ", ".join(f"{port} for {name}" for name, port in flows.DEFAULT_PORTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m clip_server",
         description="Serves CLIP embeddings of texts and images.",
-        epilog="CLIP_MODEL=NAME in the environment names the model of a built-in flow; "
-        "CLIP_MODEL=embedded needs no download.",
+        epilog="The environment variable CLIP_MODEL=NAME sets the model of a built-in flow; "
+        "CLIP_MODEL=embedded needs no download, and `python -m clip_server.models` lists the "
+        f"others. The default ports are {ports}.",
     )
     parser.add_argument(
         "flow",
         nargs="?",
-        default=flows.DEFAULT_FLOW,
-        help="a YAML file, or one of the built-in torch-flow.yml (default) and onnx-flow.yml",
+        help=f"a YAML file, or one of the built-in {', '.join(flows.built_in())} "
+        f"(default: {flows.DEFAULT_FLOW})",
     )
     parser.add_argument("-i", dest="stdin", action="store_true", help="read the flow from stdin")
     parser.add_argument("--host", help="listen on this address, whatever the flow says")
-    return parser
+    parser.add_argument(
+        "--port",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="listen on these ports, whatever the flow says: one for each protocol, or one that "
+        "is the first of consecutive ports; 0: any free port",
+    )
+    options = parser.parse_args(arguments)
+    # In `--port 8000 my.yml` the flow is not one more port.
+    if options.port and options.flow is None and not options.port[-1].isdecimal():
+        options.flow = options.port.pop()
+    if not all(map(_is_port, options.port)):
+        parser.error(f"--port: {' '.join(options.port)}: a port is a number from 0 to 65535")
+    options.port = [int(port) for port in options.port]
+    if options.stdin and options.flow is not None:
+        parser.error(f"-i reads the flow from stdin: give either it or {options.flow}")
+    options.flow = "-" if options.stdin else options.flow or flows.DEFAULT_FLOW
+    return options
+
+
+def _is_port(word: str) -> bool:
+    return word.isdecimal() and int(word) <= 65535
 
 
 def _import_jina(without_torch: bool) -> None:
@@ -107,6 +133,7 @@ def _import_jina(without_torch: bool) -> None:
 
 
 def _run(spec: dict[str, Any], started: float) -> int:
+    import jina.serve.executors.run as pods
     from jina import Flow
 
     stop = threading.Event()
@@ -121,7 +148,14 @@ def _run(spec: dict[str, Any], started: float) -> int:
         signal.signal(number, end)
     for executor in spec["executors"]:
         executor.setdefault("timeout_ctrl", _END_TIMEOUT_MS)
-    flow = Flow.load_config(spec)
+    failures = StartFailures()
+    pods.AsyncNewLoopRuntime = failures.watch(pods.AsyncNewLoopRuntime)
+    try:
+        flow = Flow.load_config(spec)
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(f"the flow cannot be loaded: {_in_one_line(error)}") from None
+    # It would say that the flow was aborted, and not why.
+    flow.logger.logger.setLevel(logging.CRITICAL + 1)
     try:
         flow.start()
     except KeyboardInterrupt:
@@ -129,7 +163,7 @@ def _run(spec: dict[str, Any], started: float) -> int:
         return 130
     except Exception as error:
         flow.close()
-        why = str(error) or "what stands above says why"
+        why = "; ".join(failures.reasons()) or _in_one_line(error)
         raise ConfigurationError(f"the server could not start: {why}") from None
     running = True
     try:
@@ -160,6 +194,10 @@ def _watch(flow: Any, stop: threading.Event) -> int:
             if pods and all(pod.name in dead for pod in pods):
                 return 1
     return 0
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _warn(message: str) -> None:

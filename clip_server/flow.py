@@ -1,22 +1,26 @@
-"""A flow's YAML file, made ready to run: defaults filled in, mistakes refused aloud.
+"""Loads a flow's YAML file and prepares it to run: applies defaults, refuses mistakes.
 
-What users wrote for clip-as-service runs unchanged. Beside that a flow gets our gateway (unless
-it names its own), executors that listen on loopback only, and its models fetched before any
-process starts, so that what is wrong is said once, at once.
+Flows written for clip-as-service run unchanged. Beyond that a flow gets our gateway (unless it
+names its own), executors that listen on loopback only, and its models fetched before any process
+starts, so that a mistake is one message within seconds.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
+import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from clip_server import flow_keys, ports
 from clip_server.errors import ConfigurationError
-from clip_server.install import install_hint
+from clip_server.flow_keys import as_mapping, section
+from clip_server.install import install_hint, missing_package
 
 DEFAULT_FLOW = "torch-flow.yml"
 DEFAULT_MODEL = "ViT-B-32::openai"
@@ -25,7 +29,7 @@ ALL_INTERFACES = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
 
 _EXECUTORS = "clip_server.executors."
-_EXTRAS = {"clip_onnx": "onnx", "clip_tensorrt": "tensorrt", "clip_torch": "torch"}
+_RUNTIMES = {"clip_onnx": "onnx", "clip_tensorrt": "tensorrt", "clip_torch": "torch"}
 # Written under `with:`, meant for the gateway.
 _GATEWAY_KEYS = (
     "port",
@@ -35,29 +39,41 @@ _GATEWAY_KEYS = (
     "prefetch",
     "ssl_keyfile",
     "ssl_certfile",
-    "max_request_bytes",
-    "max_queued_bytes",
+    *flow_keys.GATEWAY_PARAMETERS,
 )
-_GATEWAY_PARAMETERS = ("max_request_bytes", "max_queued_bytes")
 _PROTOCOLS = {"grpcs": "grpc", "https": "http", "ws": "websocket", "wss": "websocket"}
+_ENVIRONMENT = re.compile(r"\$\{\{\s*ENV\.(\w+)\s*\}\}", re.IGNORECASE)
+
+
+def built_in() -> list[str]:
+    """The names of the flows that come with the server."""
+    flows = resources.files("clip_server.flows")
+    return sorted(each.name for each in flows.iterdir() if each.name.endswith(".yml"))
 
 
 def read(name: str) -> str:
-    """The text of a YAML file: a path, or the name of a flow that comes with the server.
+    """The text of a YAML file: a path, - for stdin, or the name of a flow that comes with the
+    server.
 
     Raises:
-        ConfigurationError: there is no such file.
+        ConfigurationError: there is no such file, or it cannot be read.
     """
     path = Path(name)
-    if path.is_file():
-        return path.read_text("utf-8")
-    flows = resources.files("clip_server.flows")
-    if (built_in := flows.joinpath(path.name)).is_file() and path.suffix == ".yml":
-        return built_in.read_text("utf-8")
-    known = sorted(each.name for each in flows.iterdir() if each.name.endswith(".yml"))
+    try:
+        if name == "-":
+            return sys.stdin.read()
+        if path.exists():
+            return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{name} is not YAML: it is not text in UTF-8") from None
+    except OSError as error:
+        raise ConfigurationError(f"{name} cannot be read: {error.strerror}") from None
+    if path.name in built_in():
+        return resources.files("clip_server.flows").joinpath(path.name).read_text("utf-8")
     raise ConfigurationError(
-        f"no flow at {name}; give the path of a YAML file, or one that comes with the server: "
-        f"{', '.join(known)}"
+        f"no flow at {name}: give the path of a YAML file, or one that comes with the server: "
+        + ", ".join(built_in())
+        + flow_keys.likely(path.name, built_in())
     )
 
 
@@ -72,48 +88,88 @@ def load(text: str) -> dict[str, Any]:
     try:
         spec = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"the flow is not YAML: {error}") from None
-    if not isinstance(spec, dict) or not spec.get("executors"):
+        raise ConfigurationError(f"the flow is not YAML: {_in_one_line(error)}") from None
+    _refuse_repeated_keys(yaml.compose(text))
+    if not isinstance(spec, dict):
+        spec = {}
+    executors = spec.get("executors") or spec.get("deployments")
+    if not executors:
         raise ConfigurationError("the flow has no executors: see docs/flows.md for an example")
-    return spec
+    if not isinstance(executors, list):
+        raise ConfigurationError("executors: is a list, where each executor begins with `- name:`")
+    for index, executor in enumerate(executors):
+        if not isinstance(executor, dict):
+            raise ConfigurationError(
+                f"executors: number {index + 1} holds no keys: it needs at least uses:"
+            )
+    loaded: dict[str, Any] = spec
+    return loaded
 
 
 def has_only_encoders(spec: Mapping[str, Any]) -> bool:
     """Whether every executor of a flow is one of ours."""
     return all(
         (modules := _modules(executor))
-        and all(_module(each).startswith(_EXECUTORS) for each in modules)
-        for executor in spec["executors"]
+        and all(_module(str(each)).startswith(_EXECUTORS) for each in modules)
+        for executor in spec.get("executors") or spec["deployments"]
     )
 
 
 def expand(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A flow with its variables replaced by the environment's."""
+    """A flow with its variables replaced by the environment's.
+
+    A value that then reads as a number or as true or false is one, quoted or not.
+
+    Raises:
+        ConfigurationError: a variable is not set.
+    """
     # The built-in flows take the model's name from here.
-    os.environ.setdefault("CLIP_MODEL", DEFAULT_MODEL)
+    if not os.environ.get("CLIP_MODEL"):
+        os.environ["CLIP_MODEL"] = DEFAULT_MODEL
+    for name in _ENVIRONMENT.findall(str(spec)):
+        if name not in os.environ:
+            raise ConfigurationError(
+                f"the flow uses the environment variable {name}, which is not set"
+            )
     from jina.jaml import JAML
 
     expanded: dict[str, Any] = JAML.expand_dict(dict(spec))
     return expanded
 
 
-def prepare(spec: Mapping[str, Any], host: str | None = None) -> dict[str, Any]:
+def prepare(
+    spec: Mapping[str, Any], host: str | None = None, port: Sequence[int] = ()
+) -> dict[str, Any]:
     """The flow as it will run. Fetches the models that its encoders name.
 
     host: to listen on, whatever the flow says.
+    port: likewise, one for each protocol; a single one is the first of consecutive ports.
 
     Raises:
-        ConfigurationError: a parameter, a model, a missing extra.
+        ConfigurationError: a key is unknown, a value is not allowed, a port is in use, a model
+            or an extra is missing.
     """
-    prepared: dict[str, Any] = {"jtype": "Flow", "version": "1", **spec}
-    options = dict(spec.get("with") or {})
+    prepared = {"jtype": "Flow", "version": "1", **section(spec, flow_keys.TOP, "the flow")}
+    if prepared["jtype"] != "Flow" or str(prepared["version"]).split(".")[0] != "1":
+        raise ConfigurationError(
+            f"the flow begins with jtype: {prepared['jtype']} and version: {prepared['version']}; "
+            "write jtype: Flow and version: '1'"
+        )
+    options = section(prepared.get("with"), flow_keys.WITH, "with")
     gateway = {key: options.pop(key) for key in _GATEWAY_KEYS if key in options}
-    gateway |= spec.get("gateway") or {}
+    gateway |= section(prepared.get("gateway"), flow_keys.GATEWAY, "gateway")
     if host is not None:
         gateway["host"] = host
     prepared["with"] = options
-    prepared["gateway"] = _prepare_gateway(gateway)
-    prepared["executors"] = [_prepare_executor(dict(each)) for each in spec["executors"]]
+    prepared["gateway"] = _prepare_gateway(gateway, port)
+    executors = prepared.pop("deployments", None) or prepared["executors"]
+    prepared["executors"] = [
+        _prepare_executor(each, _place(each, index)) for index, each in enumerate(executors)
+    ]
+    _check_names(prepared["executors"])
+    _check_addresses(prepared)
+    for index, executor in enumerate(prepared["executors"]):
+        _check_encoders(executor, _place(executor, index))
     typed: dict[str, Any] = _type_first(prepared)
     return typed
 
@@ -129,6 +185,28 @@ def addresses(spec: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _refuse_repeated_keys(node: Any) -> None:
+    """Raises ConfigurationError where YAML would keep the last of several values of a key."""
+    import yaml
+
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise ConfigurationError(f"line {line} of the flow: {key.value}: is given twice")
+        seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        _refuse_repeated_keys(value)
+    for each in node.value if isinstance(node, yaml.SequenceNode) else []:
+        _refuse_repeated_keys(each)
+
+
+def _in_one_line(error: Any) -> str:
+    """A YAML error: the place, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + (getattr(error, "problem", None) or " ".join(str(error).split()))
+
+
 def _type_first(value: Any) -> Any:
     """`jtype` before its sister keys, in dicts at every depth: Jina reads it only there."""
     if isinstance(value, list):
@@ -138,30 +216,37 @@ def _type_first(value: Any) -> Any:
     return {key: _type_first(value[key]) for key in sorted(value, key=lambda k: k != "jtype")}
 
 
-def _prepare_gateway(gateway: dict[str, Any]) -> dict[str, Any]:
-    protocols = _as_list(gateway.get("protocol"))
-    ports = [int(port) for port in _as_list(gateway.get("port"))]
-    if not protocols:
-        # A lone port is gRPC's, as it was for clip-as-service.
-        protocols = ["grpc"] if len(ports) == 1 else list(DEFAULT_PORTS)
-    protocols = [_protocol(each) for each in protocols]
-    if not ports:
-        ports = [DEFAULT_PORTS[protocol] for protocol in protocols]
-    if len(ports) != len(protocols):
+def _prepare_gateway(gateway: dict[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
+    given = [_port(each, "port") for each in _as_list(gateway.get("port"))]
+    # A lone port is gRPC's, as it was for clip-as-service.
+    default = ["grpc"] if len(given) == 1 else list(DEFAULT_PORTS)
+    protocols = [_protocol(each) for each in _as_list(gateway.get("protocol")) or default]
+    if len(wanted) == 1:
+        # 0, which means any free port, remains so.
+        given = [wanted[0] and wanted[0] + offset for offset in range(len(protocols))]
+    elif wanted:
+        given = list(wanted)
+    chosen = given or [DEFAULT_PORTS[protocol] for protocol in protocols]
+    if len(chosen) != len(protocols):
         raise ConfigurationError(
-            f"the flow names {len(protocols)} protocols ({', '.join(protocols)}) but "
-            f"{len(ports)} ports: one port for each protocol"
+            f"port: {', '.join(map(str, chosen))}, protocol: {', '.join(protocols)}: there must be "
+            "one port for each protocol"
         )
+    _check_tls(gateway)
     ours = {} if "uses" in gateway else {
         "uses": "ClipGateway",
         "py_modules": ["clip_server.gateway"],
         # Jina would try a call again that was only slow.
         "retries": 0,
     }  # fmt: skip
-    given = {key: int(gateway.pop(key)) for key in _GATEWAY_PARAMETERS if key in gateway}
-    if given:
-        ours["uses_with"] = given
-    return {"host": ALL_INTERFACES, **ours, **gateway, "protocol": protocols, "port": ports}
+    parameters = {key: gateway.pop(key) for key in flow_keys.GATEWAY_PARAMETERS if key in gateway}
+    if parameters:
+        ours["uses_with"] = parameters
+    return {"host": ALL_INTERFACES, **ours, **gateway, "protocol": protocols, "port": chosen}
+
+
+def _port(value: Any, place: str) -> int:
+    return flow_keys.whole_number(value, place, most=65535)
 
 
 def _protocol(name: Any) -> str:
@@ -174,58 +259,177 @@ def _protocol(name: Any) -> str:
     return protocol
 
 
-def _prepare_executor(executor: dict[str, Any]) -> dict[str, Any]:
-    uses = executor.get("uses")
+def _check_tls(gateway: Mapping[str, Any]) -> None:
+    """Raises ConfigurationError unless there is no TLS, or a key and its certificate."""
+    files = {key: str(gateway.get(key) or "") for key in ("ssl_keyfile", "ssl_certfile")}
+    if not any(files.values()):
+        return
+    for key, name in files.items():
+        if not name:
+            raise ConfigurationError(f"TLS needs ssl_keyfile and ssl_certfile: {key} is missing")
+        if not Path(name).is_file():
+            raise ConfigurationError(f"{key}: there is no file {Path(name).absolute()}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            files["ssl_certfile"], files["ssl_keyfile"], password=""
+        )
+    except OSError as error:
+        raise ConfigurationError(
+            f"ssl_keyfile and ssl_certfile: {files['ssl_keyfile']} and {files['ssl_certfile']} "
+            f"are not a key without password and its certificate, as PEM ({error})"
+        ) from None
+
+
+def _place(executor: Mapping[str, Any], index: int) -> str:
+    return f"executor {executor.get('name') or index + 1}"
+
+
+def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
+    executor = section(written, flow_keys.EXECUTOR, place)
     if executor.get("external"):
         return executor
+    if executor.get("protocol") not in (None, "grpc"):
+        raise ConfigurationError(
+            f"{place}: protocol: an executor speaks grpc; what clients speak stands under with:"
+        )
+    uses = executor.get("uses")
+    if not uses:
+        raise ConfigurationError(f"{place}: uses: is missing, which says what encodes")
     executor.setdefault("host", LOOPBACK)
-    if not isinstance(uses, dict):
-        return executor
-    uses = executor["uses"] = dict(uses)
-    if "replicas" in uses:
-        # Jina would ignore it here without a word; clip-as-service's own pages show it so.
-        executor.setdefault("replicas", uses.pop("replicas"))
-        uses.pop("replicas", None)
-        _say("replicas stands under uses: in the flow; taken as written beside uses:")
     # Loading a large model takes longer than Jina's ten minutes on a slow disk.
     executor.setdefault("timeout_ready", -1)
     # Jina's gateway pings idle channels more often than gRPC's servers put up with; the next
     # call would then fail.
     executor.setdefault("grpc_server_options", {"grpc.http2.max_ping_strikes": 0})
-    metas = uses["metas"] = dict(uses.get("metas") or {})
-    metas["py_modules"] = [_module(each) for each in _modules(executor)]
-    for module in metas["py_modules"]:
-        if module.startswith(_EXECUTORS):
-            _check_encoder(module, uses.get("with") or {})
+    if isinstance(uses, str):
+        if "py_modules" not in executor:
+            return executor
+        uses = {"jtype": uses}
+    uses = section(uses, flow_keys.USES, f"{place}: uses")
+    if "replicas" in uses:
+        # Jina would ignore it here without a word; clip-as-service's own pages show it so.
+        executor.setdefault("replicas", uses.pop("replicas"))
+        uses.pop("replicas", None)
+        _say("replicas stands under uses: in the flow; taken as written beside uses:")
+    metas = section(uses.get("metas"), flow_keys.METAS, f"{place}: uses: metas")
+    modules = [_module(str(each)) for each in _modules(executor)]
+    if not modules or "jtype" not in uses:
+        raise ConfigurationError(
+            f"{place}: uses: needs jtype: CLIPEncoder and, under metas: py_modules:, its module, "
+            f"one of {', '.join(_EXECUTORS + each for each in _RUNTIMES)}"
+        )
+    uses["metas"] = {**metas, "py_modules": modules}
+    uses["with"] = as_mapping(uses.get("with"), f"{place}: uses: with") | as_mapping(
+        executor.pop("uses_with", None), f"{place}: uses_with"
+    )
+    executor.pop("py_modules", None)
+    executor["uses"] = uses
     return executor
 
 
 def _modules(executor: Mapping[str, Any]) -> list[str]:
     """The `py_modules` of an executor, wherever they stand."""
     uses = executor.get("uses")
-    metas = (uses.get("metas") if isinstance(uses, dict) else None) or {}
-    return _as_list(metas.get("py_modules") or executor.get("py_modules"))
+    uses = uses if isinstance(uses, dict) else {}
+    metas = uses.get("metas")
+    metas = metas if isinstance(metas, dict) else {}
+    return _as_list(metas.get("py_modules") or uses.get("py_modules") or executor.get("py_modules"))
 
 
 def _module(name: str) -> str:
     """clip-as-service's two spellings of an executor as one, unless a file of that name is
     there."""
     path = Path(name)
-    ours = path.suffix == ".py" and path.stem in _EXTRAS and not path.is_file()
+    ours = path.suffix == ".py" and path.stem in _RUNTIMES and not path.is_file()
     return _EXECUTORS + path.stem if ours else name
 
 
-def _check_encoder(module: str, parameters: Mapping[str, Any]) -> None:
-    try:
-        encoder = importlib.import_module(module).CLIPEncoder
-    except ModuleNotFoundError as error:
-        name = module.removeprefix(_EXECUTORS)
-        if error.name and error.name.startswith("clip_server"):
-            raise ConfigurationError(f"{module} does not exist") from None
+def _check_names(executors: Sequence[Mapping[str, Any]]) -> None:
+    names = [str(each["name"]) for each in executors if "name" in each]
+    for name in names:
+        if not name.isidentifier() or name == "gateway":
+            raise ConfigurationError(
+                f"executor {name}: a name is letters, digits and _, begins with a letter and is "
+                "not gateway"
+            )
+        if names.count(name) > 1:
+            raise ConfigurationError(f"executor {name}: two executors have this name")
+    known = ["gateway", *names, *(f"executor{index}" for index in range(len(executors)))]
+    for needed in {str(name) for each in executors for name in _as_list(each.get("needs"))}:
+        if needed not in known:
+            raise ConfigurationError(
+                f"needs: no executor is named {needed}{flow_keys.likely(needed, known)}"
+            )
+
+
+def _check_addresses(spec: dict[str, Any]) -> None:
+    """Replaces each port 0 by a free one, and raises ConfigurationError for a port that is in
+    use or named twice and for a host that is not this machine's."""
+    taken: set[int] = set()
+    for part in [spec["gateway"], *spec["executors"]]:
+        hosts = _as_list(part["host"]) if "host" in part else []
+        if part.get("external") or not hosts:
+            continue
+        host = hosts[0]
+        if len(hosts) > 1 or not isinstance(host, str):
+            raise ConfigurationError(f"host: {part['host']!r} is not one address, as 127.0.0.1")
+        ports.check(host, [0])
+        chosen = []
+        for given in _as_list(part.get("port")):
+            port = _port(given, "port")
+            while port == 0 or (given == 0 and port in taken):
+                port = ports.free_port(host)
+            if port in taken:
+                raise ConfigurationError(f"port: {port} is given twice")
+            taken.add(port)
+            chosen.append(port)
+        ports.check(host, chosen)
+        if chosen:
+            part["port"] = chosen
+
+
+def _check_encoders(executor: Mapping[str, Any], place: str) -> None:
+    uses = executor["uses"] if isinstance(executor.get("uses"), dict) else {}
+    for module in uses.get("metas", {}).get("py_modules", []):
+        if module.startswith(_EXECUTORS):
+            if uses["jtype"] != "CLIPEncoder":
+                raise ConfigurationError(
+                    f"{place}: jtype: {uses['jtype']}: the class in {module} is CLIPEncoder"
+                )
+            _check_encoder(module, uses["with"], f"{place}: uses: with")
+        elif module.endswith(".py") and not Path(module).is_file():
+            raise ConfigurationError(
+                f"{place}: py_modules: there is no file {Path(module).absolute()}"
+            )
+
+
+def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> None:
+    from clip_server.executors.parameters import EncoderParameters
+
+    name = module.removeprefix(_EXECUTORS)
+    if name not in _RUNTIMES:
         raise ConfigurationError(
-            f"{name} needs the package {error.name}: {install_hint(_EXTRAS.get(name, name))}"
-        ) from None
-    encoder.prepare(parameters)
+            f"py_modules: there is no {module}{flow_keys.likely(name, _RUNTIMES)}"
+        )
+    given = section(parameters, flow_keys.encoder_section(), place)
+    try:
+        EncoderParameters.parse(given)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place}: {error}") from None
+    if package := missing_package(_RUNTIMES[name]):
+        raise ConfigurationError(_not_installed(name, package))
+    importlib.import_module(module).CLIPEncoder.prepare(given)
+
+
+def _not_installed(name: str, package: str) -> str:
+    runnable = [
+        flow
+        for flow in built_in()
+        for executor in load(read(flow))["executors"]
+        if not missing_package(_RUNTIMES[_modules(executor)[0].removeprefix(_EXECUTORS)])
+    ]
+    hint = f"; python -m clip_server {runnable[0]} runs with what is installed" if runnable else ""
+    return f"{name} needs the package {package}: {install_hint(_RUNTIMES[name])}{hint}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,10 +1,27 @@
-"""How to install what is missing."""
+"""What is installed, and how to install what is missing."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 DISTRIBUTION = "clip-microservice"
-# Each brings the server and one runtime.
+# Each extra brings the server and one runtime.
 RUNTIME_EXTRAS = ("onnx", "onnx-gpu", "torch", "tensorrt", "tensorrt-rtx")
+# The packages of each runtime; where several are joined by |, any of them.
+_PACKAGES = {
+    "onnx": ["onnxruntime", "onnx"],
+    "torch": ["torch", "open_clip"],
+    "tensorrt": ["tensorrt|tensorrt_rtx", "pycuda", "onnx"],
+}
+
+
+def missing_package(runtime: str) -> str | None:
+    """The first package that a runtime needs and that is not installed; None: all are."""
+    for packages in _PACKAGES[runtime]:
+        names = packages.split("|")
+        if not any(map(find_spec, names)):
+            return names[0]
+    return None
 
 
 def install_hint(extra: str) -> str:

@@ -5,10 +5,9 @@
 import asyncio
 import os
 import sys
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server import rank
-from clip_server.engine import MAX_QUEUED_ITEMS, Engine, Item
+from clip_server.engine import Engine, Item
 from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart
+from clip_server.executors.parameters import EncoderParameters, parse_access_paths
 from clip_server.handlers import clip_handlers
 from clip_server.models import zoo
-from clip_server.models.image import MAX_PIXELS, ImageTransform
+from clip_server.models.image import ImageTransform
 from clip_server.process import follow_parent
 from clip_server.runtimes.base import Runtime
 from clip_server.service import Limits, Service
@@ -32,86 +32,6 @@ from clip_server.streams import Streams
 
 # What Jina itself passes to an executor, besides its parameters.
 _JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
-
-
-@dataclass(frozen=True)
-class EncoderParameters:
-    """`uses: with:` of a flow's YAML file.
-
-    name: of the model.
-    device: `cpu`, `cuda`, `cuda:1`; None: the best there is.
-    jit: torch only: the towers compiled by TorchScript.
-    dtype: of the weights; None: fp32, for TensorRT fp16.
-    model_path: a local checkpoint, or a folder with what the runtime takes instead: for ONNX
-        `visual.onnx` and `textual.onnx`.
-    num_worker_preprocess: threads that tokenize and decode.
-    minibatch_size: items the model takes at once.
-    access_paths: which documents are encoded: `@r` those sent, `@c` their chunks, `@m` their
-        matches, several as `@r,c`.
-    exact: pictures are decoded at full size, equal to open_clip's own to the pixel.
-    max_item_bytes, max_request_items, max_pixels: limits on a text or encoded picture, on a
-        request, and on a decoded picture.
-    max_queued_items: while so many are under way, further requests are refused.
-    cache_bytes: of embeddings kept to answer the same items again; 0: none.
-    """
-
-    name: str = "ViT-B-32::openai"
-    device: str | None = None
-    jit: bool = False
-    dtype: str | None = None
-    model_path: str | None = None
-    num_worker_preprocess: int = 4
-    minibatch_size: int = 32
-    access_paths: str = "@r"
-    exact: bool = False
-    max_item_bytes: int = Limits.max_item_bytes
-    max_request_items: int = Limits.max_request_items
-    max_pixels: int = MAX_PIXELS
-    max_queued_items: int = MAX_QUEUED_ITEMS
-    cache_bytes: int = 0
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> "EncoderParameters":
-        """The parameters of a YAML file; ConfigurationError for one that is unknown or unfit."""
-        values = dict(given)
-        if "traversal_paths" in values:
-            warnings.warn(
-                "traversal_paths is the old name of access_paths: rename it", stacklevel=2
-            )
-            values.setdefault("access_paths", values.pop("traversal_paths"))
-            values.pop("traversal_paths", None)
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigurationError(
-                f"unknown parameter {', '.join(map(repr, unknown))} of CLIPEncoder; "
-                f"known are {', '.join(known)}"
-            )
-        parameters = cls(**values)
-        for field in fields(cls):
-            value = getattr(parameters, field.name)
-            least = min(1, field.default) if type(field.default) is int else None
-            if least is not None and (type(value) is not int or value < least):
-                raise ConfigurationError(
-                    f"{field.name}: {value!r} is not a whole number from {least}"
-                )
-        parse_access_paths(parameters.access_paths)
-        return parameters
-
-
-def parse_access_paths(paths: str) -> list[str]:
-    """`@r,c` as docarray's access paths below the documents sent: ["", "chunks"].
-
-    Raises ConfigurationError for anything else.
-    """
-    fields_of = {"r": "", "c": "chunks", "m": "matches"}
-    letters = paths.replace(" ", "").removeprefix("@").split(",")
-    if not all(letter in fields_of for letter in letters):
-        raise ConfigurationError(
-            f"access_paths {paths!r}: allowed are '@r' (the documents sent), '@c' (their "
-            "chunks) and '@m' (their matches), several as '@r,c'"
-        )
-    return [fields_of[letter] for letter in letters]
 
 
 class BaseCLIPEncoder(Executor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
+from clip_server.executors.base import BaseCLIPEncoder
+from clip_server.executors.parameters import EncoderParameters
 from clip_server.runtimes.tensorrt import TensorrtRuntime, engine_files
 
 

@@ -8,7 +8,7 @@ import sys
 from slow_executor import CLIPEncoder as SlowEncoder
 from slow_executor import SlowRuntime
 
-from clip_server.executors.base import EncoderParameters
+from clip_server.executors.parameters import EncoderParameters
 
 
 class CLIPEncoder(SlowEncoder):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.executors.base import BaseCLIPEncoder, EncoderParameters
+from clip_server.executors.base import BaseCLIPEncoder
+from clip_server.executors.parameters import EncoderParameters
 from clip_server.models import zoo
 
 SECONDS = 0.05

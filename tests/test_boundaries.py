@@ -122,10 +122,20 @@ ALLOWED = {
         "clip_server.install",
         "clip_server.errors",
     ],
-    "clip_server.flow": ["clip_server.install", "clip_server.errors"],
+    "clip_server.ports": ["clip_server.errors"],
+    "clip_server.start_failures": [],
+    "clip_server.flow_keys": ["clip_server.executors.parameters", "clip_server.errors"],
+    "clip_server.flow": [
+        "clip_server.flow_keys",
+        "clip_server.ports",
+        "clip_server.executors.parameters",
+        "clip_server.install",
+        "clip_server.errors",
+    ],
     "clip_server.__main__": [
         "clip_client.proto",
         "clip_server.flow",
+        "clip_server.start_failures",
         "clip_server.gateway",
         "clip_server.process",
         "clip_server.install",
@@ -135,6 +145,7 @@ ALLOWED = {
 # Who may know a framework.
 FRAMEWORKS = {
     "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.flow",
+             "clip_server.flow_keys",
              "clip_server.__main__"],
     "docarray": ["clip_server.executors"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",

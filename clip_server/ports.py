@@ -1,0 +1,81 @@
+"""The addresses a server listens on: whether they can be had, and free ones."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from clip_server.errors import ConfigurationError
+
+# Below what systems give to outgoing connections.
+_CHOSEN_FROM = range(16384, 32768)
+
+
+def check(host: str, ports: Sequence[int]) -> None:
+    """Raises ConfigurationError where `host` is not this machine's, or a port is not free."""
+    taken = []
+    for port in ports:
+        try:
+            _bind(host, port)
+        except socket.gaierror:
+            raise ConfigurationError(f"host: no machine is known by the name {host!r}") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                taken.append(port)
+            elif error.errno == errno.EACCES:
+                raise ConfigurationError(
+                    f"port {port} needs the rights of an administrator: choose one above 1023"
+                ) from None
+            else:
+                raise ConfigurationError(
+                    f"host: {host} is not an address of this machine; 127.0.0.1 is, for this "
+                    "machine only, and 0.0.0.0 for every network it is on"
+                ) from None
+    if taken:
+        held = " and ".join(f"{port}{_holder(port)}" for port in taken)
+        raise ConfigurationError(
+            f"in use on {host}: port {held}; end what uses it, or choose another port with "
+            "--port or `port:` in the flow"
+        )
+
+
+def free_port(host: str) -> int:
+    """A port on which nothing listens."""
+    for port in random.sample(_CHOSEN_FROM, len(_CHOSEN_FROM)):
+        with suppress(OSError):
+            _bind(host, port)
+            return port
+    raise ConfigurationError(f"no port is free on {host}")
+
+
+def _bind(host: str, port: int) -> None:
+    """Raises OSError where a server could not listen there."""
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":  # as servers do: connections just closed do not matter
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+
+
+def _holder(port: int) -> str:
+    """Who listens on a port, in parentheses; empty where the system does not say."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path("/proc/net", table).read_text("ascii").splitlines()[1:]:
+                _, local, _, state, *_, inode = line.split()[:10]
+                if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{inode}]")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if str(link.readlink()) in sockets:
+                process = link.parents[1]
+                return f" ({(process / 'comm').read_text('utf-8').strip()}, pid {process.name})"
+    return ""
