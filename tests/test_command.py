@@ -135,7 +135,12 @@ def test_a_missing_extra(tmp_path: Path) -> None:
 
     assert "pip install 'clip-microservice[onnx]'" in without("onnxruntime")
     assert "pip install 'clip-microservice[torch]'" in without("torch", "torch")
-    assert "pip install 'clip-microservice[onnx]'" in without("jina")
+    # Whatever runtime is wanted.
+    assert "onnx-gpu, torch, tensorrt" in without("jina")
+    # The default flow, of which another runtime is installed.
+    said = run(PYTHONPATH=str(tmp_path), MISSING="torch", CLIP_MODEL="embedded").stderr
+    assert "python -m clip_server onnx-flow.yml" in said
+    assert said.count("\n") == 1
 
 
 def test_without_torch(start: Start, tmp_path: Path) -> None:
