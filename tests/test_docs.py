@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/ runs as it stands, and every link leads somewhere.
+"""Code blocks of README.md, docs/ and training/ run as they stand, and links lead somewhere.
 
 A page's blocks run in order, in a folder with the files that `material` makes. A block with a file
 name after its language is saved under it. A command that starts a server runs on while the rest
@@ -29,14 +29,15 @@ from conftest import ROOT, SAMPLES, Server, Start, free_ports
 from clip_client import Client
 from clip_server import flow
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, ROOT / "training" / "README.md"]
 LANGUAGES = {"bash", "javascript", "json", "python", "text", "yaml"}
 # What the blocks of a page print, besides running.
 SHOWN = {
     "README.md": ("(2, 256)", "a slice of pizza", "\ndog\n", '"embedding":[', '"matches":['),
-    "protocols.md": ("0 256", "1 256", "request 1: 1 x 256", "request 2: 1 x 256", "(1, 256)"),
-    "search.md": ("cat.jpg",),
-    "tls.md": ("grpcs://", "https://", "wss://", "(1, 256)", '"embedding":['),
+    "docs/protocols.md": ("0 256", "1 256", "request 1: 1 x 256", "request 2: 1 x 256", "(1, 256)"),
+    "docs/search.md": ("cat.jpg",),
+    "docs/tls.md": ("grpcs://", "https://", "wss://", "(1, 256)", '"embedding":['),
 }
 TOOLS = ("curl", "node", "npm", "openssl")
 MODELS = re.compile(r"\b(?:ViT-|RN\d|CN-CLIP/|M-CLIP/)[\w/@:-]*")
@@ -56,7 +57,11 @@ class Block:
     reason: str | None  # why it is not run
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{name(self.page)}:{self.line}"
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -147,7 +152,7 @@ class Session:
             elif block.language == "bash":
                 printed += self._run(["bash", "-ec", self._here(block.text)], str(block))
         python = "\n".join(b.text for b in own if b.language == "python" and not b.file)
-        return printed + self._run([sys.executable, "-c", self._here(python)], page.name)
+        return printed + self._run([sys.executable, "-c", self._here(python)], name(page))
 
     def close(self) -> None:
         if self._server is not None:
@@ -245,13 +250,13 @@ def pages_to_follow() -> Iterator[Any]:
     for page in PAGES:
         if any(b.page == page and b.language in ("bash", "python") for b in RUN):
             marks = [pytest.mark.slow] if is_slow(page) else []
-            yield pytest.param(page, marks=marks, id=page.name)
+            yield pytest.param(page, marks=marks, id=name(page))
 
 
 @pytest.mark.parametrize("page", list(pages_to_follow()))
 def test_page(page: Path, follow: Callable[[Path], str]) -> None:
     printed = follow(page)
-    for shown in SHOWN.get(page.name, ()):
+    for shown in SHOWN.get(name(page), ()):
         assert shown in printed
 
 
@@ -283,21 +288,18 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
 
 
-LINKING = [*PAGES, ROOT / "training" / "README.md", ROOT / "CHANGELOG.md"]
-
-
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name)
 def test_links(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if link.startswith(("http://", "https://")):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target.exists(), f"{page.name} links to {link}"
+        assert target.exists(), f"{name(page)} links to {link}"
         if anchor:
-            assert anchor in anchors(target), f"{page.name} links to {link}"
+            assert anchor in anchors(target), f"{name(page)} links to {link}"
 
 
 def test_readme_links_to_every_page() -> None:
     links = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", prose(PAGES[0])))
-    assert {f"docs/{page.name}" for page in PAGES[1:]} <= links
+    assert {name(page) for page in DOCS} <= links
