@@ -213,6 +213,19 @@ def test_frameworks_stay_in_their_rooms() -> None:
             assert rooms is None or any(within(name, room) for room in rooms), (name, imported)
 
 
+def test_the_catalogue_does_without_onnx_and_torch() -> None:
+    """Where only torch is installed, or nothing yet, models have their cards all the same."""
+    code = (
+        "import sys\n"
+        "sys.modules['onnx'] = sys.modules['torch'] = None\n"
+        "from clip_server.models import zoo\n"
+        "from clip_server.towers import registry\n"
+        "print(len(registry.tensor_shapes(zoo.resolve('CN-CLIP/ViT-B-16').config)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 300
+
+
 @pytest.mark.parametrize("module", ["clip_client", "clip_client.client", "clip_client.flow"])
 def test_the_client_is_light(module: str) -> None:
     code = (

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from clip_client import Client
-from clip_server.errors import WeightsError
+from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.model_card import Precision, TextSpec
 from clip_server.models import weights, zoo
 from clip_server.models.image import ImageTransform
@@ -226,6 +226,25 @@ def test_the_architecture_is_read_from_a_checkpoint(tmp_path: Path) -> None:
         1024,
         "squash",
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"width": None, "mlp_width": None}, "lacks mlp_width, width"),
+        ({"heds": 4}, "unknown heds.* known are width, layers, heads"),
+    ],
+)
+def test_keys_of_a_text_tower_are_known_or_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, reference.SMALL)
+    bert = reference.SMALL_BERT | changed
+    bert = {key: value for key, value in bert.items() if value is not None}
+    text = reference.SMALL_TEXT | {"bert": bert}
+    seeded.describe(folder, reference.SMALL | {"text_cfg": text})
+    with pytest.raises(ConfigurationError, match=message):
+        zoo.resolve("mine", folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -205,6 +205,10 @@ def test_one_tower_and_then_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["embedded", "--to", "torchscript", "--precision", "int8"], "TorchScript has no int8"),
         (["embedded", "--context-length", "78"], "may be 3 to 77, not 78"),
+        (
+            ["M-CLIP/XLM-Roberta-Large-Vit-B-32", "--context-length", "513"],
+            "may be 3 to 512, not 513",
+        ),
         (["ViT-B-99"], "no model is named 'ViT-B-99'"),
     ],
 )

@@ -192,6 +192,8 @@ def test_cards(name: str, dim: int, image: str) -> None:
     for key in ("vision_cfg", "quick_gelu"):
         assert card.config[key] == other.config.get(key, False)
     bert = card.config["text_cfg"]["bert"]
+    # Texts are padded with what the tower masks.
+    assert card.text.pad_id == bert.get("pad_id", 0)
     with torch.device("meta"):
         tower = transformer("Bert" if "LABSE" in name else "XLMRoberta", bert)
     expected = {

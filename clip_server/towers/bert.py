@@ -100,15 +100,13 @@ class BertText(TextTower):
             return None
         known = {field.name: field for field in fields(cls)}
         required = {name for name, field in known.items() if field.default is MISSING}
-        unknown, missing = described.keys() - known.keys(), required - described.keys()
-        if unknown or missing:
-            faults = {"unknown": unknown, "missing": missing}
-            found = [
-                f"{fault}: {', '.join(sorted(keys))}" for fault, keys in faults.items() if keys
-            ]
+        if unknown := sorted(described.keys() - known.keys()):
             raise ConfigurationError(
-                f"bert in text_cfg has keys that are {'; '.join(found)} (known: {', '.join(known)})"
+                f"bert in text_cfg has the unknown {', '.join(unknown)}: "
+                f"known are {', '.join(known)}"
             )
+        if missing := sorted(required - described.keys()):
+            raise ConfigurationError(f"bert in text_cfg lacks {', '.join(missing)}")
         return cls(**described)
 
     @classmethod
