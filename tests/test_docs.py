@@ -1,4 +1,4 @@
-"""Code blocks of README.md, docs/ and training/ run as they stand, and links lead somewhere.
+"""Code blocks of README.md, docs/ and other pages run as they stand, and links lead somewhere.
 
 A page's blocks run in order, in a folder with the files that `material` makes. A block with a file
 name after its language is saved under it. A command that starts a server runs on while the rest
@@ -29,8 +29,11 @@ from conftest import ROOT, SAMPLES, Server, Start, free_ports
 from clip_client import Client
 from clip_server import flow
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS, ROOT / "training" / "README.md"]
+README = ROOT / "README.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
+PAGES = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("training/*.md")} - {CHANGELOG}
+)
 LANGUAGES = {"bash", "javascript", "json", "python", "text", "yaml"}
 # What the blocks of a page print, besides running.
 SHOWN = {
@@ -272,7 +275,7 @@ def test_flow_starts(block: Block, tmp_path: Path, start: Start) -> None:
 
 
 def test_the_two_commands_come_first() -> None:
-    assert next(blocks(PAGES[0])).text.split()[:4] == ["make", "serve", "make", "test"]
+    assert next(blocks(README)).text.split()[:4] == ["make", "serve", "make", "test"]
     makefile = (ROOT / "Makefile").read_text()
     for target in ("serve", "test", "lint"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
@@ -290,7 +293,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name)
+@pytest.mark.parametrize("page", [*PAGES, CHANGELOG], ids=name)
 def test_links(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if link.startswith(("http://", "https://")):
@@ -303,5 +306,5 @@ def test_links(page: Path) -> None:
 
 
 def test_readme_links_to_every_page() -> None:
-    links = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", prose(PAGES[0])))
-    assert {name(page) for page in DOCS} <= links
+    links = set(re.findall(r"\]\(([\w/-]+\.md)\)", prose(README)))
+    assert {name(page) for page in [*PAGES, CHANGELOG] if page != README} <= links
