@@ -10,6 +10,8 @@ from clip_client.errors import ConnectionFailedError, InvalidInputError
 
 # The port where none is written.
 SCHEMES = {"grpc": 51000, "grpcs": 443, "http": 80, "https": 443, "ws": 80, "wss": 443}
+# As clip-as-service names them.
+_ALIASES = {"websocket": "ws", "websockets": "wss"}
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,25 @@ class Address:
     @classmethod
     def parse(cls, server: str) -> Address:
         """Reads `grpc://host:port`, or another of `SCHEMES`. Raises InvalidInputError."""
-        scheme, separator, _ = server.partition("://")
+        server = server.strip()
+        written, separator, rest = server.partition("://")
+        scheme = _ALIASES.get(written.lower(), written.lower())
         allowed = ", ".join(f"{name}://" for name in SCHEMES)
         if not separator:
             raise InvalidInputError(f"{server!r} has no scheme; did you mean 'grpc://{server}'?")
-        if scheme.lower() not in SCHEMES:
-            raise InvalidInputError(f"{scheme}:// is not spoken here; use one of {allowed}")
+        if scheme not in SCHEMES:
+            raise InvalidInputError(f"unsupported URL scheme {written!r}: use one of {allowed}")
         try:
-            parts = urlsplit(server)
+            parts = urlsplit(f"{scheme}://{rest}")
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise InvalidInputError(f"{server!r} is no address: {error}") from None
         if not host or parts.username is not None or parts.query or parts.fragment:
-            raise InvalidInputError(f"{server!r} is not of the form {parts.scheme}://host:port")
+            raise InvalidInputError(f"{server!r} is not of the form {scheme}://host:port")
         path = parts.path.rstrip("/")
-        if path and parts.scheme.startswith("grpc"):
+        if path and scheme.startswith("grpc"):
             raise InvalidInputError(f"{server!r}: a gRPC address has no path")
-        return cls(parts.scheme, host, SCHEMES[parts.scheme] if port is None else port, path)
+        return cls(scheme, host, SCHEMES[scheme] if port is None else port, path)
 
     @property
     def secure(self) -> bool:

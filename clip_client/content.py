@@ -1,56 +1,68 @@
 """What a person passes -> Item.
 
-A str is a picture where it is a path, URL or `data:` URI of one, else a text:
+A str is an image where it is a path, URL or `data:` URI, else a text:
 
     'a photo of a cat'        text                 {'text': 'cat.jpg'}     text, whatever it says
-    'cat.jpg', 'my cat.jpg'   file (the second     {'image': ...}          picture: bytes, path,
-                              only if it exists)                           URL, PIL, ndarray
+    'cat.jpg', 'photos/cat'   file, see `_is_path` {'image': ...}          image: bytes, path,
+    'file:///photos/cat'      file                                         URL, PIL, ndarray
     'https://host/cat.jpg'    fetched from there   {'uri': 'https://...'}  the same, of a str
     'data:image/png;base64,'  sent as it is        pathlib.Path            file
-    b'...'                    an encoded picture   PIL.Image.Image         sent as PNG
-    ndarray                   uint8 HxW, HxWx1, HxWx3 or HxWx4, sent as PNG
+    b'...'                    an encoded image     PIL.Image.Image         see images.py
+    ndarray                   uint8 HxW, HxWx1, HxWx3 or HxWx4, as a PIL image
     docarray Document         what it holds: blob, text, tensor or uri
+
+A dict may have `id` and `tags` too, and other kinds of content that are empty.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import stat
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 
-from clip_client import background
+from clip_client import background, images
+from clip_client.data_uri import has_scheme, is_data_uri
 from clip_client.errors import InvalidInputError
 from clip_client.proto.clip_pb2 import Item
 
 if TYPE_CHECKING:
     import aiohttp
 
-# A file or download above this is no picture that anyone wants encoded.
+# A file or download above this is no image that anyone wants encoded.
 MAX_BYTES = 64 * 2**20
 FETCH_SECONDS = 30.0
 
+# Of images, also of formats the server does not read: their items' errors say so.
 _SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif"),
+    *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo"),
+    *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".avifs", ".avci", ".avcs", ".heic", ".heics", ".heif", ".heifs", ".hif"),
+    *(".svg", ".ico", ".psd", ".jp2", ".j2k", ".jxl", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw"),
 )
-_URL = re.compile(r"https?://\S+", re.IGNORECASE)
-_DATA = re.compile(r"data:\w+/[\w.+-]+(;[\w.=+-]+)*,", re.IGNORECASE)
-_AS_TEXT = "to mean the text itself, pass {'text': ...}"
+_URL = re.compile(r"https?://", re.IGNORECASE)
+_FILE_URI = re.compile(r"file:(?://(?:localhost(?=/))?)?(?=.)", re.IGNORECASE)
+_ANY_URL = re.compile(r"([a-z][a-z0-9+.-]+)://\S", re.IGNORECASE)
+# Beginnings of a path that no text has: ~/, ./, ../, /data/, C:\ and \\host.
+_PATH = re.compile(r"~/|\.{1,2}[\\/]|/[^/\s]+/|[a-z]:[\\/]|\\\\\w", re.IGNORECASE)
+_SEPARATORS = ("/", "\\") if os.name == "nt" else ("/",)
+# A longer str names no file.
+_MAX_PATH = 4096
+_AS_TEXT = " (to mean the text itself, pass {'text': ...})"
+_IMAGES = "a path, a URL, the bytes of an image, a PIL image, a uint8 ndarray"
 _ALLOWED = (
-    "pass a text, a path, a URL, the bytes of a picture, a PIL image, a uint8 ndarray, "
-    "{'text': ...}, {'image': ...}, {'uri': ...} or a Document"
+    f"pass a text, {_IMAGES}, {{'text': ...}}, {{'image': ...}}, {{'uri': ...}} or a Document"
 )
 # In this order: what is there already goes before what must be fetched.
 _DOCUMENT_FIELDS = {
@@ -62,6 +74,8 @@ _DOCUMENT_FIELDS = {
     "url": "uri",
 }
 _KEYS = {"text": "text", "image": "image", "blob": "image", "tensor": "image", "uri": "uri"}
+# What a dict may hold beside its content, as over HTTP.
+_OTHER_KEYS = {"id", "tags"}
 
 Read = Callable[[], Item]
 
@@ -82,8 +96,10 @@ def prepare(thing: Any) -> Item | Read:
 
 
 def as_picture(thing: Any) -> Any:
-    """The same thing, where a str cannot mean a text."""
-    return {"image": thing} if isinstance(thing, str) else thing
+    """The same thing as an image alone: no str is a text, no error's advice is to pass one."""
+    if isinstance(thing, (bytes, Mapping)) or is_document(thing):
+        return thing
+    return {"image": thing}
 
 
 def is_document(thing: Any) -> bool:
@@ -92,80 +108,149 @@ def is_document(thing: Any) -> bool:
     return hasattr(thing, "embedding") and not _DOCUMENT_FIELDS.keys().isdisjoint(dir(thing))
 
 
+class FileNames:
+    """Texts of one call that are also names of files in the current folder, as 'cat' may be."""
+
+    def __init__(self) -> None:
+        self._first = ""
+        self._count = 0
+
+    def check(self, thing: Any) -> None:
+        """Counts `thing`, which is taken for a text, if it is a str that names a file."""
+        if not isinstance(thing, str) or len(thing) > _MAX_PATH:
+            return
+        if os.path.isfile(thing.strip()):  # noqa: PTH113 - every text pays for it
+            self._first = self._first or thing
+            self._count += 1
+
+    def warn(self) -> None:
+        """Warns once, if there are any."""
+        if not self._count:
+            return
+        others = f" and {self._count - 1:,} more" if self._count > 1 else ""
+        warnings.warn(
+            f"{self._first!r}{others} were encoded as texts, but there are files of these names: "
+            "pass pathlib.Path(...) to mean the image in the file, or {'text': ...} to mean the "
+            "text",
+            stacklevel=2,
+        )
+
+
 def _string(value: str) -> Item | Read:
-    if _DATA.match(value):
-        return Item(uri=value)
-    if _URL.fullmatch(value) or _is_path(value):
-        return _location(value)
-    return _text(value)
+    if is_data_uri(value):
+        return _uri(value)
+    return _location(value, _AS_TEXT) if _is_location(value.strip()) else _text(value)
 
 
-def _is_path(value: str) -> bool:
-    if not value.lower().endswith(_SUFFIXES):
-        return False
-    # 'a dog beside cat.jpg' is a sentence, unless there is such a file.
-    return not any(character.isspace() for character in value) or _is_file(value)
+def _is_location(value: str) -> bool:
+    """Whether a str that may be any text is the URL or the path of an image."""
+    is_named = value[-8:].lower().endswith(_SUFFIXES)
+    if _FILE_URI.match(value):
+        return _is_one_word(value) or value[5:7] == "//"
+    if _ANY_URL.match(value):
+        return _is_one_word(value) or is_named
+    is_path = _PATH.match(value) is not None
+    if is_path or is_named:
+        # What has a blank, as 'a dog beside cat.jpg', may be a sentence.
+        return _is_one_word(value) or (is_path and is_named) or _exists(value)
+    return any(separator in value for separator in _SEPARATORS) and _exists(value)
 
 
-def _is_file(value: str) -> bool:
+def _is_one_word(value: str) -> bool:
+    return len(value.split(None, 1)) == 1
+
+
+def _exists(value: str) -> bool:
     try:
-        return Path(value).is_file()
-    # It is too long for a path, or holds a NUL.
+        return len(value) <= _MAX_PATH and _path(value).exists()
+    # It has a part that is too long, or holds a NUL.
     except (OSError, ValueError):
         return False
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    # There is no such user.
+    except RuntimeError:
+        return Path(name)
 
 
 def _text(value: Any) -> Item:
     if not isinstance(value, str):
         raise InvalidInputError(f"a text is a str, not {type(value).__name__}")
+    return Item(text=_unicode(value))
+
+
+def _uri(value: str) -> Item:
+    return Item(uri=_unicode(value))
+
+
+def _unicode(value: str) -> str:
     try:
-        return Item(text=value)
+        value.encode()
     except UnicodeEncodeError:
         raise InvalidInputError("the text holds a lone surrogate, so it is not Unicode") from None
+    return value
 
 
-def _location(value: Any) -> Item | Read:
-    """The picture at a URL, a path or in a `data:` URI."""
-    if not isinstance(value, (str, os.PathLike)):
-        value = str(value)
-    if isinstance(value, str):
-        if value[:5].lower() == "data:":
-            return Item(uri=value)
-        if _URL.match(value):
-            return partial(_fetch, value)
-        if value.lower().startswith("file://"):
-            value = url2pathname(urlsplit(value).path)
-    return partial(_read_file, Path(value))
+def _location(value: Any, advice: str = "") -> Item | Read:
+    """The image at a URL, a path or in a `data:` URI. `advice` ends an error's message."""
+    if isinstance(value, os.PathLike):
+        return partial(_read_file, os.fspath(value), advice)
+    # As a line of a file has it.
+    value = str(value).strip()
+    if has_scheme(value):
+        return _uri(value)
+    if _URL.match(value):
+        return partial(_fetch, value, advice)
+    if scheme := _FILE_URI.match(value):
+        return partial(_read_file, url2pathname(value[scheme.end() :]), advice)
+    if scheme := _ANY_URL.match(value):
+        raise InvalidInputError(
+            f"{value[:200]!r} cannot be fetched: the client reads http://, https://, file:// and "
+            f"data: URIs, not {scheme[1].lower()}://{advice}"
+        )
+    return partial(_read_file, value, advice)
 
 
 def _mapping(thing: Mapping[Any, Any]) -> Item | Read:
-    known = [(_KEYS[key], value) for key, value in thing.items() if key in _KEYS]
-    if len(thing) != 1 or not known:
-        names = ", ".join(repr(key) for key in thing)
+    unknown = [key for key in thing if key not in _KEYS and key not in _OTHER_KEYS]
+    contents = [key for key in thing if key in _KEYS]
+    # With a fixed set of columns, those that do not apply are empty.
+    filled = [key for key in contents if not _is_empty(thing[key])] or contents[:1]
+    if unknown or len(filled) != 1:
+        names = ", ".join(map(repr, unknown or filled)) or "nothing"
         raise InvalidInputError(
-            f"a dict holds one of 'text', 'image' or 'uri'; this one has {names or 'nothing'}"
+            "a dict holds one of 'text', 'image' or 'uri', and 'id' and 'tags' beside it; this "
+            f"one has {names}"
         )
-    return _of_kind(*known[0])
+    return _of_kind(_KEYS[filled[0]], thing[filled[0]])
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
 
 
 def _document(document: Any) -> Item | Read:
     for name, kind in _DOCUMENT_FIELDS.items():
         value = getattr(document, name, None)
-        if value is None or (isinstance(value, (str, bytes)) and not value):
-            continue
-        return _of_kind(kind, value)
+        if not _is_empty(value):
+            return _of_kind(kind, value)
     raise InvalidInputError(f"the {type(document).__name__} has no text, blob, tensor or uri")
 
 
 def _of_kind(kind: str, value: Any) -> Item | Read:
     if kind == "text":
         return _text(value)
-    return _location(value) if kind == "uri" or isinstance(value, str) else _picture(value)
+    if kind == "uri" or isinstance(value, str):
+        return _location(value)
+    return _picture(value, f"pass {_IMAGES}")
 
 
-def _picture(thing: Any) -> Item | Read:
+def _picture(thing: Any, allowed: str = _ALLOWED) -> Item | Read:
     if isinstance(thing, (bytes, bytearray, memoryview)):
-        return _bounded("the picture", bytes(thing))
+        return _bounded("the image", bytes(thing))
     if isinstance(thing, os.PathLike):
         return _location(thing)
     pillow = sys.modules.get("PIL.Image")
@@ -173,12 +258,13 @@ def _picture(thing: Any) -> Item | Read:
         return _pillow_image(thing)
     if hasattr(thing, "__array__") or hasattr(thing, "__array_interface__"):
         return _array(_asarray(thing))
-    raise InvalidInputError(f"{type(thing).__name__} cannot be encoded: {_ALLOWED}")
+    raise InvalidInputError(f"{type(thing).__name__} cannot be encoded: {allowed}")
 
 
-def _pillow_image(image: Any) -> Read:
+def _pillow_image(image: Any) -> Item | Read:
     try:
-        return partial(_png, image.copy())
+        file = images.undecoded(image)
+        return Item(image=file) if file else partial(_encoded, image.copy())
     except Exception as error:
         raise InvalidInputError(f"the PIL image cannot be read: {error}") from error
 
@@ -195,55 +281,55 @@ def _array(array: np.ndarray[Any, Any]) -> Read:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
         raise InvalidInputError(
-            f"an array of {array.dtype} and shape {array.shape} is no picture: pass uint8 of "
-            "shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), red first"
+            f"an array of {array.dtype} and shape {array.shape} is no image: pass uint8 of "
+            "shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels in RGB order"
         )
     if not array.size:
         raise InvalidInputError(f"an array of shape {array.shape} has no pixels")
     try:
         from PIL import Image
     except ImportError:
-        raise InvalidInputError("pictures in arrays need Pillow: pip install pillow") from None
+        raise InvalidInputError("images in arrays need Pillow: pip install pillow") from None
     shape = array.shape[:2] if channels == 1 else array.shape
-    return partial(_png, Image.fromarray(array.reshape(shape).copy()))
+    return partial(_encoded, Image.fromarray(array.reshape(shape).copy()))
 
 
-def _png(image: Any) -> Item:
-    """A PIL image as PNG: nothing is lost, and little time goes into making it small."""
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return Item(image=file.getvalue())
+def _encoded(image: Any) -> Item:
+    return Item(image=images.encode(image))
 
 
-def _read_file(path: Path) -> Item:
+def _read_file(name: str, advice: str) -> Item:
+    path = _path(name)
     try:
         # A pipe or a device might never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InvalidInputError(f"{str(path)!r} is not a file")
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise InvalidInputError(
+                f"{name!r} is not a file but a folder: pass the paths of the images in it{advice}"
+            )
+        if not stat.S_ISREG(mode):
+            raise InvalidInputError(f"{name!r} is not a file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise InvalidInputError(
-            f"{str(path)!r} looks like a picture's path, but there is no such file ({_AS_TEXT})"
-        ) from None
+        looks = f"{name!r} looks like the path of an image, but " if advice else f"{name!r}: "
+        raise InvalidInputError(f"{looks}there is no such file{advice}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(f"{str(path)[:200]!r} cannot be read: {reason}") from None
-    return _bounded(str(path), content)
+        raise InvalidInputError(f"{name[:200]!r} cannot be read: {reason}{advice}") from None
+    return _bounded(name, content)
 
 
-def _fetch(url: str) -> Item:
+def _fetch(url: str, advice: str) -> Item:
     import aiohttp
 
     try:
-        return _bounded(url, background.submit(_download(url)).result())
+        return _bounded(url, background.submit(_download(url, advice)).result())
     except InvalidInputError:
         raise
     except (aiohttp.ClientError, ValueError) as error:
         reason = str(error) or type(error).__name__
-        raise InvalidInputError(f"{url} cannot be fetched: {reason} ({_AS_TEXT})") from None
+        raise InvalidInputError(f"{url} cannot be fetched: {reason}{advice}") from None
 
 
 @lru_cache(maxsize=1)
@@ -265,7 +351,7 @@ def _close(session: aiohttp.ClientSession, pid: int) -> None:
         background.submit(session.close())
 
 
-async def _download(url: str) -> bytes:
+async def _download(url: str, advice: str) -> bytes:
     from yarl import URL
 
     from clip_client.sessions import environment_proxy
@@ -273,13 +359,13 @@ async def _download(url: str) -> bytes:
     deadline = time.monotonic() + FETCH_SECONDS
     content = bytearray()
     # As it is written, since it may be signed, where it is written as URLs are.
-    location = URL(url, encoded=url.isascii())
+    location = URL(url, encoded=url.isascii() and " " not in url)
     proxy = environment_proxy(url)
     async with _http(os.getpid()).get(location, proxy=proxy, max_redirects=20) as reply:
         if not 200 <= reply.status < 300:
-            raise InvalidInputError(f"{url} answered with status {reply.status}")
+            raise InvalidInputError(f"{url} answered with status {reply.status}{advice}")
         if reply.content_type.startswith("text/"):
-            raise InvalidInputError(f"{url} is a page, not a picture ({_AS_TEXT})")
+            raise InvalidInputError(f"{url} is a web page, not an image{advice}")
         async for chunk in reply.content.iter_any():
             content += chunk
             if len(content) > MAX_BYTES:

@@ -110,6 +110,7 @@ class Encoding:
         self._reading: deque[tuple[int, Reading]] = deque()
         self._pack = Pack(batch_size, options)
         self._in_flight: deque[tuple[Pack, Future[clip_pb2.Response] | None]] = deque()
+        self._file_names = content.FileNames()
 
     def run(self, things: Things) -> Flow[None]:
         """Encodes all of `things`."""
@@ -126,6 +127,7 @@ class Encoding:
             yield from self._advance(0)
             yield from self._dispatch()
             yield from self._collect(0)
+            self._file_names.warn()
         finally:
             self._cancel()
 
@@ -135,7 +137,11 @@ class Encoding:
         # Whatever is wrong with one item, even in the code of its own class, is its own error.
         except Exception as error:
             return _failure(index, error)
-        return begun if isinstance(begun, clip_pb2.Item) else self._read(begun)
+        if not isinstance(begun, clip_pb2.Item):
+            return self._read(begun)
+        if begun.HasField("text"):
+            self._file_names.check(thing)
+        return begun
 
     def _is_packed(self, index: int, reading: Reading) -> bool:
         """Packs what is its turn, is read and has room, as nearly every text; whether it was."""

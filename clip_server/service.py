@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import logging
-import urllib.parse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from clip_client.data_uri import has_scheme, read_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server import __version__, rank
 from clip_server.engine import Encoded, Engine, Item
@@ -159,8 +157,8 @@ class Service:
         most = self.limits.max_request_items
         if count > most:
             raise RequestError(
-                f"{count:,} items in one request; the server takes at most {most:,}: send them "
-                "in several requests, as the client does by itself"
+                f"{count:,} items in one request; the server takes at most {most:,}: send fewer in "
+                f"one, with the Python client by a batch_size of {most} or less"
             )
 
     def to_item(self, item: pb.Item) -> Item:
@@ -195,33 +193,20 @@ def error_response(request_id: int, error: RequestError) -> pb.Response:
 
 
 def read_uri(uri: str) -> str | bytes:
-    """The content of a `data:` URI (RFC 2397): a text where it says text/*, else a picture.
+    """The content of a `data:` URI (RFC 2397): a text where it says text/*, else an image.
 
     Raises ItemError for anything else: the server opens no file and fetches no address.
     """
-    if uri[:5].lower() != "data:":
+    if not has_scheme(uri):
         scheme = uri.partition(":")[0] if ":" in uri[:20] else "a path"
         raise ItemError(
             f"the server opens only data: URIs, this one is {scheme[:20]!r}: send the bytes, "
             "or let the client read it"
         )
-    head, comma, payload = uri[5:].partition(",")
-    if not comma:
-        raise ItemError("the data: URI has no comma between its type and its content")
-    mime_type, *parameters = head.split(";")
-    content = urllib.parse.unquote_to_bytes(payload)
-    if "base64" in (parameter.strip().lower() for parameter in parameters):
-        try:
-            content = base64.b64decode(content, validate=True)
-        except binascii.Error:
-            raise ItemError("the data: URI is not valid base64") from None
-    # RFC 2397: without a type it is text/plain.
-    if mime_type and not mime_type.lower().startswith("text/"):
-        return content
     try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise ItemError("the text in the data: URI is not UTF-8") from None
+        return read_data_uri(uri)
+    except ValueError as error:
+        raise ItemError(str(error)) from None
 
 
 def _item_errors(errors: Iterable[tuple[int, str]]) -> list[pb.ItemError]:

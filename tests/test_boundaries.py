@@ -47,6 +47,7 @@ ALLOWED = {
         "clip_server.errors",
     ],
     "clip_server.service": [
+        "clip_client.data_uri",
         "clip_client.proto",
         "clip_server.engine",
         "clip_server.rank",

@@ -57,7 +57,8 @@ def picture(tmp_path: Path) -> Path:
         "https://example.com is a site",
         "see http://example.com/cat.jpg",
         "data: the new oil",
-        "data:,hello",
+        "data: we need more, please",
+        "data:science,python",
         "C'est l'été 🐈",
         "README.md",
         ".",
@@ -259,7 +260,7 @@ def test_urls_that_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "MAX_BYTES", 2**20)
     for path, reason in {
         "/gone.png": "answered with status 404",
-        "/page.png": "is a page, not a picture",
+        "/page.png": "is a web page, not an image",
         "/endless.png": "larger than 1 MiB",
     }.items():
         with pytest.raises(InvalidInputError, match=reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -41,14 +42,18 @@ def post(onnx_server: Server) -> Any:
 def test_encode(post: Any, onnx_server: Server) -> None:
     from clip_server.executors.documents import ClipDoc
 
+    uri = f"data:image/png;name=my%20cat.png;base64,{base64.encodebytes(CAT).decode()}"
     docs = post(
-        [ClipDoc(text="a cat"), ClipDoc(blob=CAT), ClipDoc(), ClipDoc(uri="file:///etc/passwd")]
+        [
+            *(ClipDoc(text="a cat"), ClipDoc(blob=CAT)),
+            *(ClipDoc(), ClipDoc(uri="file:///etc/passwd")),
+            *(ClipDoc(text="", uri=uri), ClipDoc(uri="data:,a%20cat")),
+        ]
     )
     with Client(onnx_server.grpc) as client:
-        expected = client.encode(["a cat", CAT])
-    np.testing.assert_allclose(
-        np.stack([doc.embedding for doc in docs[:2]]), expected, rtol=1e-4, atol=1e-5
-    )
+        expected = client.encode(["a cat", CAT, CAT, "a cat"])
+    found = np.stack([docs[place].embedding for place in (0, 1, 4, 5)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert "empty document" in docs[2].error
     assert "only data: URIs" in docs[3].error
     assert docs[1].blob == CAT

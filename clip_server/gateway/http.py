@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from clip_client.data_uri import decode_base64, has_scheme, is_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
@@ -318,25 +318,32 @@ def _item(doc: Any) -> pb.Item:
     """An entry of `data` as an item. One that is unfit stays empty, which is an error of
     that item alone."""
     if isinstance(doc, str):
-        return pb.Item(text=doc)
+        return pb.Item(uri=doc) if is_data_uri(doc) else pb.Item(text=doc)
     if not isinstance(doc, Mapping):
         return pb.Item()
-    for field in ("text", "uri"):
-        if isinstance(doc.get(field), str):
-            return pb.Item(**{field: doc[field]})
-    for field in ("blob", "image"):
-        if isinstance(doc.get(field), str):
-            try:
-                return pb.Item(image=base64.b64decode(doc[field], validate=True))
-            except binascii.Error:
-                return pb.Item(uri="data:image/*;base64,not valid")
+    given = [key for key in ("text", "uri", "blob", "image") if isinstance(doc.get(key), str)]
+    # Clients with a fixed set of fields leave empty those that do not apply.
+    filled = [key for key in given if doc[key].strip()]
+    for key in filled or given:
+        return _of_kind(key, doc[key])
     return pb.Item()
+
+
+def _of_kind(key: str, value: str) -> pb.Item:
+    if key == "text":
+        return pb.Item(text=value)
+    if key == "uri" or has_scheme(value):
+        return pb.Item(uri=value)
+    try:
+        return pb.Item(image=decode_base64(value))
+    except ValueError:
+        return pb.Item(uri="data:image/*;base64,!")  # the encoder says what is wrong
 
 
 def _echo(doc: Any, drop_content: bool) -> dict[str, Any]:
     """What of an entry comes back beside its result: never a picture's own bytes twice."""
     if not isinstance(doc, Mapping):
-        return {"text": doc} if isinstance(doc, str) else {}
+        return {"text": doc} if isinstance(doc, str) and not is_data_uri(doc) else {}
     kept = {key: doc[key] for key in ("id", "text", "tags") if key in doc}
     uri = doc.get("uri")
     if isinstance(uri, str) and not drop_content and len(uri) <= 1024:
