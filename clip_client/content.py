@@ -8,7 +8,7 @@ A str is an image where it is a path, URL or `data:` URI, else a text:
     'https://host/cat.jpg'    fetched from there   {'uri': 'https://...'}  the same, of a str
     'data:image/png;base64,'  sent as it is        pathlib.Path            file
     b'...'                    an encoded image     PIL.Image.Image         see images.py
-    ndarray                   uint8 HxW, HxWx1, HxWx3 or HxWx4, as a PIL image
+    ndarray                   uint8 HxW or HxWx1 to HxWx4, or bool HxW, as a PIL image
     docarray Document         what it holds: blob, text, tensor or uri
 
 A dict may have `id` and `tags` too, and other kinds of content that are empty.
@@ -32,7 +32,7 @@ from urllib.request import url2pathname
 import numpy as np
 
 from clip_client import background, images
-from clip_client.data_uri import has_scheme, is_data_uri
+from clip_client.data_uri import decode_base64, has_scheme, is_data_uri
 from clip_client.errors import InvalidInputError
 from clip_client.proto.clip_pb2 import Item
 
@@ -66,14 +66,14 @@ _ALLOWED = (
 )
 # In this order: what is there already goes before what must be fetched.
 _DOCUMENT_FIELDS = {
-    "blob": "image",
+    "blob": "blob",
     "bytes_": "image",
     "text": "text",
     "tensor": "image",
     "uri": "uri",
     "url": "uri",
 }
-_KEYS = {"text": "text", "image": "image", "blob": "image", "tensor": "image", "uri": "uri"}
+_KEYS = {"text": "text", "image": "image", "blob": "blob", "tensor": "image", "uri": "uri"}
 # What a dict may hold beside its content, as over HTTP.
 _OTHER_KEYS = {"id", "tags"}
 
@@ -243,9 +243,22 @@ def _document(document: Any) -> Item | Read:
 def _of_kind(kind: str, value: Any) -> Item | Read:
     if kind == "text":
         return _text(value)
+    if kind == "blob" and isinstance(value, str):
+        return _blob(value)
     if kind == "uri" or isinstance(value, str):
         return _location(value)
     return _picture(value, f"pass {_IMAGES}")
+
+
+def _blob(value: str) -> Item | Read:
+    """The image in base64, as over HTTP, or where a str may say that it is."""
+    if has_scheme(value) or _exists(value.strip()):
+        return _location(value)
+    try:
+        content = decode_base64(value)
+    except ValueError as error:
+        raise InvalidInputError(f"{error}, and the 'blob' names no file") from None
+    return _bounded("the blob", content)
 
 
 def _picture(thing: Any, allowed: str = _ALLOWED) -> Item | Read:
@@ -279,10 +292,13 @@ def _asarray(thing: Any) -> np.ndarray[Any, Any]:
 
 def _array(array: np.ndarray[Any, Any]) -> Read:
     channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+    is_mask = array.dtype == np.bool_ and array.ndim == 2
+    is_image = array.dtype == np.uint8 and array.ndim in (2, 3) and channels in (1, 2, 3, 4)
+    if not is_image and not is_mask:
         raise InvalidInputError(
             f"an array of {array.dtype} and shape {array.shape} is no image: pass uint8 of "
-            "shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels in RGB order"
+            "shape (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4): grey, RGB, each with "
+            "alpha or not; or bool of shape (H, W)"
         )
     if not array.size:
         raise InvalidInputError(f"an array of shape {array.shape} has no pixels")

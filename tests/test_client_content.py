@@ -253,6 +253,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_urls(site: str) -> None:
     assert item(f"{site}/cat.png") == item({"uri": f"{site}/cat"}) == Item(image=png())
+    assert item(f"{site}/a cat.png") == item(f"{site}/cat\n") == Item(image=png())
     assert item(f"{site}/moved.png") == item({"image": f"{site}/cat.png"}) == Item(image=png())
 
 

@@ -151,6 +151,12 @@ def test_blobs_in_json(http: Http, cat: Rows) -> None:
         assert "data:" not in each["error"]
 
 
+def test_blobs_in_dicts(client: Client, cat: Rows) -> None:
+    forms = [CAT, ENCODED, LINES, URL_SAFE, f"data:image/png;base64,{ENCODED}", SAMPLES / "cat.png"]
+    assert np.allclose(client.encode([{"blob": form} for form in forms]), cat, atol=1e-5)
+    assert "not valid base64" in error(client, {"blob": "%%%"})
+
+
 def test_fields_that_are_empty(client: Client, http: Http, cat: Rows) -> None:
     uri = f"data:image/png;base64,{ENCODED}"
     dicts: list[dict[str, Any]] = [
@@ -329,7 +335,7 @@ def test_a_file_and_its_pil_image(client: Client, name: str, file: bytes) -> Non
     least = 0.98 if name == "JPEG, large" else 0.99999
     assert cosine(of_file, client.encode([loaded])[0]) > least
     array = np.asarray(loaded)
-    if loaded.mode in ("L", "RGB", "RGBA"):
+    if loaded.mode in ("1", "L", "LA", "RGB", "RGBA"):
         assert cosine(client.encode([array])[0], of_file) > least
 
 
