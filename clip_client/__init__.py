@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from clip_client.client import Client
 from clip_client.errors import (
     AuthenticationError,
+    ClientClosedError,
     ClipError,
+    ClipWarning,
     ConnectionFailedError,
     DeadlineExceededError,
     InvalidInputError,
@@ -19,8 +21,9 @@ from clip_client.errors import (
     ItemsError,
     OverloadedError,
     ServerError,
+    TruncationWarning,
 )
-from clip_client.results import Batch, Label, Latency, Ranking
+from clip_client.results import Batch, Info, Label, Latency, Ranking
 
 try:
     __version__ = version("clip-server")
@@ -31,9 +34,12 @@ __all__ = [
     "AuthenticationError",
     "Batch",
     "Client",
+    "ClientClosedError",
     "ClipError",
+    "ClipWarning",
     "ConnectionFailedError",
     "DeadlineExceededError",
+    "Info",
     "InvalidInputError",
     "ItemFailure",
     "ItemsError",
@@ -42,4 +48,5 @@ __all__ = [
     "OverloadedError",
     "Ranking",
     "ServerError",
+    "TruncationWarning",
 ]

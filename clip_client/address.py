@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from clip_client.errors import ConnectionFailedError, InvalidInputError
+from clip_client.proxies import through
 
 # The port where none is written.
 SCHEMES = {"grpc": 51000, "grpcs": 443, "http": 80, "https": 443, "ws": 80, "wss": 443}
@@ -58,12 +59,19 @@ class Address:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.target}{self.path}"
 
-    def unreachable(self, reason: object) -> ConnectionFailedError:
+    def unreachable(self, reason: object, proxy: str | None = None) -> ConnectionFailedError:
         """The error for a server that could not be reached, with what to look at."""
         detail = str(reason).strip() or type(reason).__name__
         if isinstance(reason, ConnectionError) and reason.errno:
             detail = os.strerror(reason.errno)
-        return ConnectionFailedError(
-            f"no server answered at {self} ({detail}). Is it running there "
-            f"(python -m clip_server), and does that port speak {self.scheme}://?"
+        advice = (
+            f"Is it running there (python -m clip_server), and does that port speak "
+            f"{self.scheme}://?"
         )
+        if proxy:
+            advice = f"Is that proxy right? NO_PROXY={self.host} goes without it."
+        error = ConnectionFailedError(
+            f"no server answered at {self}{through(proxy)} ({detail}). {advice}"
+        )
+        error.away = True
+        return error

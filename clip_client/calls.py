@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import replace
+from typing import Any, SupportsIndex, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,102 +16,98 @@ from numpy.typing import NDArray
 from clip_client import content
 from clip_client.connection import Connection
 from clip_client.encoding import Encoding, Things, iterate
-from clip_client.errors import InvalidInputError, ItemFailure, ItemsError
+from clip_client.errors import InvalidInputError, ItemFailure, ItemsError, TruncationWarning
 from clip_client.flow import Flow
 from clip_client.gathering import Callback, Gathered, progress
 from clip_client.profiling import latencies, show
 from clip_client.proto import clip_pb2
 from clip_client.ranking import order_matches
-from clip_client.results import Label, Latency, Ranking, cosines, probabilities
+from clip_client.results import Info, Label, Latency, Ranking, cosines, probabilities
+
+T = TypeVar("T")
 
 TIMEOUT = 300.0
 PREFETCH = 8
 # What users of clip-as-service may still pass: another name of a parameter, and one that asks
-# for what is always so, that a picture's content does not come back.
-_OTHER_NAMES = {"batch_size": "minibatch_size"}
-_NEEDLESS = {"drop_image_content"}
+# for what is always so, that an image's content does not come back.
+_PARAMETER_ALIASES = {"batch_size": "minibatch_size"}
+_IGNORED_PARAMETERS = {"drop_image_content"}
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The options of `encode` that do not change what it returns."""
+
+    batch_size: SupportsIndex | None
+    prefetch: SupportsIndex
+    show_progress: bool
+    normalize: bool | None
+    parameters: Mapping[str, Any] | None
+    on_error: Callback | None
+    on_always: Callback | None
+    timeout: float | None
 
 
 def encode(
     server: Connection,
     items: Any,
     *,
-    batch_size: int | None = None,
-    prefetch: int = PREFETCH,
+    on_item_error: str,
+    on_done: Callback | None,
+    batch_size: SupportsIndex | None = None,
+    prefetch: SupportsIndex = PREFETCH,
     show_progress: bool = False,
+    normalize: bool | None = None,
     parameters: Mapping[str, Any] | None = None,
-    on_item_error: str = "raise",
-    on_done: Callback | None = None,
     on_error: Callback | None = None,
     on_always: Callback | None = None,
     timeout: float | None = TIMEOUT,
 ) -> Flow[Any]:
-    """The embeddings of texts and pictures: [N, D] float32, in order.
-
-    items: an iterable of texts, paths, URLs, bytes, PIL images, uint8 arrays, dicts and
-        Documents; clip_client.content says which str is which. A generator is read only as far
-        ahead as is needed, and the async call takes async ones too. Where all items are
-        Documents, `.embedding` is set in each and they are the result.
-    batch_size: items of one request; by default 128 texts or 32 pictures. A request is kept
-        below 3 MB in any case.
-    prefetch: requests under way at once.
-    show_progress: draws a bar on stderr.
-    parameters: `normalize` (bool: vectors of length 1) and `minibatch_size` (int: items the
-        model takes at once).
-    on_item_error: 'raise' raises ItemsError for the items that failed, at the end, with the
-        others' embeddings in it; 'return' returns `(result, failures)`, with NaN in their rows.
-    on_done, on_error, on_always: called in order with a Batch: when it was answered, when it or
-        an item of it failed, and in any case. Errors are raised all the same. With `on_done`,
-        which takes the embeddings, none are kept and the result is None.
-    timeout: seconds that one request may take; None: for ever.
-
-    Raises ItemsError, ServerError, ConnectionFailedError or InvalidInputError; and TypeError for
-    one item where several are meant.
-    """
+    """`Client.encode`."""
     _check_item_error(on_item_error)
     things = iterate(items)
     with progress(show_progress, items) as advance:
         gathered = Gathered(on_done, on_error, on_always, advance)
-        encoding = _encoding(server, gathered, batch_size, prefetch, parameters, timeout)
-        yield from encoding.run(things)
-    embeddings = None
-    if gathered.keeps:
-        embeddings = gathered.embeddings(gathered.dim or (yield from info(server, timeout)).dim)
+        options = _options(parameters or {}, normalize)
+        encoding = _encoding(server, gathered, batch_size, prefetch, options, timeout)
+        try:
+            yield from encoding.run(things)
+            dim = gathered.dim
+            if gathered.keeps and not dim:
+                dim = (yield from info(server, timeout)).dim
+        except Exception as error:
+            if gathered.keeps:
+                # Of an exception of the user's own too, such as a generator's.
+                error.__dict__["embeddings"] = gathered.computed(items)
+            raise
+    embeddings = gathered.embeddings(dim) if gathered.keeps else None
     result: Any = embeddings
     if gathered.keeps and gathered.documents is not None:
         result = gathered.documents if things is items else items
+    _warn(gathered.truncated)
     return _finish(result, gathered.failures, gathered.total, on_item_error, embeddings)
 
 
 def rank(
     server: Connection,
     query: Any,
-    candidates: Iterable[Any] | None = None,
+    candidates: Iterable[Any] | None,
     *,
-    on_item_error: str = "raise",
-    timeout: float | None = TIMEOUT,
+    on_item_error: str,
+    timeout: float | None,
 ) -> Flow[Any]:
-    """The candidates by how well each goes with the query: a list of Ranking, best first.
-
-    query, candidates: items as `encode` takes them, any number of candidates. Without
-        `candidates`, `query` is a list of Documents with candidates in their `.matches`: these
-        are sorted in place, with `clip_score` (the probability) and `clip_score_cosine` in the
-        `.scores` of each match, or in its `.tags` where it has no scores, and returned.
-    on_item_error: 'raise' raises ItemsError for candidates that failed; 'return' returns
-        `(rankings, failures)`. A query that failed raises InvalidInputError in any case.
-    timeout: seconds that one request may take; None: for ever.
-    """
+    """`Client.rank`."""
     _check_item_error(on_item_error)
     documents = _listed(query) if candidates is None else []
     groups = [(document, list(document.matches)) for document in documents]
     if candidates is not None:
         groups = [(query, _listed(candidates))]
-    rankings, failures = yield from _ranked(server, groups, timeout)
+    rankings, failures, truncated = yield from _ranked(server, groups, timeout)
     for document, ranking in zip(documents, rankings, strict=False):
         order_matches(document, ranking)
     result: Any = documents if isinstance(query, Iterator) else query
     if candidates is not None:
         result = rankings[0]
+    _warn(truncated)
     total = sum(len(matches) for _, matches in groups)
     return _finish(result, failures, total, on_item_error)
 
@@ -118,18 +117,11 @@ def classify(
     images: Any,
     labels: Sequence[str],
     *,
-    prompt: str = "a photo of a {}",
-    on_item_error: str = "raise",
-    timeout: float | None = TIMEOUT,
+    prompt: str,
+    on_item_error: str,
+    timeout: float | None,
 ) -> Flow[Any]:
-    """What each image shows: for each a list of Label, one for each of `labels`, best first.
-
-    images: pictures as `encode` takes them; a str is a path, a URL or a `data:` URI.
-    labels: what they may show, at least one; each is put in place of the {} in `prompt`.
-    on_item_error: 'raise' raises ItemsError for images that failed; 'return' returns
-        `(results, failures)`, with None in the place of those.
-    timeout: seconds that one request may take; None: for ever.
-    """
+    """`Client.classify`."""
     _check_item_error(on_item_error)
     if isinstance(labels, str) or not labels:
         raise InvalidInputError("labels is a list of at least one str")
@@ -137,10 +129,12 @@ def classify(
         raise InvalidInputError(f"the prompt {prompt!r} has no {{}} for the label to go")
     pictures = _as_pictures(iterate(images, "classify"))
     prompts = [{"text": prompt.replace("{}", label)} for label in labels]
-    targets, failed, scale = yield from _embedded(server, iter(prompts), timeout)
-    for place, failure in failed.items():
-        raise InvalidInputError(f"label {labels[place]!r}: {failure.message}")
-    queries, failed, _ = yield from _embedded(server, pictures, timeout)
+    targets, gathered, scale = yield from _embedded(server, iter(prompts), timeout)
+    for failure in gathered.failures:
+        raise InvalidInputError(f"label {labels[failure.index]!r}: {failure.message}")
+    truncated = gathered.truncated
+    queries, gathered, _ = yield from _embedded(server, pictures, timeout)
+    failed = {failure.index for failure in gathered.failures}
     cosine = cosines(queries, targets)
     scores = probabilities(cosine, scale)
     results = [
@@ -152,17 +146,12 @@ def classify(
         ]
         for row in range(len(queries))
     ]
-    return _finish(results, list(failed.values()), len(results), on_item_error)
+    _warn(truncated)
+    return _finish(results, gathered.failures, len(results), on_item_error)
 
 
-def profile(
-    server: Connection, text: str = "a text", *, timeout: float | None = TIMEOUT
-) -> Flow[dict[str, Latency]]:
-    """Sends a text, prints where its time went as a tree, and returns the tree's lines.
-
-    Each is `(milliseconds, percent)`, the percentage that of the line it is part of. The first
-    request of a Client also opens the connection, so one goes ahead that is not counted.
-    """
+def profile(server: Connection, text: str, timeout: float | None) -> Flow[dict[str, Latency]]:
+    """`Client.profile`."""
     items = [clip_pb2.Item(text=text)]
     for _ in range(2):
         request = clip_pb2.Request(encode=clip_pb2.EncodeRequest(items=items))
@@ -174,43 +163,62 @@ def profile(
     return lines
 
 
-def info(server: Connection, timeout: float | None = TIMEOUT) -> Flow[clip_pb2.InfoResponse]:
-    """What the server runs: its model, runtime, device, `dim`, `logit_scale` and version."""
+def info(server: Connection, timeout: float | None) -> Flow[Info]:
+    """`Client.info`."""
     response: clip_pb2.Response = yield server.send(_info_request(), timeout)
-    return response.info
+    return Info.of(response.info)
 
 
 def _encoding(
     server: Connection,
     gathered: Gathered,
-    batch_size: int | None = None,
-    prefetch: int = PREFETCH,
-    parameters: Mapping[str, Any] | None = None,
+    batch_size: SupportsIndex | None = None,
+    prefetch: SupportsIndex = PREFETCH,
+    options: clip_pb2.Options | None = None,
     timeout: float | None = TIMEOUT,
 ) -> Encoding:
-    for name, value in (("batch_size", batch_size), ("prefetch", prefetch)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InvalidInputError(f"{name} is a whole number from 1, not {value!r}")
-
     def send(request: clip_pb2.Request) -> Future[clip_pb2.Response]:
         return server.send(request, timeout)
 
-    options = _options(parameters or {})
     return Encoding(
-        send, server.read, gathered, batch_size=batch_size, prefetch=prefetch, options=options
+        send,
+        server.read,
+        gathered,
+        batch_size=None if batch_size is None else _positive("batch_size", batch_size),
+        prefetch=_positive("prefetch", prefetch),
+        options=options or clip_pb2.Options(),
     )
 
 
-def _options(parameters: Mapping[str, Any]) -> clip_pb2.Options:
+def _positive(name: str, value: SupportsIndex) -> int:
+    try:
+        number = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InvalidInputError(f"{name} is a whole number from 1, not {value!r}")
+    return number
+
+
+def _options(parameters: Mapping[str, Any], normalize: bool | None) -> clip_pb2.Options:
     known = clip_pb2.Options.DESCRIPTOR.fields_by_name
     given = {
-        _OTHER_NAMES.get(name, name): value
+        _PARAMETER_ALIASES.get(name, name): value
         for name, value in parameters.items()
-        if name not in _NEEDLESS
+        if name not in _IGNORED_PARAMETERS
     }
+    if normalize is not None:
+        given["normalize"] = normalize
     unknown = [name for name in given if name not in known]
     if unknown:
         raise InvalidInputError(f"no parameter is named {unknown[0]!r}; there are {list(known)}")
+    if not isinstance(given.get("normalize", False), (bool, np.bool_)):
+        raise InvalidInputError(
+            f"the parameter normalize is True or False, not {given['normalize']!r}"
+        )
+    if "minibatch_size" in given:
+        size = given["minibatch_size"]
+        given["minibatch_size"] = size and _positive("the parameter minibatch_size", size)
     try:
         return clip_pb2.Options(**given)
     except (TypeError, ValueError) as error:
@@ -219,29 +227,32 @@ def _options(parameters: Mapping[str, Any]) -> clip_pb2.Options:
 
 def _embedded(
     server: Connection, things: Things, timeout: float | None
-) -> Flow[tuple[NDArray[np.float32], dict[int, ItemFailure], float]]:
-    """The embeddings [N, D] of items, the failures by place, and the model's logit scale."""
+) -> Flow[tuple[NDArray[np.float32], Gathered, float]]:
+    """The embeddings [N, D] of items, what else was gathered, and the model's logit scale."""
     gathered = Gathered(into_documents=False)
     asked = server.send(_info_request(), timeout)
     yield from _encoding(server, gathered, timeout=timeout).run(things)
-    told = (yield asked).info
-    failures = {failure.index: failure for failure in gathered.failures}
-    return gathered.embeddings(told.dim), failures, told.logit_scale
+    model = (yield asked).info
+    return gathered.embeddings(model.dim), gathered, model.logit_scale
 
 
 def _ranked(
     server: Connection, groups: Sequence[tuple[Any, Sequence[Any]]], timeout: float | None
-) -> Flow[tuple[list[list[Ranking]], list[ItemFailure]]]:
-    """The rankings of each query and its candidates, and the candidates that failed.
+) -> Flow[tuple[list[list[Ranking]], list[ItemFailure], int]]:
+    """The rankings of each query and its candidates, the candidates that failed, and texts cut.
 
     The place of a failure counts the candidates of all groups.
     """
     things = [thing for query, candidates in groups for thing in (query, *candidates)]
-    rows, failed, scale = yield from _embedded(server, iter(things), timeout)
+    rows, gathered, scale = yield from _embedded(server, iter(things), timeout)
+    failed = {failure.index: failure for failure in gathered.failures}
     rankings, failures, start = [], [], 0
     for number, (_, candidates) in enumerate(groups):
         if start in failed:
-            raise InvalidInputError(f"the query cannot be encoded: {failed[start].message}")
+            query = failed[start]
+            raise InvalidInputError(
+                f"the query cannot be encoded: {query.message} (the query is {query.item})"
+            )
         places = range(start + 1, start + 1 + len(candidates))
         good = [place for place in places if place not in failed]
         cosine = cosines(rows[[start]], rows[good])
@@ -255,12 +266,10 @@ def _ranked(
             ]
         )
         failures += [
-            ItemFailure(place - number - 1, failed[place].message)
-            for place in places
-            if place in failed
+            replace(failed[place], index=place - number - 1) for place in places if place in failed
         ]
         start = places.stop
-    return rankings, failures
+    return rankings, failures, gathered.truncated
 
 
 def _as_pictures(things: Things) -> Things:
@@ -285,13 +294,19 @@ def _check_item_error(on_item_error: str) -> None:
         raise InvalidInputError(f"on_item_error is 'raise' or 'return', not {on_item_error!r}")
 
 
+def _warn(truncated: int) -> None:
+    if truncated:
+        # Above it are the call, what runs it and the Client's method.
+        warnings.warn(TruncationWarning(truncated), stacklevel=5)
+
+
 def _finish(
-    result: Any,
+    result: T,
     failures: Sequence[ItemFailure],
     total: int,
     on_item_error: str,
     embeddings: NDArray[np.float32] | None = None,
-) -> Any:
+) -> T | tuple[T, list[ItemFailure]]:
     if on_item_error == "return":
         return result, list(failures)
     if failures:

@@ -339,13 +339,17 @@ def _read_file(name: str, advice: str) -> Item:
 def _fetch(url: str, advice: str) -> Item:
     import aiohttp
 
+    from clip_client.proxies import environment_proxy, through
+    from clip_client.sessions import reason
+
+    way = ""
     try:
+        way = through(environment_proxy(url))
         return _bounded(url, background.submit(_download(url, advice)).result())
     except InvalidInputError:
         raise
     except (aiohttp.ClientError, ValueError) as error:
-        reason = str(error) or type(error).__name__
-        raise InvalidInputError(f"{url} cannot be fetched: {reason}{advice}") from None
+        raise InvalidInputError(f"{url} cannot be fetched{way}: {reason(error)}{advice}") from None
 
 
 @lru_cache(maxsize=1)
@@ -354,9 +358,10 @@ def _http(pid: int) -> aiohttp.ClientSession:
     import aiohttp
 
     from clip_client.sessions import open_session
+    from clip_client.tls import Trust
 
     timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=10)
-    session = open_session(timeout)
+    session = open_session(timeout, Trust())
     # At the interpreter's end.
     weakref.finalize(_http, _close, session, pid)
     return session
@@ -370,7 +375,7 @@ def _close(session: aiohttp.ClientSession, pid: int) -> None:
 async def _download(url: str, advice: str) -> bytes:
     from yarl import URL
 
-    from clip_client.sessions import environment_proxy
+    from clip_client.proxies import environment_proxy, through
 
     deadline = time.monotonic() + FETCH_SECONDS
     content = bytearray()
@@ -379,7 +384,8 @@ async def _download(url: str, advice: str) -> bytes:
     proxy = environment_proxy(url)
     async with _http(os.getpid()).get(location, proxy=proxy, max_redirects=20) as reply:
         if not 200 <= reply.status < 300:
-            raise InvalidInputError(f"{url} answered with status {reply.status}{advice}")
+            answered = f"{url}{through(proxy)} answered"
+            raise InvalidInputError(f"{answered} with status {reply.status}{advice}")
         if reply.content_type.startswith("text/"):
             raise InvalidInputError(f"{url} is a web page, not an image{advice}")
         async for chunk in reply.content.iter_any():

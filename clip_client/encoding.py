@@ -15,6 +15,7 @@ from clip_client.envelope import MESSAGE_BYTES
 from clip_client.errors import InvalidInputError, ItemFailure, ServerError
 from clip_client.flow import Flow
 from clip_client.gathering import Gathered
+from clip_client.labels import brief, label
 from clip_client.proto import clip_pb2
 from clip_client.results import Batch
 
@@ -34,6 +35,7 @@ class Pack:
 
     def __init__(self, batch_size: int | None, options: clip_pb2.Options) -> None:
         self.indices: list[int] = []
+        self._names: list[Any] = []
         self.failures: list[ItemFailure] = []
         # Made where it is sent from: to put a message into another one copies it.
         self._request = clip_pb2.Request()
@@ -43,8 +45,11 @@ class Pack:
         self._rows: list[int] = []
         self._bytes = 0
 
-    def add(self, index: int, item: clip_pb2.Item | ItemFailure) -> bool:
-        """Takes an item if there is room; whether there was. An empty pack takes any."""
+    def add(self, index: int, item: clip_pb2.Item | ItemFailure, name: Any) -> bool:
+        """Takes an item if there is room; whether there was. An empty pack takes any.
+
+        name: what `label` makes the item's name of, where it fails.
+        """
         if len(self.indices) >= self._limit:
             return False
         if isinstance(item, ItemFailure):
@@ -59,12 +64,18 @@ class Pack:
             self._request.encode.items.append(item)
             self._bytes += size
         self.indices.append(index)
+        self._names.append(name)
         return True
 
     def take_request(self) -> clip_pb2.Request | None:
         """The request, which is let go, or None where there is nothing to send."""
         request, self._request = self._request, clip_pb2.Request()
         return request if self._rows else None
+
+    def failed(self, error: Exception) -> Batch:
+        """The batch of a request that was not answered."""
+        empty = np.empty((len(self.indices), 0), np.float32)
+        return Batch(self.indices, empty, self.failures, error)
 
     def batch(self, response: clip_pb2.EncodeResponse | None) -> Batch:
         """The answer, each row at its item's place."""
@@ -77,12 +88,13 @@ class Pack:
         else:
             embeddings = np.full((len(self.indices), response.dim), np.nan, np.float32)
             embeddings[self._rows] = rows
-        failures = [
-            ItemFailure(self.indices[self._rows[error.index]], error.message)
-            for error in response.errors
-        ]
+        failures = [self._failure(error) for error in response.errors]
         ordered = sorted(self.failures + failures, key=lambda failure: failure.index)
         return Batch(self.indices, embeddings, ordered)
+
+    def _failure(self, error: clip_pb2.ItemError) -> ItemFailure:
+        row = self._rows[error.index]
+        return ItemFailure(self.indices[row], error.message, label(self._names[row]))
 
 
 class Encoding:
@@ -107,19 +119,20 @@ class Encoding:
         self._batch_size = batch_size
         self._prefetch = prefetch
         self._options = options
-        self._reading: deque[tuple[int, Reading]] = deque()
+        self._reading: deque[tuple[int, Reading, Any]] = deque()
         self._pack = Pack(batch_size, options)
         self._in_flight: deque[tuple[Pack, Future[clip_pb2.Response] | None]] = deque()
         self._file_names = content.FileNames()
 
     def run(self, things: Things) -> Flow[None]:
-        """Encodes all of `things`."""
+        """Encodes all of `things`. What was answered when it ends with an error is kept."""
         index = 0
         try:
             while (thing := (yield from _pull(things))) is not _END:
                 self._gathered.begin(index, thing)
-                if not self._is_packed(index, reading := self._begin(index, thing)):
-                    self._reading.append((index, reading))
+                name = brief(thing)
+                if not self._is_packed(index, reading := self._begin(index, thing), name):
+                    self._reading.append((index, reading, name))
                     yield from self._advance(READ_AHEAD)
                 if self._in_flight and _is_done(self._in_flight[0][1]):
                     yield from self._collect(self._prefetch)
@@ -128,6 +141,9 @@ class Encoding:
             yield from self._dispatch()
             yield from self._collect(0)
             self._file_names.warn()
+        except Exception:
+            self._salvage()
+            raise
         finally:
             self._cancel()
 
@@ -136,27 +152,27 @@ class Encoding:
             begun = content.prepare(thing)
         # Whatever is wrong with one item, even in the code of its own class, is its own error.
         except Exception as error:
-            return _failure(index, error)
+            return _failure(index, error, thing)
         if not isinstance(begun, clip_pb2.Item):
             return self._read(begun)
         if begun.HasField("text"):
             self._file_names.check(thing)
         return begun
 
-    def _is_packed(self, index: int, reading: Reading) -> bool:
+    def _is_packed(self, index: int, reading: Reading, name: Any) -> bool:
         """Packs what is its turn, is read and has room, as nearly every text; whether it was."""
         if self._reading or isinstance(reading, Future):
             return False
-        return self._pack.add(index, reading)
+        return self._pack.add(index, reading, name)
 
     def _advance(self, limit: int) -> Flow[None]:
         """Packs what is read, and waits until at most `limit` are not."""
         while self._reading and (len(self._reading) > limit or _is_ready(self._reading[0][1])):
-            index, reading = self._reading.popleft()
-            item = yield from _settled(index, reading)
-            if not self._pack.add(index, item):
+            index, reading, name = self._reading.popleft()
+            item = yield from _settled(index, reading, name)
+            if not self._pack.add(index, item, name):
                 yield from self._dispatch()
-                self._pack.add(index, item)
+                self._pack.add(index, item, name)
 
     def _dispatch(self) -> Flow[None]:
         """Sends the pack, as soon as fewer than `prefetch` are under way."""
@@ -175,13 +191,22 @@ class Encoding:
                 response = (yield answer).encode if answer else None
                 batch = pack.batch(response)
             except Exception as error:
-                empty = np.empty((len(pack.indices), 0), np.float32)
-                self._gathered.add(Batch(pack.indices, empty, pack.failures, error))
+                self._gathered.add(pack.failed(error))
                 raise
-            self._gathered.add(batch)
+            self._gathered.add(batch, response.truncated if response else 0)
+
+    def _salvage(self) -> None:
+        """Keeps what was answered out of turn when the call ends with an error."""
+        for pack, answer in self._in_flight:
+            try:
+                response = answer.result(0).encode if answer else None
+                batch = pack.batch(response)
+            except Exception as error:
+                batch = pack.failed(error)
+            self._gathered.keep(batch)
 
     def _cancel(self) -> None:
-        for _, reading in self._reading:
+        for _, reading, _ in self._reading:
             if isinstance(reading, Future):
                 reading.cancel()
         for _, answer in self._in_flight:
@@ -214,20 +239,20 @@ def _pull(things: Things) -> Flow[Any]:
         return _END
 
 
-def _settled(index: int, reading: Reading) -> Flow[clip_pb2.Item | ItemFailure]:
+def _settled(index: int, reading: Reading, name: Any) -> Flow[clip_pb2.Item | ItemFailure]:
     if not isinstance(reading, Future):
         return reading
     try:
         item: clip_pb2.Item = yield reading
         return item
     except Exception as error:
-        return _failure(index, error)
+        return _failure(index, error, name)
 
 
-def _failure(index: int, error: Exception) -> ItemFailure:
+def _failure(index: int, error: Exception, name: Any) -> ItemFailure:
     if isinstance(error, InvalidInputError):
-        return ItemFailure(index, str(error))
-    return ItemFailure(index, f"{type(error).__name__}: {error}")
+        return ItemFailure(index, str(error), label(name))
+    return ItemFailure(index, f"{type(error).__name__}: {error}", label(name))
 
 
 def _is_ready(reading: Reading) -> bool:

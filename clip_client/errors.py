@@ -7,13 +7,17 @@ ClipError
 │   ├── AuthenticationError
 │   ├── OverloadedError              the server is full: try again later
 │   └── DeadlineExceededError
-└── ConnectionFailedError (ConnectionError)  no server answered, or the connection broke
+├── ConnectionFailedError (ConnectionError)  no server answered, or the connection broke
+└── ClientClosedError (RuntimeError)  the Client was closed
+
+ClipWarning (UserWarning)            nothing failed, but the result may not be what was meant
+└── TruncationWarning                texts were longer than the model reads
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +26,14 @@ if TYPE_CHECKING:
 
 
 class ClipError(Exception):
-    """The root of the tree."""
+    """The root of the tree.
+
+    `.embeddings`, where the error ended an `encode` that returns embeddings: those computed until
+    then, [N, D] float32 in the order of the items, NaN in the rows that were not computed ([N, 0]
+    where none was). Else None.
+    """
+
+    embeddings: NDArray[np.float32] | None = None
 
 
 class InvalidInputError(ClipError, ValueError):
@@ -31,13 +42,16 @@ class InvalidInputError(ClipError, ValueError):
 
 @dataclass(frozen=True)
 class ItemFailure:
-    """One item that has no embedding: its place in the input and why."""
+    """One item that has no embedding: its place in the input, why, and which it is."""
 
     index: int
     message: str
+    # The path, the URL, the text, or what kind of image; long ones shortened.
+    item: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"item {self.index}: {self.message}"
+        named = not self.item or self.item in self.message
+        return f"item {self.index}: {self.message}{'' if named else f' ({self.item})'}"
 
 
 class ItemsError(ClipError):
@@ -97,6 +111,35 @@ class DeadlineExceededError(ServerError):
 
 class ConnectionFailedError(ClipError, ConnectionError):
     """No server answered at the address, or the connection broke."""
+
+    # Whether trying again may help: no connection was made, or one that had worked broke.
+    away = False
+    broke = False
+
+
+class ClientClosedError(ClipError, RuntimeError):
+    """The Client was closed, before the call or during it."""
+
+    def __init__(self, message: str = "this Client is closed") -> None:
+        super().__init__(message)
+
+
+class ClipWarning(UserWarning):
+    """The root of the client's warnings: nothing failed."""
+
+
+class TruncationWarning(ClipWarning):
+    """Texts were longer than the model's context length. `.count` is how many."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(
+            f"{count:,} {'text was' if count == 1 else 'texts were'} cut: longer than the model's "
+            "context length (`client.info().context_length` tokens)"
+        )
+        self.count = count
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.count,)
 
 
 _BY_CODE: dict[str, type[ServerError]] = {

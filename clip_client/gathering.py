@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,8 +47,9 @@ class Rows:
             self._array[self._count : total] = rows if rows.shape[1] else np.nan
         self._count = total
 
-    def take(self, dim: int) -> NDArray[np.float32]:
-        """All of them, [N, D], which are let go."""
+    def take(self, dim: int, count: int = 0) -> NDArray[np.float32]:
+        """All of them, [N, D], which are let go; NaN in rows to make them at least `count`."""
+        self.add(np.empty((max(count - self._count, 0), 0), np.float32))
         self._make_room(self._count, dim)
         array, self._array = self._array, np.empty((0, 0), np.float32)
         array.resize(self._count, dim, refcheck=False)
@@ -77,6 +79,8 @@ class Gathered:
     ) -> None:
         self.failures: list[ItemFailure] = []
         self.total = 0
+        # Texts that were cut at the model's context length.
+        self.truncated = 0
         self.keeps = on_done is None
         self._on_done = on_done
         self._on_error = on_error
@@ -91,14 +95,20 @@ class Gathered:
         if self._into_documents and content.is_document(thing):
             self._documents[index] = thing
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, truncated: int = 0) -> None:
+        """Takes the next batch, and calls back."""
+        self.truncated += truncated
+        self.keep(batch)
+        self._call_back(batch)
+        self._advance(len(batch.indices))
+
+    def keep(self, batch: Batch) -> None:
+        """Takes the next batch."""
         self.total += len(batch.indices)
         self.failures.extend(batch.errors)
         if self.keeps:
             self._rows.add(batch.embeddings)
         self._embed_documents(batch)
-        self._call_back(batch)
-        self._advance(len(batch.indices))
 
     @property
     def dim(self) -> int:
@@ -114,24 +124,49 @@ class Gathered:
         """[N, D] float32."""
         return self._rows.take(dim)
 
+    def computed(self, items: Any) -> NDArray[np.float32]:
+        """[N, D] float32, NaN in the rows of items that are not computed; D is 0 if none is."""
+        return self._rows.take(self._rows.dim, len(items) if hasattr(items, "__len__") else 0)
+
     def _call_back(self, batch: Batch) -> None:
-        called = [
-            self._on_done if batch.exception is None else None,
-            self._on_error if batch.exception or batch.errors else None,
-            self._on_always,
-        ]
+        if self._on_done and (done := _embedded(batch)) is not None:
+            self._on_done(done)
+        called = [self._on_error if batch.exception or batch.errors else None, self._on_always]
         if any(called):  # they may write to what they get, and not to a message
             batch = replace(batch, embeddings=batch.embeddings.copy())
         for callback in filter(None, called):
             callback(batch)
 
     def _embed_documents(self, batch: Batch) -> None:
-        failed = {failure.index for failure in batch.errors}
+        failed = {failure.index: failure.message for failure in batch.errors}
         for row, index in enumerate(batch.indices if self._documents else ()):
             if index in self._documents and index not in failed and batch.exception is None:
                 self._documents[index].embedding = batch.embeddings[row].copy()
+            if index in self._documents and batch.exception is None:
+                _note_failure(self._documents[index], failed.get(index))
             if not self.keeps:
                 self._documents.pop(index, None)
+
+
+def _note_failure(document: Any, message: str | None) -> None:
+    """Writes into a Document why it has no embedding, where it has room: `.error` or `.tags`."""
+    if hasattr(document, "error"):
+        document.error = message
+    elif isinstance(tags := getattr(document, "tags", None), MutableMapping):
+        if message is None:
+            tags.pop("clip_error", None)
+        else:
+            tags["clip_error"] = message
+
+
+def _embedded(batch: Batch) -> Batch | None:
+    """The items of a batch that have an embedding, in a copy; None where there are none."""
+    failed = {failure.index for failure in batch.errors}
+    rows = [row for row, index in enumerate(batch.indices) if index not in failed]
+    if batch.exception is not None or not rows:
+        return None
+    indices = [batch.indices[row] for row in rows]
+    return replace(batch, indices=indices, embeddings=batch.embeddings[rows])
 
 
 @contextmanager
@@ -149,16 +184,19 @@ def progress(shown: bool, items: Any) -> Iterator[Advance]:
         parts.MofNCompleteColumn(),
         parts.TextColumn("{task.fields[rate]}"),
         parts.TimeElapsedColumn(),
+        parts.TextColumn("elapsed,"),
         parts.TimeRemainingColumn(),
+        parts.TextColumn("left"),
     )
     # A console of its own: one console draws one bar, and threads may each have theirs.
     with parts.Progress(*columns, console=Console(stderr=True)) as bar:
         total = len(items) if hasattr(items, "__len__") else None
         task = bar.add_task("", total=total, rate="")
+        started = time.monotonic()
 
         def advance(count: int) -> None:
             bar.advance(task, count)
-            speed = bar.tasks[0].speed or 0
-            bar.update(task, rate=f"{speed:.0f} items/s")
+            rate = bar.tasks[0].completed / max(time.monotonic() - started, 1e-3)
+            bar.update(task, rate=f"{rate:,.{0 if rate >= 10 else 2}f} items/s,")
 
         yield advance

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_client.errors import ItemFailure
+from clip_client.proto.clip_pb2 import InfoResponse
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a callback of `encode` gets: one request's items, answered or failed."""
+    """What a callback of `encode` gets: the items of one request, answered or failed.
+
+    `on_done` gets those that have an embedding; `on_error` and `on_always` get all.
+    """
 
     # The items' places in the input.
     indices: Sequence[int]
@@ -46,6 +50,35 @@ class Label:
     # softmax(logit_scale * cosine) over the labels.
     probability: float
     cosine: float
+
+
+@dataclass(frozen=True)
+class Info:
+    """The server's model and limits. `dataclasses.asdict` makes a dict of it, for JSON."""
+
+    model: str
+    # `onnx`, `torch` or `tensorrt`, where and in which precision.
+    runtime: str
+    device: str
+    dtype: str
+    # D, the length of an embedding.
+    dim: int
+    # Pixels of an image's side, and tokens of a text, as the model takes them.
+    image_size: int
+    context_length: int
+    # What cosines are multiplied by before the softmax.
+    logit_scale: float
+    # Of the server.
+    version: str
+    # The most the server takes: bytes of an item, bytes of a request, items of a request.
+    max_item_bytes: int
+    max_request_bytes: int
+    max_request_items: int
+
+    @classmethod
+    def of(cls, response: InfoResponse) -> Info:
+        """The same, from the server's answer."""
+        return cls(**{field.name: getattr(response, field.name) for field in fields(cls)})
 
 
 class Latency(NamedTuple):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Mapping
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from clip_client.errors import InvalidInputError
+from clip_client.tls import Trust
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -34,33 +32,26 @@ class _Connector(aiohttp.TCPConnector):
 
 
 def open_session(
-    timeout: aiohttp.ClientTimeout, headers: Mapping[str, str] | None = None
+    timeout: aiohttp.ClientTimeout, trust: Trust, headers: Mapping[str, str] | None = None
 ) -> aiohttp.ClientSession:
-    """A session of the running event loop, with any number of connections.
-
-    TLS goes by the system's certificates, or those in the file that SSL_CERT_FILE names.
-    """
-    connector = _Connector(ssl.create_default_context())
+    """A session of the running event loop, with any number of connections."""
+    connector = _Connector(trust.context())
     return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
 
 
-def environment_proxy(url: str) -> str | None:
-    """The proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY name for a URL, if any.
-
-    aiohttp would look for it anew at each request, in a thread, and pass over ALL_PROXY. Raises
-    InvalidInputError for a proxy of another kind, such as SOCKS.
-    """
-    parts = urlsplit(url)
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.netloc):
-        return None
-    scheme, separator, _ = proxy.partition("://")
-    if not separator:
-        return f"http://{proxy}"
-    if scheme.lower() not in ("http", "https"):
-        raise InvalidInputError(
-            f"{url} is to be reached through a {scheme} proxy, which is not spoken here: "
-            "set HTTP_PROXY, or NO_PROXY"
-        )
-    return proxy
+def reason(error: BaseException) -> str:
+    """What to say of an error: aiohttp's own words hold the proxy's password, or half an answer."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{error.status} {' '.join(error.message.split())}"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return str(error.certificate_error)
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name {error.host} is not known"
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return "no connection was made in time"
+    cause = getattr(error, "os_error", None) or error
+    if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+        return os.strerror(cause.errno)
+    if isinstance(error, (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)):
+        return str(error.__cause__ or "the server disconnected without an answer")
+    return str(error) or type(error).__name__

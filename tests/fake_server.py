@@ -56,6 +56,8 @@ class FakeServer:
         self.credential: str | None = None
         # Answers with this error: (code name, message).
         self.error: tuple[str, str] | None = None
+        # Texts of each answer that it says it has cut.
+        self.truncated = 0
         # Breaks the connection instead of answering, so many times.
         self.drops = 0
         # Set while requests may be answered.
@@ -100,7 +102,9 @@ class FakeServer:
             return clip_pb2.Response(id=request.id, info=told)
         with self._lock:
             self.requests.append(request.encode)
-        return clip_pb2.Response(id=request.id, encode=_encoded(request.encode))
+        encoded = _encoded(request.encode)
+        encoded.truncated = self.truncated
+        return clip_pb2.Response(id=request.id, encode=encoded)
 
     def _context(self) -> ssl.SSLContext | None:
         if not self._tls:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clip_client.address import Address
+    from clip_client.tls import Trust
     from clip_client.transports.base import Transport
 
 _MODULES = {
@@ -20,11 +21,11 @@ _MODULES = {
 }
 
 
-def opener(scheme: str) -> Callable[[Address, dict[str, str]], Transport]:
-    """What makes the transport for an address with this scheme, and headers to send along.
+def opener(scheme: str) -> Callable[[Address, dict[str, str], Trust], Transport]:
+    """What makes the transport for an address with this scheme: headers to send along, and trust.
 
     The transport is made on the event loop it lives on. It connects at its first request.
     """
     module = import_module(f"clip_client.transports.{_MODULES[scheme]}")
-    open_transport: Callable[[Address, dict[str, str]], Transport] = module.open_transport
+    open_transport: Callable[[Address, dict[str, str], Trust], Transport] = module.open_transport
     return open_transport

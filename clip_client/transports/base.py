@@ -9,6 +9,7 @@ from typing import Protocol
 
 from clip_client.errors import ClipError, ConnectionFailedError, server_error
 from clip_client.proto import clip_pb2
+from clip_client.proxies import through
 
 CONNECT_SECONDS = 10.0
 
@@ -41,14 +42,18 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
-class ConnectionLostError(ConnectionFailedError):
-    """A connection that had worked broke before the answer: sending once more is worth it."""
+def broken(error: ConnectionFailedError) -> ConnectionFailedError:
+    """The error for a connection that had worked: sending once more is worth it at once."""
+    error.broke = True
+    return error
 
 
-def status_error(where: str, status: int, body: bytes) -> ClipError:
+def status_error(where: str, status: int, body: bytes, proxy: str | None = None) -> ClipError:
     """The error for an HTTP status whose body is not one of our own errors."""
     detail = body[:200].decode("utf-8", "replace").strip()
     if status == 404:
         detail = f"is this the address of a CLIP server? {detail}"
     code = _STATUS_CODES.get(status, "UNKNOWN")
-    return server_error(code, f"{where} answered with status {status}: {detail}".rstrip(": "))
+    return server_error(
+        code, f"{where}{through(proxy)} answered with status {status}: {detail}".rstrip(": ")
+    )

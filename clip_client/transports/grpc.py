@@ -6,28 +6,38 @@ come inside it, so a status is always about the connection.
 
 from __future__ import annotations
 
+import asyncio
 import os
-import ssl
-from pathlib import Path
+
+# The library logs to stderr what its errors say as well, and remarks on forks.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 import grpc.aio
 
 from clip_client.address import Address
-from clip_client.errors import ClipError, ConnectionFailedError, server_error
+from clip_client.errors import (
+    ClipError,
+    ConnectionFailedError,
+    InvalidInputError,
+    server_error,
+)
 from clip_client.proto import clip_pb2
-from clip_client.transports.base import CONNECT_SECONDS, ConnectionLostError
+from clip_client.proxies import environment_proxy
+from clip_client.tls import Trust, server_certificate
+from clip_client.transports.base import CONNECT_SECONDS, broken
 from clip_client.transports.multiplex import Multiplexer
 
 _STREAM, _INFO = "/clip.v1.Clip/Stream", "/clip.v1.Clip/Info"
 # The process that uses gRPC.
 _process: int | None = None
-_OPTIONS = [
+_OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # Else channels of one process share a broken connection and its growing back-off.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+_TRUST = Trust()
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNAUTHENTICATED,
@@ -37,20 +47,32 @@ _CODES = {
 }
 
 
-def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
+def open_transport(address: Address, headers: dict[str, str], trust: Trust = _TRUST) -> Multiplexer:
     """The transport for `grpc://` and `grpcs://`."""
+    proxy = environment_proxy(str(address))
+    if proxy and not proxy.startswith("http://"):
+        raise InvalidInputError(f"{address}: gRPC supports proxies at http:// only")
 
     async def open_link() -> _StreamLink:
         _refuse_after_fork()
-        return _StreamLink(address, headers)
+        return _StreamLink(address, headers, proxy, await _open_channel(address, proxy, trust))
 
     return Multiplexer(open_link)
 
 
-def _credentials() -> grpc.ChannelCredentials:
-    """With the roots that https and wss use, SSL_CERT_FILE included, not gRPC's own."""
-    roots = ssl.get_default_verify_paths().cafile
-    return grpc.ssl_channel_credentials(Path(roots).read_bytes() if roots else None)
+async def _open_channel(address: Address, proxy: str | None, trust: Trust) -> grpc.aio.Channel:
+    options = [*_OPTIONS, ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0)]
+    if not address.secure:
+        return grpc.aio.insecure_channel(address.target, options)
+    # The roots that https and wss use, not gRPC's own.
+    roots = trust.roots() if trust.verify else None
+    if not trust.verify:
+        try:
+            roots, name = await asyncio.to_thread(server_certificate, address)
+        except OSError as error:
+            raise address.unreachable(f"its certificate could not be fetched: {error}") from None
+        options.append(("grpc.ssl_target_name_override", name))
+    return grpc.aio.secure_channel(address.target, grpc.ssl_channel_credentials(roots), options)
 
 
 def _refuse_after_fork() -> None:
@@ -65,13 +87,16 @@ def _refuse_after_fork() -> None:
 
 
 class _StreamLink:
-    def __init__(self, address: Address, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        address: Address,
+        headers: dict[str, str],
+        proxy: str | None,
+        channel: grpc.aio.Channel,
+    ) -> None:
         self._address = address
-        self._channel = (
-            grpc.aio.secure_channel(address.target, _credentials(), _OPTIONS)
-            if address.secure
-            else grpc.aio.insecure_channel(address.target, _OPTIONS)
-        )
+        self._proxy = proxy
+        self._channel = channel
         self._metadata = tuple(headers.items())
         stream: grpc.aio.StreamStreamMultiCallable[bytes, clip_pb2.Responses] = (
             self._channel.stream_stream(
@@ -91,7 +116,7 @@ class _StreamLink:
             raise (await self._hidden_error() if hidden else self._error(error)) from None
         if isinstance(responses, clip_pb2.Responses):
             return responses
-        raise self._address.unreachable("the server ended the stream")
+        raise broken(self._address.unreachable("the server ended the stream", self._proxy))
 
     async def close(self) -> None:
         self._call.cancel()
@@ -111,7 +136,7 @@ class _StreamLink:
             await info(clip_pb2.InfoRequest(), metadata=self._metadata, timeout=CONNECT_SECONDS)
         except grpc.aio.AioRpcError as error:
             return self._error(error)
-        return ConnectionLostError(str(self._address.unreachable("the stream broke")))
+        return broken(self._address.unreachable("the stream broke", self._proxy))
 
     def _error(self, error: grpc.aio.AioRpcError) -> ClipError:
         code, details = error.code(), error.details() or ""
@@ -119,4 +144,8 @@ class _StreamLink:
             return server_error(code.name, details)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return server_error(code.name, f"{self._address} is no CLIP server: {details}")
-        return self._address.unreachable(details)
+        # The last of a chain of reasons: the rest of it is how gRPC got there.
+        reason = details.rpartition("Failed to connect to remote host: ")[2]
+        reason = reason.removeprefix("connect: ")
+        failure = self._address.unreachable(reason, self._proxy)
+        return failure if "failed to connect" in details.lower() else broken(failure)

@@ -5,37 +5,40 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 from contextlib import AbstractAsyncContextManager
 
 import aiohttp
 from google.protobuf.message import DecodeError
 
 from clip_client.address import Address
-from clip_client.errors import ConnectionFailedError, server_error
+from clip_client.errors import ClientClosedError, server_error
 from clip_client.proto import clip_pb2
-from clip_client.sessions import environment_proxy, open_session
-from clip_client.transports.base import CONNECT_SECONDS, ConnectionLostError, status_error
+from clip_client.proxies import environment_proxy
+from clip_client.sessions import open_session, reason
+from clip_client.tls import Trust
+from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
 
 _PROTOBUF = "application/x-protobuf"
 # Requests, and so connections, at once.
 _AT_ONCE = 32
 
 
-def open_transport(address: Address, headers: dict[str, str]) -> HttpTransport:
+def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> HttpTransport:
     """The transport for `http://` and `https://`."""
-    return HttpTransport(address, headers)
+    return HttpTransport(address, headers, trust)
 
 
 class HttpTransport:
     """One HTTP request for each request."""
 
-    def __init__(self, address: Address, headers: dict[str, str]) -> None:
+    def __init__(self, address: Address, headers: dict[str, str], trust: Trust) -> None:
         self._address = address
         self._proxy = environment_proxy(str(address))
         self._http = open_session(
             # The whole exchange has its own deadline, above the transports.
             aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS),
+            # Without TLS a wrong SSL_CERT_FILE is none of this connection's business.
+            trust if address.secure or self._proxy else Trust(verify=False),
             {**headers, "accept": _PROTOBUF, "content-type": _PROTOBUF},
         )
         self._free = asyncio.Semaphore(_AT_ONCE)
@@ -46,14 +49,14 @@ class HttpTransport:
         try:
             async with self._free:
                 if self._http.closed:
-                    raise ConnectionFailedError("the client was closed")
+                    raise ClientClosedError
                 async with self._ask(kind, request) as reply:
                     return self._read(kind, reply, await reply.read())
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise self._address.unreachable(error.__cause__ or error) from None
+            raise self._address.unreachable(reason(error), self._proxy) from None
         except aiohttp.ClientError as error:
-            reason = f"the connection broke: {_reason(error)}"
-            raise ConnectionLostError(str(self._address.unreachable(reason))) from None
+            detail = f"the connection broke: {reason(error)}"
+            raise broken(self._address.unreachable(detail, self._proxy)) from None
 
     async def close(self) -> None:
         await self._http.close()
@@ -85,15 +88,4 @@ class HttpTransport:
             error = json.loads(content)["error"]
             raise server_error(str(error["code"]), str(error["message"]))
         except (ValueError, KeyError, TypeError):
-            raise status_error(str(reply.url), reply.status, content) from None
-
-
-def _reason(error: aiohttp.ClientError) -> str:
-    """What to say of an error: aiohttp's own words hold the proxy's password, or half an answer."""
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"{error.status} {' '.join(error.message.split())}"
-    if isinstance(error, aiohttp.ClientOSError) and error.errno:
-        return os.strerror(error.errno)
-    if isinstance(error, (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)):
-        return "the server disconnected without an answer"
-    return str(error) or type(error).__name__
+            raise status_error(str(reply.url), reply.status, content, self._proxy) from None

@@ -13,9 +13,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 from clip_client.envelope import enveloped
-from clip_client.errors import ClipError, ConnectionFailedError, server_error
+from clip_client.errors import ClientClosedError, ClipError, server_error
 from clip_client.proto import clip_pb2
-from clip_client.transports.base import ConnectionLostError
 
 
 class Link(Protocol):
@@ -35,16 +34,20 @@ class Multiplexer:
 
     def __init__(self, open_link: Callable[[], Awaitable[Link]]) -> None:
         self._open_link = open_link
+        self._closed = False
         self._opening = asyncio.Lock()
         self._connection: _Connection | None = None
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
         async with self._opening:
+            if self._closed:
+                raise ClientClosedError
             if self._connection is None or self._connection.broken:
                 self._connection = _Connection(await self._open_link())
         return await self._connection.exchange(request)
 
     async def close(self) -> None:
+        self._closed = True
         if self._connection is not None:
             await self._connection.close()
 
@@ -53,7 +56,6 @@ class _Connection:
     def __init__(self, link: Link) -> None:
         self.broken = False
         self._link = link
-        self._answered = False
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[clip_pb2.Response]] = {}
         self._outbox: asyncio.Queue[clip_pb2.Request] = asyncio.Queue()
@@ -96,15 +98,13 @@ class _Connection:
             request = self._outbox.get_nowait()
 
     async def _read(self) -> None:
-        failure: ClipError = ConnectionFailedError("the client was closed")
+        failure: ClipError = ClientClosedError()
         try:
             while True:
                 for response in (await self._link.read()).responses:
                     self._deliver(response)
         except ClipError as error:
             failure = error
-            if self._answered and isinstance(error, ConnectionFailedError):
-                failure = ConnectionLostError(str(error))
         finally:
             self._break(failure)
             await self._link.close()
@@ -114,7 +114,6 @@ class _Connection:
             # It names no request, so it is about the connection.
             code = clip_pb2.Error.Code.Name(response.error.code)
             raise server_error(code, response.error.message)
-        self._answered = True
         answer = self._pending.pop(response.id, None)
         # No one waits for the answer to a request that was given up.
         if answer is not None and not answer.done():

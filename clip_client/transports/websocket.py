@@ -9,12 +9,15 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from clip_client.address import Address
 from clip_client.errors import server_error
 from clip_client.proto import clip_pb2
-from clip_client.transports.base import CONNECT_SECONDS, status_error
+from clip_client.proxies import environment_proxy
+from clip_client.tls import Trust
+from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
 from clip_client.transports.multiplex import Multiplexer
 
 
-def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
+def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> Multiplexer:
     """The transport for `ws://` and `wss://`."""
+    proxy = environment_proxy(str(address))
 
     async def open_link() -> _SocketLink:
         try:
@@ -22,6 +25,8 @@ def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
                 f"{address}/" if not address.path else str(address),
                 additional_headers=headers,
                 max_size=None,
+                ssl=trust.context() if address.secure else None,
+                proxy=proxy,
                 # Pictures and vectors do not compress.
                 compression=None,
                 open_timeout=CONNECT_SECONDS,
@@ -30,17 +35,18 @@ def open_transport(address: Address, headers: dict[str, str]) -> Multiplexer:
             )
         except InvalidStatus as error:
             status, body = error.response.status_code, bytes(error.response.body or b"")
-            raise status_error(str(address), status, body) from None
+            raise status_error(str(address), status, body, proxy) from None
         except (OSError, TimeoutError, InvalidHandshake) as error:
-            raise address.unreachable(error) from None
-        return _SocketLink(address, socket)
+            raise address.unreachable(error, proxy) from None
+        return _SocketLink(address, socket, proxy)
 
     return Multiplexer(open_link)
 
 
 class _SocketLink:
-    def __init__(self, address: Address, socket: ClientConnection) -> None:
+    def __init__(self, address: Address, socket: ClientConnection, proxy: str | None) -> None:
         self._address = address
+        self._proxy = proxy
         self._socket = socket
 
     async def write(self, requests: bytes) -> None:
@@ -50,7 +56,8 @@ class _SocketLink:
         try:
             frame = await self._socket.recv()
         except ConnectionClosed as error:
-            raise self._address.unreachable(f"the connection broke: {error}") from None
+            reason = f"the connection broke: {error}"
+            raise broken(self._address.unreachable(reason, self._proxy)) from None
         try:
             if isinstance(frame, bytes):
                 return clip_pb2.Responses.FromString(frame)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clip_client.address import Address
-from clip_client.errors import ConnectionFailedError, ServerError
+from clip_client.errors import ClientClosedError, ConnectionFailedError, ServerError
 from clip_client.proto import clip_pb2 as pb
 from clip_client.transports.grpc import open_transport
 from clip_server.errors import ConfigurationError, RequestError
@@ -110,7 +110,7 @@ class Encoder:
             request = pb.Request(metrics=pb.MetricsRequest())
             try:
                 response = await asyncio.wait_for(replica.transport.send(request), 1.0)
-            except (ConnectionFailedError, ServerError, asyncio.TimeoutError):
+            except (ClientClosedError, ConnectionFailedError, ServerError, asyncio.TimeoutError):
                 continue
             found[replica.address.target] = dict(response.metrics.values)
         return found
@@ -133,7 +133,7 @@ class Encoder:
             try:
                 sent = replica.transport.send(request)
                 return await (asyncio.wait_for(sent, self._timeout) if self._timeout else sent)
-            except ConnectionFailedError:
+            except (ClientClosedError, ConnectionFailedError):
                 continue  # it is gone: the next one may serve
             except ServerError as error:
                 log.error("a call to the encoder failed: %s", error)
