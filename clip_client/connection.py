@@ -122,6 +122,9 @@ class Connection:
                 patience = timeout if self._has_answered else self._first_patience(timeout)
                 waited = time.monotonic() - started
                 too_late = patience is not None and waited + pause > patience
+                if too_late and isinstance(failure, ConnectionFailedError) and failure.away:
+                    option = "timeout" if self._has_answered else "connect_timeout"
+                    failure.args = (f"{failure} Tried for {waited:.1f} s (`{option}`).",)
                 if too_late or not _is_passing(failure) or self._is_too_much(sends):
                     raise failure from None
                 self._note_absence(failure, patience)

@@ -480,7 +480,8 @@ def test_no_server(scheme: str) -> None:
         Client(f"{scheme}://127.0.0.1:1", connect_timeout=0.2) as client,
         pytest.raises(
             ConnectionFailedError,
-            match=rf"no server answered at {scheme}://127.0.0.1:1 \(.+\).*python -m clip_server",
+            match=rf"no server answered at {scheme}://127.0.0.1:1 \(Connection refused\)"
+            r".*python -m clip_server.* Tried for [\d.]+ s \(`connect_timeout`\)\.",
         ),
     ):
         client.encode(["a"])

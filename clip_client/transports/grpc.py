@@ -146,6 +146,6 @@ class _StreamLink:
             return server_error(code.name, f"{self._address} is no CLIP server: {details}")
         # The last of a chain of reasons: the rest of it is how gRPC got there.
         reason = details.rpartition("Failed to connect to remote host: ")[2]
-        reason = reason.removeprefix("connect: ")
+        reason = reason.removeprefix("connect: ").removesuffix(" (111)")
         failure = self._address.unreachable(reason, self._proxy)
         return failure if "failed to connect" in details.lower() else broken(failure)
