@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from clip_server.cache import Cache
 from clip_server.errors import ItemError, RequestError
+from clip_server.models import tokenizer_files
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.queues import Entry, Job, Queue, TextQueue, Turns, by_size
@@ -129,7 +130,7 @@ class Engine:
         self.metrics = Metrics()
         self._minibatch_size = minibatch_size
         self._max_queued_items = max_queued_items
-        self._tokenizer = tokenizer_for(self.card.text)
+        self._tokenizer = tokenizer_for(tokenizer_files.located(self.card.text))
         self._transform = transform or ImageTransform(self.card.image)
         self.cache = Cache(cache_bytes)
         self._workers = num_worker_preprocess

@@ -109,7 +109,8 @@ def run(
     program = (
         "import sys\n"
         "from clip_server.errors import WeightsError\n"
-        "from clip_server.models import zoo\n"
+        "from clip_server.models import tokenizer_files, zoo\n"
+        "from clip_server.models.tokenizer import tokenizer_for\n"
         "from clip_server.runtimes.base import load_checkpoint\n"
         "from clip_server.runtimes.onnx import OnnxRuntime\n"
         f"try: print({expression})\n"
@@ -227,6 +228,17 @@ def test_a_tokenizer_comes_with_its_model(hub: Hub, tmp_path: Path) -> None:
     path = fetch("ViT-B-16-SigLIP::webli", tmp_path, hub.url, HF_HUB_OFFLINE="1")
     assert Path(path).read_bytes() == CHECKPOINT
     assert hub.requests == []
+
+
+def test_a_tokenizer_of_the_hubs_is_loaded_from_the_cache(hub: Hub, tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "cat": 1, "</s>": 2}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    hub.files[f"{SIGLIP}/{FILE}"] = json.dumps({"version": "1.0", "model": model}).encode()
+    loaded = "tokenizer_for(tokenizer_files.located(zoo.resolve(sys.argv[1]).text))"
+    expression = f"[(t.encode('cat').tolist(), t.spec.pad_id) for t in [{loaded}]]"
+    for offline in ("0", "1"):
+        done = run(expression, "ViT-B-16-SigLIP::webli", tmp_path, hub.url, HF_HUB_OFFLINE=offline)
+        assert done.stdout.strip() == "[([1], 2)]"
 
 
 def test_a_tokenizer_that_the_hub_lacks_is_an_error(hub: Hub, tmp_path: Path) -> None:

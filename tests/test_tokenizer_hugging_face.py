@@ -174,3 +174,8 @@ def test_a_folder_without_a_whole_tokenizer(
 def test_clips_own_vocabulary_has_one_clean_up() -> None:
     with pytest.raises(ConfigurationError, match="cleans as 'lower', not 'whitespace'"):
         tokenizer_for(TextSpec(clean="whitespace"))
+
+
+def test_a_vocabulary_that_we_lack_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="'klingon' is not one of clip, chinese-bert"):
+        tokenizer_for(TextSpec(vocabulary="klingon"))  # type: ignore[arg-type]

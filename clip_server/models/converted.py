@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
-from clip_server.models import tokenizer
+from clip_server.models import tokenizer, tokenizer_files
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
@@ -89,7 +89,7 @@ def refuse(folder: str | Path) -> None:
 
 def write(folder: Path, card: ModelCard, precision: str) -> None:
     """Writes `card.json`, and beside it the tokenizer's files where the card names one."""
-    for file in tokenizer.files(card.text):
+    for file in tokenizer_files.files(card.text):
         _copy(file, folder / file.name)
     described = {"precision": precision, **asdict(card)}
     Path(folder, CARD).write_text(json.dumps(described, indent=2) + "\n", "utf-8")

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib import resources
@@ -20,8 +19,7 @@ from tokenizers import Encoding, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from clip_server.errors import ConfigurationError, WeightsError
-from clip_server.model_card import TextSpec
-from clip_server.models import weights
+from clip_server.model_card import TextSpec, Vocabulary
 from clip_server.models.cleaning import cleaned, is_plain
 from clip_server.models.tokens import Tokenizer, Tokens
 from clip_server.models.wordpiece import WordPieceTokenizer
@@ -51,39 +49,18 @@ _SHORT = 2**12
 def tokenizer_for(spec: TextSpec) -> Tokenizer:
     """The tokenizer that a model was trained with.
 
+    spec: its `tokenizer`, if any, is a folder: whoever loads a model has its files fetched.
+
     Raises:
-        WeightsError: its files are neither here nor on the hub, or they are damaged.
-        ConfigurationError: the model asks for a clean-up that its tokenizer lacks.
+        WeightsError: the files are not in the folder, or they are damaged.
+        ConfigurationError: the model asks for a vocabulary or a clean-up that we lack.
     """
     if spec.tokenizer is not None:
         return HuggingFaceTokenizer(spec)
-    return WordPieceTokenizer(spec) if spec.vocabulary == "chinese-bert" else ClipTokenizer(spec)
-
-
-def fetch(spec: TextSpec) -> None:
-    """Downloads what `tokenizer_for` needs, unless it is here.
-
-    Raises:
-        WeightsError: it is neither here nor on the hub, or the hub cannot be reached.
-    """
-    source = spec.tokenizer
-    if source is None or Path(source).is_dir() or weights.in_cache(source, FILE):
-        return
-    with suppress(WeightsError):  # not every tokenizer has one
-        weights.fetch(source, CONFIG)
-    weights.fetch(source, FILE)
-
-
-def files(spec: TextSpec) -> list[Path]:
-    """The files that `fetch` made sure of; none where the vocabulary comes with the package.
-
-    Raises:
-        WeightsError: as `fetch`.
-    """
-    if spec.tokenizer is None:
-        return []
-    config = _config_file(spec.tokenizer)
-    return [_file(spec.tokenizer), *([config] if config else [])]
+    if spec.vocabulary not in _BUNDLED:
+        known = ", ".join(_BUNDLED)
+        raise ConfigurationError(f"vocabulary {spec.vocabulary!r} is not one of {known}")
+    return _BUNDLED[spec.vocabulary](spec)
 
 
 class ClipTokenizer(Tokenizer):
@@ -186,8 +163,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, spec: TextSpec) -> None:
         if spec.tokenizer is None:
             raise ConfigurationError("the model names no tokenizer of Hugging Face's")
-        config = _config(spec.tokenizer)
-        self._encoder = _hugging_face_encoder(_file(spec.tokenizer))
+        folder = Path(spec.tokenizer)
+        config = _config(folder / CONFIG)
+        self._encoder = _hugging_face_encoder(folder / FILE)
         self._encoder.enable_truncation(spec.context_length)
         self._encoder.no_padding()
         pad_id = self._id_of(config.get("pad_token"))
@@ -232,38 +210,30 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _hugging_face_encoder(file: Path) -> RustTokenizer:
+    if not file.is_file():
+        raise WeightsError(f"no {file.name} in {file.parent}")
     try:
         return RustTokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more precise
         raise WeightsError(f"{file} is damaged, or not a tokenizer ({error})") from error
 
 
-def _file(source: str) -> Path:
-    """The `tokenizer.json` of a folder or a hub repository."""
-    if not Path(source).is_dir():
-        return weights.fetch(source, FILE)
-    file = Path(source) / FILE
+def _config(file: Path) -> dict[str, Any]:
+    """The configuration of a tokenizer; empty if there is none."""
     if not file.is_file():
-        raise WeightsError(f"no {FILE} in {source}")
-    return file
-
-
-def _config_file(source: str) -> Path | None:
-    folder = Path(source)
-    file = folder / CONFIG if folder.is_dir() else weights.in_cache(source, CONFIG)
-    return file if file and file.is_file() else None
-
-
-def _config(source: str) -> dict[str, Any]:
-    """What stands beside a tokenizer; empty where nothing does."""
-    file = _config_file(source)
-    if file is None:
         return {}
     try:
         config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise WeightsError(f"{file} is not JSON: {error}") from error
     return config
+
+
+# The tokenizers whose vocabularies come with the package.
+_BUNDLED: dict[Vocabulary, Callable[[TextSpec], Tokenizer]] = {
+    "clip": ClipTokenizer,
+    "chinese-bert": WordPieceTokenizer,
+}
 
 
 def pad(rows: Sequence[NDArray[np.int32]], spec: TextSpec) -> NDArray[np.int32]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
-from clip_server.models import converted, hugging_face, tokenizer, weights
+from clip_server.models import converted, hugging_face, tokenizer, tokenizer_files, weights
 from clip_server.towers import registry
 
 EMBEDDED = "emoji-small::embedded"
@@ -80,7 +80,7 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     file = weights.find(card, path)
     if card.image_of is not None:
         checkpoint(card.image_of)
-    tokenizer.fetch(card.text)
+    tokenizer_files.fetch(card.text)
     tower = registry.text_tower(card.config)
     if tower.hub is not None and not Path(tower.hub).is_dir():
         weights.fetch(tower.hub, hugging_face.CONFIG)

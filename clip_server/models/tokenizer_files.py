@@ -1,0 +1,51 @@
+"""Where a Hugging Face tokenizer's files are: in a folder, in the hub's cache or on the hub."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from clip_server.errors import WeightsError
+from clip_server.model_card import TextSpec
+from clip_server.models import weights
+from clip_server.models.tokenizer import CONFIG, FILE
+
+
+def fetch(spec: TextSpec) -> None:
+    """Downloads the files of a tokenizer, unless they are here.
+
+    Raises:
+        WeightsError: they are neither here nor on the hub, or the hub cannot be reached.
+    """
+    source = spec.tokenizer
+    if source is None or Path(source).is_dir() or weights.in_cache(source, FILE):
+        return
+    with suppress(WeightsError):  # not every tokenizer has one
+        weights.fetch(source, CONFIG)
+    weights.fetch(source, FILE)
+
+
+def located(spec: TextSpec) -> TextSpec:
+    """The spec with its tokenizer's folder on this machine in place of a hub repository.
+
+    Raises:
+        WeightsError: as `fetch`.
+    """
+    if spec.tokenizer is None or Path(spec.tokenizer).is_dir():
+        return spec
+    fetch(spec)
+    # The cache keeps the files of one revision in one folder.
+    return replace(spec, tokenizer=str(weights.fetch(spec.tokenizer, FILE).parent))
+
+
+def files(spec: TextSpec) -> list[Path]:
+    """The files of a tokenizer; none where the vocabulary comes with the package.
+
+    Raises:
+        WeightsError: as `fetch`.
+    """
+    folder = located(spec).tokenizer
+    if folder is None:
+        return []
+    return [Path(folder, FILE), *(path for path in [Path(folder, CONFIG)] if path.is_file())]
