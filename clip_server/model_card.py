@@ -1,4 +1,4 @@
-"""What preprocessing and batching need to know of a model, as plain data."""
+"""A model as preprocessing and batching see it, as plain data."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any, Literal, get_args
 
 ResizeMode = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
-# Where the centre begins when an odd number of pixels is left over: to the nearest even one, as
-# open_clip crops, or to the one before, as transformers does.
+# Where the centre crop begins when an odd number of pixels is left over: the half rounded to even,
+# as open_clip crops, or rounded down, as transformers does.
 Crop = Literal["round", "floor"]
 # How a batch of texts may be cut to its longest:
 #   causal  pooled at the end token, so trailing padding cannot change the result;
 #   masked  padding is masked out in attention;
 #   fixed   the tower needs every position, never trim.
 Trim = Literal["causal", "masked", "fixed"]
-# A vocabulary that comes with the package, and the tokenizer that goes with it.
+# A vocabulary bundled with the package, and its tokenizer.
 Vocabulary = Literal["clip", "chinese-bert"]
-# What is done to a text before its tokens are looked up, in open_clip's words: `lower` and
-# `whitespace` mend it and make every gap one space; `canonicalize` removes punctuation too.
+# How a text is cleaned before tokenization, in open_clip's terms: `lower` and `whitespace` repair
+# its encoding and collapse whitespace; `canonicalize` removes punctuation too.
 Clean = Literal["lower", "whitespace", "canonicalize", "none"]
-# What graphs can be built in, and a model converted into.
+# The precisions of graphs and converted models.
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How a picture becomes pixels.
+    """How an image becomes pixels.
 
     size: side of the square the tower takes, in pixels.
     mean, std: per channel (RGB), of pixel values scaled to 0..1.
@@ -47,9 +47,9 @@ class ImageSpec:
 class TextSpec:
     """How a text becomes tokens.
 
-    tokenizer: None for a vocabulary that comes with the package; else where a Hugging Face
-        `tokenizer.json` is, a repository of the hub or a folder.
-    vocabulary: which, where `tokenizer` is None.
+    tokenizer: where a Hugging Face `tokenizer.json` is, a repository of the hub or a folder; None
+        for a bundled vocabulary.
+    vocabulary: the bundled one.
     vocab_size: entries of the vocabulary that the model knows; with CLIP's own, fewer than its
         49,408 keep the first merges.
     strip_separator: a Hugging Face tokenizer's separator becomes id 0, as CLIPA was trained.
@@ -76,9 +76,9 @@ class ModelCard:
         `text_cfg`, `quick_gelu`), from which graphs and torch modules are built.
     hub: the hub repository that holds the weights, if any.
     hub_file: their file there, where it is not one of open_clip's usual names.
-    image_of: the model whose image tower and logit scale go with a checkpoint that has a text
-        tower alone, as M-CLIP's: a name, or the path of a checkpoint.
-    licence: of the weights, for people to read; empty where it is not known.
+    image_of: the model that the image tower and logit scale come from, if a checkpoint has only a
+        text tower, as M-CLIP's: a name, or the path of a checkpoint.
+    licence: of the weights, for people to read; empty if unknown.
     """
 
     name: str

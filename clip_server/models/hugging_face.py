@@ -19,20 +19,20 @@ Family = TypeVar("Family", bound=Tower)
 CONFIG = "config.json"
 # How images are prepared: in a file of its own, or in that of the whole processor.
 _PREPROCESSING, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
-# Where a tokenizer is that has no `tokenizer.json`.
+# The files of a tokenizer that has no `tokenizer.json`.
 _MERGES, _WORD_PIECES = "merges.txt", "vocab.txt"
-# M-CLIP's, which does not say enough of its towers: its name does.
+# M-CLIP's `config.json` does not describe its towers; its name does.
 _TEXT_ALONE = "M-CLIP"
 # Pillow's numbers of the filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 def configuration(folder: Path) -> dict[str, Any] | None:
-    """`model_cfg` and `preprocess_cfg`, as an `open_clip_config.json` has them, of a folder with
-    a `config.json`; None where there is none, or it is M-CLIP's.
+    """Reads the `config.json` of a folder: `model_cfg` and `preprocess_cfg`, in the form of an
+    `open_clip_config.json`; None if there is no such file, or it is M-CLIP's.
 
     Raises:
-        ConfigurationError: it is of another kind of model, or asks for what we do not do.
+        ConfigurationError: it is of another kind of model, or asks for something unsupported.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -87,7 +87,7 @@ def _towers(
 
 
 def _tower(config: Mapping[str, Any], part: str, family: type[Tower]) -> dict[str, Any]:
-    """A tower's configuration, complete; in older files the second place overrides the first."""
+    """A tower's configuration, with defaults; in older files the second key overrides the first."""
     said = {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
     defaults = family.saved.defaults if family.saved else {}
     return {**defaults, **{key: value for key, value in said.items() if value is not None}}
@@ -112,7 +112,7 @@ def _tokenizer(folder: Path, vocabulary: Vocabulary, size: int) -> dict[str, Any
 
 
 def _has_clips_merges(folder: Path, size: int) -> bool:
-    """Whether a tokenizer is CLIP's own, as it is where no file tells otherwise."""
+    """Whether a folder's tokenizer is CLIP's own, which is the default if it has none."""
     if (file := folder / tokenizer.FILE).is_file():
         merges = _read(file).get("model", {}).get("merges", [])
     elif (file := folder / _MERGES).is_file():
@@ -124,7 +124,7 @@ def _has_clips_merges(folder: Path, size: int) -> bool:
 
 
 def _has_chinese_berts_vocabulary(folder: Path, size: int) -> bool:
-    """Whether a tokenizer is Chinese BERT's, as it is where no file tells otherwise."""
+    """Whether a folder's tokenizer is Chinese BERT's, which is the default if it has none."""
     del size  # the vocabulary has one size
     if (file := folder / tokenizer.FILE).is_file():
         found = _read(file).get("model", {}).get("vocab", {})
@@ -138,7 +138,7 @@ def _has_chinese_berts_vocabulary(folder: Path, size: int) -> bool:
 
 
 def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
-    """squash: what is done where no file tells otherwise."""
+    """`preprocess_cfg`. squash: whether images are squashed if no file says otherwise."""
     said = _said_of_images(folder)
     sides = said.get("size", {"height": size} if squash else {"shortest_edge": size})
     squash = isinstance(sides, Mapping) and "shortest_edge" not in sides
@@ -161,7 +161,7 @@ def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
 
 
 def _side(size: Any) -> int | None:
-    """Of a square, as the different releases wrote it; None where it is none."""
+    """The side of a square, however a release wrote it; None if it is not a square."""
     sides = set(size.values()) if isinstance(size, Mapping) else {size}
     side: int | None = sides.pop() if len(sides) == 1 else None
     return side

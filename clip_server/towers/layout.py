@@ -1,4 +1,4 @@
-"""Which positions of its batch a transformer computes, and how their rows lie."""
+"""The positions of a batch that a transformer computes, and the order of their rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _as_they_are(rows: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """N rows, for the L positions of each of B items. All but attention is computed on rows.
+    """N rows for the L positions of each of B items. Everything except attention works on rows.
 
     length: L, int64 [1].
     pool: rows [N, W] to those that become the embeddings, [B, W].
@@ -56,18 +56,18 @@ def of_first_positions(graph: GraphBuilder, length: int) -> Layout:
 
 
 def of_texts(graph: GraphBuilder) -> TextLayout:
-    """Texts of `tokens` [B, L] in a causal tower: no position that cannot count, none twice.
+    """Texts of `tokens` [B, L] in a causal tower: every position that matters, computed once.
 
-    Left out are a text's padding, and what a text begins alike with the one before it: a causal
-    tower makes the same of it. So the start token is computed once for the whole batch. Any
-    order of the texts gives the same vectors; sorted ones share the most.
+    Left out are padding, and the beginning that a text shares with the one before it, for which a
+    causal tower computes the same states. So the start token is computed once for the whole batch.
+    Any order of the texts gives the same embeddings; sorted texts share the most.
     """
     op, flat = graph.op, graph.integers(-1)
     batch, length = _shape(graph)
     ends, end = _ends(graph)
 
-    # Counted position by position, a place that is left out comes right after the row that it
-    # shares, which is the row of the same position in a text further up.
+    # Counted position by position, a position that is left out comes right after the row that it
+    # shares, which is that of the same position in an earlier text.
     computed = op("And", _begins_otherwise(graph), _is_text(graph, length, ends), name="computed")
     computed = op("Transpose", computed, name="computed.by_position", perm=[1, 0])
     computed = op("Reshape", computed, flat, name="computed.flat")
@@ -97,10 +97,10 @@ def of_texts(graph: GraphBuilder) -> TextLayout:
 
 
 def of_padded_texts(graph: GraphBuilder) -> TextLayout:
-    """Texts of `tokens` [B, L] in a causal tower: every position, padding too.
+    """Texts of `tokens` [B, L] in a causal tower: every position, padding included.
 
-    More is computed than in `of_texts`, but no shape depends on what the texts are, which
-    compilers for GPUs ask for.
+    More is computed than in `of_texts`, but no shape depends on the content of the texts, as
+    compilers for GPUs require.
     """
     op, flat = graph.op, graph.integers(-1)
     batch, length = _shape(graph)
@@ -123,13 +123,13 @@ def _shape(graph: GraphBuilder) -> tuple[str, str]:
 
 
 def _ends(graph: GraphBuilder) -> tuple[str, str]:
-    """Where each text's end token is, [B, 1] and [B]: it has the largest id of the vocabulary."""
+    """The position of each text's end token, [B, 1] and [B]: it has the largest id."""
     ends = graph.op("ArgMax", "tokens", name="ends", axis=1, keepdims=1)
     return ends, graph.op("Squeeze", ends, graph.integers(1), name="ends.flat")
 
 
 def _end_places(graph: GraphBuilder, batch: str, length: str, ends: str) -> str:
-    """Where the end tokens, of `ends` [B], are among the B * L positions: [B]."""
+    """The index of each end token, at `ends` [B], among the B * L positions: [B]."""
     starts = graph.op("Mul", _range(graph, batch, "text"), length, name="text.start")
     return graph.op("Add", starts, ends, name="end.place")
 
@@ -139,8 +139,8 @@ def _gathering(graph: GraphBuilder, places: str, kind: str) -> Callable[[str], s
 
 
 def _begins_otherwise(graph: GraphBuilder) -> str:
-    """Whether a text, up to and with a position, differs from the text before it: [B, L]."""
-    shift = graph.integers(1, 0, -1, 0)  # a row more in front, a row less at the end
+    """Whether a text, up to and including a position, differs from the one before it: [B, L]."""
+    shift = graph.integers(1, 0, -1, 0)  # one row more at the front, one less at the end
     no_token = graph.constant("no_token", np.array(_NO_TOKEN, dtype=np.int32))
     before = graph.op("Pad", "tokens", shift, no_token, name="tokens.before")
     same = graph.op("Equal", "tokens", before, name="tokens.same")

@@ -1,4 +1,4 @@
-"""ONNX models in files, however large: protobuf allows no message of 2 GiB or more."""
+"""ONNX models of any size in files; protobuf limits a message to 2 GiB."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 import onnx
 from onnx import helper
 
-# Of the weights, in bytes. The nodes of a tower need less than what this leaves.
+# Bytes of weights in one message. The nodes of a tower fit into the rest.
 LARGEST = 2_000_000_000
 
 
 def fits(model: onnx.ModelProto) -> bool:
-    """Whether a model can be one message, as a file of its own or as bytes."""
+    """Whether a model fits into one message, in a single file or in memory."""
     # Asking the message itself would serialize it.
     return weight_bytes(model) <= LARGEST
 
@@ -31,9 +31,9 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a model; the weights of one that does not fit go into `PATH.data` beside it.
+    """Writes a model; if it does not fit into one message, its weights go into `PATH.data`.
 
-    The weights are then taken out of `model`, which would need as much memory again.
+    The weights are then removed from `model`: a copy would need as much memory again.
     """
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)  # onnx would append to it
@@ -43,11 +43,11 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 @contextmanager
 def packed(model: onnx.ModelProto) -> Iterator[Path | bytes]:
-    """A model as libraries take it: in memory, or where it is too large for that, in a file that
-    is there for as long as the context."""
+    """A model as libraries accept it: as bytes, or if it is too large, as a temporary file that
+    exists as long as the context."""
     if fits(model):
         message = model.SerializeToString()
-        del model  # or its weights would be in memory twice
+        del model  # its weights would be in memory twice
         yield message
         return
     with TemporaryDirectory(prefix="clip-server-") as folder:
@@ -57,7 +57,7 @@ def packed(model: onnx.ModelProto) -> Iterator[Path | bytes]:
 
 
 def digest(model: onnx.ModelProto) -> str:
-    """A hash of all that a model computes, its weights included."""
+    """A hash of everything a model computes, its weights included."""
     graph = model.graph
     parts = [*model.opset_import, *graph.node, *graph.input, *graph.output, *graph.initializer]
     found = blake2b(digest_size=16)

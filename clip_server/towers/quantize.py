@@ -4,13 +4,13 @@
     W  -> int8, and a scale for each column                    once
     x W = (integers of x - ROW_ZERO) by (integers of W), times both scales
 
-A row has a scale of its own, so that a vector does not depend on the others of its batch, and
-an outlier coarsens no row but its own.
+Each row has its own scale, so that an embedding does not depend on the rest of its batch, and an
+outlier costs precision in its own row only.
 
-Nothing can saturate, so that every processor gives the same integers. x86 without VNNI multiplies
+Nothing can saturate, so every processor gives the same integers. x86 without VNNI multiplies
 bytes with VPMADDUBSW, which adds two neighbouring products in 16 bits. They fit if neighbouring
-weights of one sign add up to no more than 128. The usual remedy is weights of seven bits; here
-each column has the finest scale that keeps to the rule, which is half a bit better.
+weights of one sign add up to no more than 128. The usual remedy is seven-bit weights; here each
+column has the finest scale that satisfies the rule, which is half a bit better.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 # The largest integer of a weight, and of a row about its zero.
 LARGEST = 127
 ROW_ZERO = 128
-# Taken for the largest value of a row or a column of zeros, by which nothing can be divided.
+# Stands in for the largest value of a row or column of zeros, to avoid a division by zero.
 SMALLEST = 1e-30
 # 255 times 128 still fits into 16 signed bits; rounding may add a half to each of the two.
 _LARGEST_PAIR = 128 - 2 * 0.5
 
 
 def quantized(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix [I, O] as integers, and the scale [O] that takes each column back."""
+    """A matrix [I, O] as integers, and the scale [O] by which each column is restored."""
     largest = np.abs(matrix).max(axis=0) / LARGEST
     pairs = _largest_pairs(matrix) / _LARGEST_PAIR
     scale = np.maximum(np.maximum(largest, pairs), SMALLEST).astype(np.float32)
