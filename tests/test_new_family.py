@@ -13,7 +13,7 @@ from cn_clip_reference import drawn
 from conftest import ROOT, Start, flow, needs_torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from toy_family import PROJECTION, TABLE, BagOfWords
+from toy_family import COLOUR, PROJECTION, TABLE, BagOfWords, MeanColour
 
 from clip_client import Client
 from clip_server.model_card import TextSpec
@@ -94,3 +94,15 @@ def test_every_runtime_and_precision(checkpoint: Path, monkeypatch: pytest.Monke
         for length in (longest, 20):
             found = loaded.encode_text(tokens[:, :length])
             assert seeded.relative(found, vectors) < tolerance
+
+
+def test_a_new_family_of_image_towers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "IMAGE_FAMILIES", (*registry.IMAGE_FAMILIES, MeanColour))
+    config = seeded.SMALL_VIT | {"vision_cfg": {"mean_colour": True, "image_size": 64}}
+    tensors = drawn(registry.tensor_shapes(config))
+    save_file(tensors, tmp_path / weights.CHECKPOINT)
+    seeded.describe(tmp_path, config)
+    runtime = OnnxRuntime.load("mine", model_path=tmp_path, device="cpu")
+    pixels, image = seeded.random_pixels(config, 3), runtime.card.image
+    colours = (pixels.mean(axis=(2, 3)) / 255 - image.mean) / image.std
+    assert seeded.relative(runtime.encode_image(pixels), colours @ tensors[COLOUR]) < 1e-4

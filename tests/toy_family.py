@@ -1,4 +1,4 @@
-"""A family of text towers as someone would add it: the mean of a text's tokens, projected."""
+"""Families as someone would add them: the mean of a text's tokens, and of an image's pixels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_server.towers.tower import Config, Shapes, Target, TextTower
+from clip_server.model_card import ImageSpec
+from clip_server.towers.pixels import normalised
+from clip_server.towers.tower import Config, ImageTower, Shapes, Target, TextTower
 
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
-TABLE, PROJECTION = "words.weight", "words.projection"
+TABLE, PROJECTION, COLOUR = "words.weight", "words.projection", "visual.colour"
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,23 @@ class BagOfWords(TextTower):
         total = graph.op("Reshape", total, graph.integers(-1, self.width), name="total.flat")
         count = graph.op("ReduceSum", present, graph.integers(1), name="count", keepdims=1)
         return graph.projection(graph.op("Div", total, count, name="mean"), PROJECTION)
+
+
+@dataclass(frozen=True)
+class MeanColour(ImageTower):
+    """`mean_colour` in `vision_cfg` is true."""
+
+    keys = frozenset({"mean_colour", "image_size"})
+
+    @classmethod
+    def from_config(cls, config: Config) -> MeanColour | None:
+        return cls() if config["vision_cfg"].get("mean_colour") else None
+
+    def shapes(self, dim: int) -> Shapes:
+        return {COLOUR: (3, dim)}
+
+    def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
+        del target
+        pixels, sides = normalised(graph, image), graph.integers(2, 3)
+        mean = graph.op("ReduceMean", pixels, sides, name="mean", keepdims=0)
+        return graph.projection(mean, COLOUR)
