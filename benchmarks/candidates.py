@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.model_card import Precision
 from clip_server.models import converted
 from clip_server.runtimes import tensorrt_engines
-from clip_server.runtimes.base import Halving, Runtime, load_checkpoint
 from clip_server.runtimes.cuda import Gpu
+from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime, _Tower
+from clip_server.runtimes.protocol import Runtime
 from clip_server.runtimes.tensorrt import EngineTower, TensorrtRuntime
 from clip_server.runtimes.torch import TorchRuntime, towers
 from clip_server.towers import graph, onnx_file
@@ -88,8 +90,8 @@ def _pinned(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     class Pinned(TorchRuntime):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self._visual = Halving(partial(run, visual), torch.cuda.OutOfMemoryError)
-            self._textual = Halving(partial(run, textual), torch.cuda.OutOfMemoryError)
+            self._visual = partial(run, visual)
+            self._textual = partial(run, textual)
 
     return Pinned(card, visual, textual, device, precision)
 
@@ -98,7 +100,7 @@ def _padded_texts(checkpoint: Path, precision: Precision, device: str) -> Runtim
     """The graph that computes padding too, with which nothing waits for the shapes of texts."""
     card, tensors = load_checkpoint("", checkpoint)
     with tempfile.TemporaryDirectory() as place:
-        folder, files = Path(place), converted.FILES["onnx"]
+        folder, files = Path(place), runtimes.find("onnx").file_names
         visual = graph.build_visual(card.config, tensors, card.image, precision=precision)
         textual = graph.build_textual(card.config, tensors, precision=precision, target="tensorrt")
         onnx_file.save(visual, folder / files["image"])
@@ -134,9 +136,9 @@ def _io_binding(checkpoint: Path, precision: Precision, device: str) -> Runtime:
             binding.bind_output(self._session.get_outputs()[0].name, *place)
             return binding, source
 
-    runtime = OnnxRuntime.load("", model_path=checkpoint, device=device, dtype=precision)
+    runtime = OnnxRuntime.load("", model_path=checkpoint, device=device, precision=precision)
     towers = BoundTower(runtime._visual), BoundTower(runtime._textual)
-    return OnnxRuntime(runtime.card, *towers, runtime.device, runtime.dtype)
+    return OnnxRuntime(runtime.card, *towers, runtime.device, runtime.precision)
 
 
 def _cuda_graphs(checkpoint: Path, precision: Precision, device: str) -> Runtime:
@@ -154,4 +156,4 @@ def _cuda_graphs(checkpoint: Path, precision: Precision, device: str) -> Runtime
         def _tower(gpu: Gpu, plan: bytes, origin: str) -> EngineTower:
             return GraphedTower(gpu, plan, origin)
 
-    return GraphedRuntime.load("", model_path=checkpoint, device=device, dtype=precision)
+    return GraphedRuntime.load("", model_path=checkpoint, device=device, precision=precision)

@@ -6,7 +6,6 @@ Each computes embeddings of ready batches, and of texts and JPEG files as people
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
@@ -17,19 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.engine import Engine, Item
-from clip_server.runtimes.base import Runtime, load_checkpoint, normalized
-from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.runtimes.tensorrt import TensorrtRuntime
-from clip_server.runtimes.torch import TorchRuntime
+from clip_server.runtimes import RUNTIMES, load_runtime
+from clip_server.runtimes.loading import load_checkpoint, normalized
+from clip_server.runtimes.protocol import Runtime
 
 # Both sides' defaults.
 MINIBATCH, WORKERS = 32, 4
 PEER = "clip-as-service"
-RUNTIMES: dict[str, Callable[..., Runtime]] = {
-    "torch": TorchRuntime.load,
-    "onnx": OnnxRuntime.load,
-    "tensorrt": TensorrtRuntime.load,
-}
 
 
 class Contestant(Protocol):
@@ -131,25 +124,24 @@ class AsClipAsService:
 def named(device: str) -> dict[str, Callable[[Path], Contestant]]:
     """Every contestant of a device, by name; each is made of a checkpoint's folder."""
     halves = not device.startswith("cpu")
-    dtypes = {
-        "torch": ["fp32", "fp16", "bf16"],
-        "onnx": ["fp32", "fp16"],
-        "tensorrt": ["fp32", "fp16"],
-    }
-    if not halves:
-        dtypes = {"torch": ["fp32"], "onnx": ["fp32"]}
-    pairs = itertools.chain.from_iterable(
-        ((runtime, dtype) for dtype in names) for runtime, names in dtypes.items()
-    )
+    place = "CUDA" if halves else "CPU"
+    pairs = [
+        (spec.name, precision)
+        for spec in RUNTIMES
+        if place in spec.devices
+        for precision in (spec.precisions if halves else ("fp32",))
+        if precision != "int8"
+    ]
 
-    def ours(runtime: str, dtype: str) -> Callable[[Path], Contestant]:
-        load = RUNTIMES[runtime]
-        return lambda checkpoint: Ours(load("", model_path=checkpoint, device=device, dtype=dtype))
+    def ours(runtime: str, precision: str) -> Callable[[Path], Contestant]:
+        return lambda checkpoint: Ours(
+            load_runtime(runtime, "", model_path=checkpoint, device=device, precision=precision)
+        )
 
     def peer(checkpoint: Path) -> Contestant:
         return AsClipAsService("fp16" if halves else "fp32", device, checkpoint)
 
-    return {f"{runtime} {dtype}": ours(runtime, dtype) for runtime, dtype in pairs} | {PEER: peer}
+    return {" ".join(pair): ours(*pair) for pair in pairs} | {PEER: peer}
 
 
 def candidate(make: Callable[[Path], Runtime]) -> Callable[[Path], Contestant]:

@@ -26,7 +26,7 @@ from clip_server import reporting
 from clip_server.convert.parity import Parity, samples
 from clip_server.errors import ConfigurationError
 from clip_server.models.tokenizer import pad, tokenizer_for
-from clip_server.runtimes.base import load_checkpoint
+from clip_server.runtimes.loading import load_checkpoint
 
 # The source of truth for vectors, and the cosine that each precision has to reach with it.
 SOURCE = "torch fp32"

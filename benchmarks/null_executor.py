@@ -13,9 +13,8 @@ from clip_server.models import zoo
 class NullRuntime:
     """Zeros, at once; see `Runtime` for the methods."""
 
-    name, device, dtype = "null", "cpu", "fp32"
+    name, device, precision = "null", "cpu", "fp32"
     concurrent, overlaps = True, False
-    halved_batches = 0
 
     def __init__(self, name: str) -> None:
         self.card = zoo.resolve(name)

@@ -19,8 +19,8 @@ from typing import Any
 
 from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
-from clip_server.install import runtimes_hint
 from clip_server.process import bypass_proxies, share_heaps, tolerate_closed_output
+from clip_server.runtimes import install_options
 from clip_server.start_failures import StartFailures
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _warn(str(error))
         return 1
     except ModuleNotFoundError as error:
-        _warn(f"the server needs the package {error.name}: {runtimes_hint()}")
+        _warn(f"the server needs the package {error.name}: {install_options()}")
         return 1
     except KeyboardInterrupt:
         return 130

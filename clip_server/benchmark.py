@@ -22,7 +22,7 @@ from clip_server.errors import ClipServerError, ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import zoo
 from clip_server.process import tolerate_closed_output
-from clip_server.runtimes.base import Runtime
+from clip_server.runtimes.protocol import Runtime
 
 # Calls that are not timed: the first ones allocate, and choose kernels for the shape.
 _WARM_UP = 3
@@ -55,7 +55,7 @@ class Result:
 
     model: str
     runtime: str
-    dtype: str
+    precision: str
     device: str
     case: Case
     milliseconds: NDArray[np.float64]
@@ -160,9 +160,10 @@ def _measure(
 
 def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
     """Times every case on a runtime, and prints each result as it is there."""
-    print(f"{runtime.card.name} on {runtime.name} {runtime.dtype} ({runtime.device})", flush=True)
+    kind = f"{runtime.name} {runtime.precision}"
+    print(f"{runtime.card.name} on {kind} ({runtime.device})", flush=True)
     cases = list(_cases(runtime.card, options))
-    with reporting.progress(f"{runtime.name} {runtime.dtype}", len(cases)) as advance:
+    with reporting.progress(kind, len(cases)) as advance:
         tokens = 0
         for case in cases:
             if case.tokens != tokens:
@@ -171,7 +172,12 @@ def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
             encode = runtime.encode_text if case.tokens else runtime.encode_image
             milliseconds = _timed(encode, case.batch(runtime.card), options.repeat)
             result = Result(
-                runtime.card.name, runtime.name, runtime.dtype, runtime.device, case, milliseconds
+                runtime.card.name,
+                runtime.name,
+                runtime.precision,
+                runtime.device,
+                case,
+                milliseconds,
             )
             print(result.line(), flush=True)
             yield result
@@ -210,7 +216,7 @@ def _print_table(results: list[Result]) -> None:
         for unit in ("ms", "/s"):
             if f"{what} {unit}" not in columns:
                 columns.append(f"{what} {unit}")
-        key = (each.runtime, each.dtype, each.device, str(each.case.batch_size))
+        key = (each.runtime, each.precision, each.device, str(each.case.batch_size))
         rows.setdefault(key, []).extend((f"{each.median:.2f}", f"{each.items_per_second:,.0f}"))
     print(f"\n{results[0].model}: the median of {len(results[0].milliseconds)} calls\n")
     reporting.print_table(columns, [[*key, *cells] for key, cells in rows.items()])
@@ -220,7 +226,7 @@ def _record(result: Result) -> dict[str, Any]:
     return {
         "model": result.model,
         "runtime": result.runtime,
-        "dtype": result.dtype,
+        "dtype": result.precision,
         "device": result.device,
         **asdict(result.case),
         "calls": len(result.milliseconds),

@@ -30,11 +30,12 @@ from numpy.typing import NDArray
 
 from clip_server.cache import Cache
 from clip_server.errors import ItemError, RequestError
+from clip_server.halving import Halving
 from clip_server.models import tokenizer_files
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.queues import Entry, Job, Queue, TextQueue, Turns, by_size
-from clip_server.runtimes.base import Runtime
+from clip_server.runtimes.protocol import Runtime
 from clip_server.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ class Engine:
         self.runtime = runtime
         self.card = runtime.card
         self.metrics = Metrics()
+        self._encode_image = Halving(runtime.encode_image)
+        self._encode_text = Halving(runtime.encode_text)
         self._minibatch_size = minibatch_size
         self._max_queued_items = max_queued_items
         self._tokenizer = tokenizer_for(tokenizer_files.located(self.card.text))
@@ -376,14 +379,19 @@ class Engine:
         else:
             metrics.texts += len(batch)
 
+    @property
+    def halved_batches(self) -> int:
+        """Batches that the device had no memory for, and that were computed in halves."""
+        return self._encode_image.count + self._encode_text.count
+
     def _computed(self, batch: Batch) -> NDArray[np.float32] | None:
         """A batch's embeddings, [B, D]; None where the model fails. In a thread of the device."""
         contents: list[Any] = [entry.content for entry in batch]
         try:
             if _is_of_pictures(batch):
-                encode = partial(self.runtime.encode_image, np.stack(contents))
+                encode = partial(self._encode_image, np.stack(contents))
             else:
-                encode = partial(self.runtime.encode_text, pad(contents, self._tokenizer.spec))
+                encode = partial(self._encode_text, pad(contents, self._tokenizer.spec))
             started = time.perf_counter()
             embeddings = encode()
         except Exception:

@@ -20,7 +20,7 @@ from typing import Any
 from clip_server import flow_keys, ports
 from clip_server.errors import ConfigurationError
 from clip_server.flow_keys import as_mapping, section
-from clip_server.install import install_hint, missing_package
+from clip_server.runtimes import RuntimeSpec, by_executor
 
 DEFAULT_FLOW = "torch-flow.yml"
 DEFAULT_MODEL = "ViT-B-32::openai"
@@ -29,7 +29,6 @@ ALL_INTERFACES = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
 
 _EXECUTORS = "clip_server.executors."
-_RUNTIMES = {"clip_onnx": "onnx", "clip_tensorrt": "tensorrt", "clip_torch": "torch"}
 # Written under `with:`, meant for the gateway.
 _GATEWAY_KEYS = (
     "port",
@@ -316,7 +315,7 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
     if not modules or "jtype" not in uses:
         raise ConfigurationError(
             f"{place}: uses: needs jtype: CLIPEncoder and, under metas: py_modules:, its module, "
-            f"one of {', '.join(_EXECUTORS + each for each in _RUNTIMES)}"
+            f"one of {', '.join(_EXECUTORS + each for each in by_executor())}"
         )
     uses["metas"] = {**metas, "py_modules": modules}
     uses["with"] = as_mapping(uses.get("with"), f"{place}: uses: with") | as_mapping(
@@ -340,7 +339,7 @@ def _module(name: str) -> str:
     """clip-as-service's two spellings of an executor as one, unless a file of that name is
     there."""
     path = Path(name)
-    ours = path.suffix == ".py" and path.stem in _RUNTIMES and not path.is_file()
+    ours = path.suffix == ".py" and path.stem in by_executor() and not path.is_file()
     return _EXECUTORS + path.stem if ours else name
 
 
@@ -407,29 +406,25 @@ def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> No
     from clip_server.executors.parameters import EncoderParameters
 
     name = module.removeprefix(_EXECUTORS)
-    if name not in _RUNTIMES:
+    runtime = by_executor().get(name)
+    if runtime is None:
         raise ConfigurationError(
-            f"py_modules: there is no {module}{flow_keys.likely(name, _RUNTIMES)}"
+            f"py_modules: there is no {module}{flow_keys.likely(name, by_executor())}"
         )
     given = section(parameters, flow_keys.encoder_section(), place)
     try:
         EncoderParameters.parse(given)
     except ConfigurationError as error:
         raise ConfigurationError(f"{place}: {error}") from None
-    if package := missing_package(_RUNTIMES[name]):
-        raise ConfigurationError(_not_installed(name, package))
+    if package := runtime.missing_package():
+        raise ConfigurationError(_not_installed(runtime, package))
     importlib.import_module(module).CLIPEncoder.prepare(given)
 
 
-def _not_installed(name: str, package: str) -> str:
-    runnable = [
-        flow
-        for flow in built_in()
-        for executor in load(read(flow))["executors"]
-        if not missing_package(_RUNTIMES[_modules(executor)[0].removeprefix(_EXECUTORS)])
-    ]
+def _not_installed(runtime: RuntimeSpec, package: str) -> str:
+    runnable = [spec.flow for spec in by_executor().values() if not spec.missing_package()]
     hint = f"; python -m clip_server {runnable[0]} runs with what is installed" if runnable else ""
-    return f"{name} needs the package {package}: {install_hint(_RUNTIMES[name])}{hint}"
+    return f"{runtime.executor} needs the package {package}: {runtime.install_hint}{hint}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 ResizeMode = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -20,9 +20,10 @@ Vocabulary = Literal["clip", "chinese-bert"]
 # How a text is cleaned before tokenization, in open_clip's terms: `lower` and `whitespace` repair
 # its encoding and collapse whitespace; `canonicalize` removes punctuation too.
 Clean = Literal["lower", "whitespace", "canonicalize", "none"]
-# The precisions of graphs and converted models.
-Precision = Literal["fp32", "fp16", "int8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# Of a tower's weights.
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# What graphs can be built in, and a model converted into.
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)

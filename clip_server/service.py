@@ -131,7 +131,7 @@ class Service:
         engine = self.engine
         return {
             **asdict(engine.metrics),
-            "halved_batches": engine.runtime.halved_batches,
+            "halved_batches": engine.halved_batches,
             "cache_hits": engine.cache.hits,
             "cache_misses": engine.cache.misses,
             "cache_bytes": engine.cache.bytes,
@@ -143,7 +143,7 @@ class Service:
             model=card.name,
             runtime=runtime.name,
             device=runtime.device,
-            dtype=runtime.dtype,
+            dtype=runtime.precision,
             dim=card.dim,
             image_size=card.image.size,
             context_length=card.text.context_length,

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import NamedTuple
 
+from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.models import converted
-from clip_server.runtimes.base import Runtime
+from clip_server.runtimes.protocol import Runtime
 
-# Imported when they are asked for: what they need may not be installed.
-_CLASSES = {
-    "torch": ("clip_server.runtimes.torch", "TorchRuntime"),
-    "onnx": ("clip_server.runtimes.onnx", "OnnxRuntime"),
-    "tensorrt": ("clip_server.runtimes.tensorrt", "TensorrtRuntime"),
-}
 # Those that run on every machine.
-_DEFAULT = ("torch", "onnx")
-
-# The runtime of what `clip_server.convert` writes.
-_RUNTIMES = {"onnx": "onnx", "torchscript": "torch", "tensorrt": "tensorrt"}
+_DEFAULT = [spec for spec in runtimes.RUNTIMES if "CPU" in spec.devices]
 
 
 class Variant(NamedTuple):
     """A runtime in one precision, such as onnx fp32; perhaps of a folder with converted towers."""
 
     runtime: str
-    dtype: str
+    precision: str
     folder: Path | None = None
 
     def __str__(self) -> str:
         place = [str(self.folder)] if self.folder else []
-        return " ".join((*place, self.runtime, self.dtype))
+        return " ".join((*place, self.runtime, self.precision))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         type=_runtimes,
         metavar="NAME,...",
-        help=f"of {', '.join(_CLASSES)}; {' and '.join(_DEFAULT)} by default",
+        help=f"of {', '.join(runtimes.names())}; by default those installed of "
+        f"{' and '.join(runtimes.names(_DEFAULT))}",
     )
     parser.add_argument(
+        "--precision",
         "--dtype",
         type=lambda names: names.split(","),
         default=["fp32"],
@@ -63,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen(options: argparse.Namespace) -> list[Variant]:
     """Every runtime asked for in every precision asked for."""
-    runtimes = options.runtime or _DEFAULT
-    return [Variant(runtime, dtype) for runtime in runtimes for dtype in options.dtype]
+    installed = [spec for spec in _DEFAULT if not spec.missing_package()]
+    names = options.runtime or runtimes.names(installed or _DEFAULT)
+    return [Variant(name, precision) for name in names for precision in options.precision]
 
 
 def of_folder(folder: Path) -> Variant:
@@ -74,9 +68,9 @@ def of_folder(folder: Path) -> Variant:
         ConfigurationError: the folder is not one of these.
     """
     described = converted.read(folder)
-    for kind, runtime in _RUNTIMES.items():
-        if described and converted.has_towers(folder, kind):
-            return Variant(runtime, described.precision, folder)
+    for spec in runtimes.RUNTIMES:
+        if described and spec.find_towers(folder):
+            return Variant(spec.name, described.precision, folder)
     raise ConfigurationError(
         f"{folder} is not a folder of `python -m clip_server.convert` with both towers"
     )
@@ -86,17 +80,16 @@ def load(variant: Variant, name: str, options: argparse.Namespace) -> Runtime:
     """The model on a variant.
 
     Raises:
-        ConfigurationError: the extra, the device, the dtype or the model is not to be had.
+        ConfigurationError: the extra, the device, the precision or the model is unavailable.
     """
-    module, kind = _CLASSES[variant.runtime]
-    runtime: Runtime = getattr(importlib.import_module(module), kind).load(
+    return runtimes.load_runtime(
+        variant.runtime,
         name,
         model_path=variant.folder or options.model_path,
         device=options.device,
-        dtype=variant.dtype,
+        precision=variant.precision,
         threads=options.threads,
     )
-    return runtime
 
 
 def positive(text: str) -> int:
@@ -108,9 +101,7 @@ def positive(text: str) -> int:
 
 def _runtimes(text: str) -> list[str]:
     names = text.split(",")
-    for name in names:
-        if name not in _CLASSES:
-            raise argparse.ArgumentTypeError(
-                f"no runtime is named {name!r}; there are {', '.join(_CLASSES)}"
-            )
-    return names
+    try:
+        return [runtimes.find(name).name for name in names]
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

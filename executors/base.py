@@ -5,11 +5,10 @@
 import asyncio
 import os
 import sys
-from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from docarray import DocList
@@ -17,7 +16,7 @@ from jina import Executor, requests
 from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server import rank
+from clip_server import rank, runtimes
 from clip_server.engine import Engine, Item
 from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart
@@ -26,7 +25,8 @@ from clip_server.handlers import clip_handlers
 from clip_server.models import zoo
 from clip_server.models.image import ImageTransform
 from clip_server.process import follow_parent
-from clip_server.runtimes.base import Runtime
+from clip_server.runtimes import load_runtime
+from clip_server.runtimes.protocol import Runtime
 from clip_server.service import Limits, Service
 from clip_server.streams import Streams
 
@@ -35,7 +35,10 @@ _JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_ba
 
 
 class BaseCLIPEncoder(Executor):
-    """Encodes documents and clip.v1 messages with the runtime a subclass builds."""
+    """Encodes documents and clip.v1 messages with the runtime that a subclass names."""
+
+    # Its name in the registry of runtimes; None if `build_runtime` is overridden.
+    runtime: ClassVar[str | None] = None
 
     def __init__(self, **arguments: Any) -> None:
         jina_arguments = {k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS}
@@ -68,19 +71,23 @@ class BaseCLIPEncoder(Executor):
         """Finds out before any process starts whether this encoder can be built, and fetches
         its weights. Raises ConfigurationError where it cannot."""
         parameters = EncoderParameters.parse(given)
-        if not cls.has_own_graphs(parameters):
+        spec = runtimes.find(cls.runtime) if cls.runtime else None
+        if spec is None or spec.find_towers(parameters.model_path) is None:
             zoo.checkpoint(parameters.name, parameters.model_path)
 
-    @staticmethod
-    def has_own_graphs(parameters: EncoderParameters) -> bool:
-        """Whether `model_path` holds what the runtime takes instead of a checkpoint."""
-        del parameters
-        return False
-
     @classmethod
-    @abstractmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> Runtime:
         """The runtime with its model loaded, using at most so many CPU threads."""
+        assert cls.runtime is not None, f"{cls.__name__} names no runtime"
+        return load_runtime(
+            cls.runtime,
+            parameters.name,
+            model_path=parameters.model_path,
+            device=parameters.device,
+            precision=parameters.dtype,
+            threads=threads,
+            options=asdict(parameters),
+        )
 
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1

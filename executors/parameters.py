@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from clip_server.engine import MAX_QUEUED_ITEMS
 from clip_server.errors import ConfigurationError
+from clip_server.model_card import Precision
 from clip_server.models.image import MAX_PIXELS
 from clip_server.service import Limits
 
@@ -58,7 +59,7 @@ class EncoderParameters:
     name: str = "ViT-B-32::openai"
     device: str | None = _matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:1 (or higher), mps")
     jit: bool = False
-    dtype: str | None = _matching(r"fp32|fp16|bf16|int8", "fp32, fp16, bf16, int8")
+    dtype: str | None = _matching("|".join(get_args(Precision)), ", ".join(get_args(Precision)))
     model_path: str | None = None
     num_worker_preprocess: int = _at_least(1, 4)
     minibatch_size: int = _at_least(1, 32)

@@ -19,8 +19,8 @@ SECONDS = 0.05
 class SlowRuntime:
     """See `Runtime`."""
 
-    name, device, dtype, concurrent = "slow", "cpu", "fp32", False
-    overlaps, halved_batches = False, 0
+    name, device, precision, concurrent = "slow", "cpu", "fp32", False
+    overlaps = False
 
     def __init__(self) -> None:
         self.card = zoo.resolve("embedded")

@@ -17,6 +17,15 @@ ALLOWED = {
     "clip_server.install": [],
     "clip_server.process": [],
     "clip_server.model_card": [],
+    "clip_server.halving": ["clip_server.runtimes.protocol"],
+    # A command, which may look at the rooms above the catalogue.
+    "clip_server.models.__main__": [
+        "clip_server.runtimes",
+        "clip_server.models",
+        "clip_server.towers",
+        "clip_server.model_card",
+        "clip_server.process",
+    ],
     "clip_server.towers": ["clip_server.model_card", "clip_server.errors"],
     "clip_server.models": [
         "clip_server.towers",
@@ -40,7 +49,8 @@ ALLOWED = {
         "clip_server.models",
         "clip_server.towers",
         "clip_server.model_card",
-        "clip_server.runtimes.base",
+        "clip_server.runtimes.protocol",
+        "clip_server.halving",
         "clip_server.queues",
         "clip_server.cache",
         "clip_server.workers",
@@ -127,6 +137,7 @@ ALLOWED = {
     "clip_server.start_failures": [],
     "clip_server.flow_keys": ["clip_server.executors.parameters", "clip_server.errors"],
     "clip_server.flow": [
+        "clip_server.runtimes",
         "clip_server.flow_keys",
         "clip_server.ports",
         "clip_server.executors.parameters",
@@ -134,6 +145,7 @@ ALLOWED = {
         "clip_server.errors",
     ],
     "clip_server.__main__": [
+        "clip_server.runtimes",
         "clip_client.proto",
         "clip_server.flow",
         "clip_server.start_failures",

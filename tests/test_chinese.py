@@ -21,8 +21,8 @@ from clip_server.models import weights, zoo
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import pad, tokenizer_for
 from clip_server.rank import normalize
-from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime, open_tower
+from clip_server.runtimes.protocol import Runtime
 from clip_server.towers import graph, onnx_file, registry
 
 KINDS = ["onnx", "torch"]

@@ -74,11 +74,11 @@ def test_a_folder_needs_nothing_else(
     source, out = sources(BUILT[name]), tmp_path / "new" / "folder"
     assert main([str(source), "--precision", precision, "--out", str(out)]) == 0
     runtime = OnnxRuntime.load("any name", model_path=out, device="cpu", threads=1)
-    assert runtime.dtype == precision
+    assert runtime.precision == precision
     assert runtime.card == zoo.resolve("", source)
     assert_equal(runtime, source, precision)
     with pytest.raises(ConfigurationError, match=f"run as they are, {precision}"):
-        OnnxRuntime.load("any name", model_path=out, dtype="bf16")
+        OnnxRuntime.load("any name", model_path=out, precision="bf16")
 
 
 def test_an_exported_family(sources: Any, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_exported_family(sources: Any, tmp_path: Path) -> None:
     source = sources(EXPORTED)
     assert main([str(source), "--precision", "fp16", "--out", str(tmp_path)]) == 0
     runtime = OnnxRuntime.load("any name", model_path=tmp_path, device="cpu", threads=1)
-    assert (runtime.dtype, runtime.card) == ("fp16", zoo.resolve("", source))
+    assert (runtime.precision, runtime.card) == ("fp16", zoo.resolve("", source))
     assert_equal(runtime, source, "fp16")
     for file in ("visual.onnx", "textual.onnx"):
         model = onnx.load(tmp_path / file)
@@ -129,7 +129,7 @@ def test_torchscript(precision: Precision, sources: Any, tmp_path: Path) -> None
     given = [str(source), "--to", "torchscript", "--precision", precision, "--out", str(tmp_path)]
     assert main(given) == 0
     runtime = TorchRuntime.load("any name", model_path=tmp_path, device="cpu")
-    assert (runtime.dtype, runtime.card) == (precision, zoo.resolve("", source))
+    assert (runtime.precision, runtime.card) == (precision, zoo.resolve("", source))
     assert_equal(runtime, source, precision)
 
 
@@ -139,7 +139,7 @@ def test_a_server_of_a_converted_model(start: Start, tmp_path: Path) -> None:
     found = Client(server.grpc).encode(["a cat", "a smiling dog"])
     spec = zoo.resolve("embedded").text
     tokens = pad([tokenizer_for(spec).encode(text) for text in ("a cat", "a smiling dog")], spec)
-    expected = OnnxRuntime.load("embedded", dtype="int8", device="cpu").encode_text(tokens)
+    expected = OnnxRuntime.load("embedded", precision="int8", device="cpu").encode_text(tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
 
+from clip_server import runtimes
 from clip_server.convert.writers import writer
 from clip_server.evaluate.__main__ import main
 from clip_server.models import converted, weights, zoo
 from clip_server.models.image import ImageTransform
 from clip_server.models.tokenizer import tokenizer_for
-from clip_server.runtimes.base import load_checkpoint
+from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
 
 ONNX = ("--runtime", "onnx", "--device", "cpu", "--threads", "1")
@@ -244,7 +245,7 @@ def test_what_was_converted_stands_beside_it(gallery: Path, tmp_path: Path) -> N
     folder = tmp_path / "converted"
     folder.mkdir()
     card, tensors = load_checkpoint("embedded")
-    for tower, file in converted.FILES["onnx"].items():
+    for tower, file in runtimes.find("onnx").file_names.items():
         writer("onnx", card, tensors, "int8").write(tower, folder / file)
     converted.write(folder, card, "int8")
     report = evaluate(

@@ -18,8 +18,8 @@ from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec
 from clip_server.models import hugging_face, tokenizer, zoo
 from clip_server.models.image import ImageTransform
-from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.protocol import Runtime
 
 KINDS = ["onnx", "torch"]
 VISION = {

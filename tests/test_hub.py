@@ -111,7 +111,7 @@ def run(
         "from clip_server.errors import WeightsError\n"
         "from clip_server.models import tokenizer_files, zoo\n"
         "from clip_server.models.tokenizer import tokenizer_for\n"
-        "from clip_server.runtimes.base import load_checkpoint\n"
+        "from clip_server.runtimes.loading import load_checkpoint\n"
         "from clip_server.runtimes.onnx import OnnxRuntime\n"
         f"try: print({expression})\n"
         "except WeightsError as error: print(error)\n"

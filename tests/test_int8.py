@@ -30,7 +30,7 @@ SAMPLES = sorted((zoo.EMBEDDED_PATH / "samples").glob("*.png"))
 def load_both(name: str, folder: Path | None = None) -> tuple[OnnxRuntime, OnnxRuntime]:
     """In float32 and in int8."""
     exact, rounded = (
-        OnnxRuntime.load(name, model_path=folder, device="cpu", dtype=dtype, threads=1)
+        OnnxRuntime.load(name, model_path=folder, device="cpu", precision=dtype, threads=1)
         for dtype in ("fp32", "int8")
     )
     return exact, rounded
@@ -101,17 +101,17 @@ def test_a_vector_does_not_depend_on_the_rest_of_its_batch() -> None:
 
 
 def test_what_it_says_of_itself() -> None:
-    rounded = OnnxRuntime.load("embedded", dtype="int8")
-    assert (rounded.name, rounded.device, rounded.dtype) == ("onnx", "cpu", "int8")
+    rounded = OnnxRuntime.load("embedded", precision="int8")
+    assert (rounded.name, rounded.device, rounded.precision) == ("onnx", "cpu", "int8")
 
 
 def test_it_is_for_the_cpu_and_for_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="'int8' runs on the CPU, not on device 'cuda'"):
-        OnnxRuntime.load("embedded", dtype="int8", device="cuda")
+        OnnxRuntime.load("embedded", precision="int8", device="cuda")
     for name in ("visual.onnx", "textual.onnx"):
         (tmp_path / name).write_bytes(b"a graph of one's own")
     with pytest.raises(ConfigurationError, match="'int8' is for checkpoints"):
-        OnnxRuntime.load("ViT-B/32", dtype="int8", model_path=tmp_path)
+        OnnxRuntime.load("ViT-B/32", precision="int8", model_path=tmp_path)
 
 
 def test_graphs_are_less_than_half_the_size() -> None:

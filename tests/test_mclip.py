@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from clip_server.errors import ItemError, WeightsError
 from clip_server.models import weights, zoo
 from clip_server.models.tokenizer import pad, tokenizer_for
-from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.protocol import Runtime
 from clip_server.towers import registry
 
 KINDS = ["onnx", "torch"]

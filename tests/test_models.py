@@ -29,7 +29,7 @@ def test_the_list_has_every_model(capsys: pytest.CaptureFixture[str]) -> None:
         "dimensions": 256,
         "context": 77,
         "image": 64,
-        "runtimes": ["torch", "onnx"],
+        "runtimes": ["torch", "onnx", "tensorrt"],
         "licence": zoo.resolve("embedded").licence,
         "cached": True,
         "other_names": ["embedded"],

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.models import zoo
 from clip_server.runtimes import cuda
-from clip_server.runtimes.base import Runtime
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.protocol import Runtime
 
 TOLERANCE = 1e-4
 OPENAI = [
@@ -140,7 +140,7 @@ def test_pixels_that_cannot_be_written_to_are_taken(kind: str, small: tuple[Any,
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
 def test_what_a_runtime_says_of_itself(kind: str, small: tuple[Any, Path]) -> None:
     runtime = load(kind, "small", model_path=small[1], device="cpu", threads=1)
-    assert (runtime.name, runtime.device, runtime.dtype) == (kind, "cpu", "fp32")
+    assert (runtime.name, runtime.device, runtime.precision) == (kind, "cpu", "fp32")
     assert runtime.card.dim == 32
     # The checkpoint's own logit scale, open_clip's initial one.
     assert runtime.card.logit_scale == pytest.approx(1 / 0.07)
@@ -148,8 +148,8 @@ def test_what_a_runtime_says_of_itself(kind: str, small: tuple[Any, Path]) -> No
 
 def test_half_precision_weights_give_nearly_the_same(small: tuple[Any, Path]) -> None:
     pixels = seeded.random_pixels(seeded.SMALL_VIT, 2)
-    runtime = load("torch", "small", model_path=small[1], dtype="bf16", device="cpu")
-    assert runtime.dtype == "bf16"
+    runtime = load("torch", "small", model_path=small[1], precision="bf16", device="cpu")
+    assert runtime.precision == "bf16"
     expected = seeded.reference_images(small[0], pixels)
     assert seeded.relative(runtime.encode_image(pixels), expected) < 0.03
 
@@ -158,8 +158,8 @@ def test_half_precision_weights_give_nearly_the_same(small: tuple[Any, Path]) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp8"}, "dtype 'fp8' is not one"),
-        ({"dtype": "fp16", "device": "cpu"}, "dtype 'fp16'"),
+        ({"precision": "fp8"}, "dtype 'fp8' is not one"),
+        ({"precision": "fp16", "device": "cpu"}, "dtype 'fp16'"),
         ({"device": "warp"}, "device 'warp' is not cpu, cuda"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],

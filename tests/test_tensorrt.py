@@ -19,16 +19,18 @@ from conftest import HAS_TORCH, Start, free_ports
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from clip_server import flow
+from clip_server import flow, runtimes
 from clip_server.convert.__main__ import main
 from clip_server.convert.parity import Parity
 from clip_server.errors import ConfigurationError, WeightsError
+from clip_server.halving import Halving
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import cuda, tensorrt_engines
-from clip_server.runtimes.base import Halving, load_checkpoint
+from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.runtimes.tensorrt import TensorrtRuntime, fitting
 from clip_server.runtimes.tensorrt_engines import Key, Profile
 from clip_server.towers import graph, onnx_file, registry
@@ -347,7 +349,7 @@ def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(ConfigurationError, match="'cuda:1' cannot be used: 1 NVIDIA GPUs"):
         TensorrtRuntime.load("embedded", device="cuda:1")
     with pytest.raises(ConfigurationError, match="dtype 'int8' is not one"):
-        TensorrtRuntime.load("embedded", dtype="int8")
+        TensorrtRuntime.load("embedded", precision="int8")
 
 
 # --- what is around the engines, on a GPU that is not there
@@ -358,38 +360,38 @@ def test_vectors_are_those_of_the_graph(
     name: str, gpu: fake_tensorrt.FakeGpu, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path, CONFIGS[name])
-    found = TensorrtRuntime.load("", model_path=folder, dtype="fp32", batch=BATCH)
+    found = TensorrtRuntime.load("", model_path=folder, precision="fp32", minibatch_size=BATCH)
     expected = OnnxRuntime.load("", model_path=folder, device="cpu", threads=1)
-    assert (found.name, found.device, found.dtype) == ("tensorrt", "cuda:0", "fp32")
+    assert (found.name, found.device, found.precision) == ("tensorrt", "cuda:0", "fp32")
     assert_equal(found, expected, LEAST_COSINE["fp32"])
     assert gpu.contexts == 2, "one of each tower, for one thread"
-    assert found.halved_batches == 0
 
 
 def test_engines_are_built_once(
     gpu: fake_tensorrt.FakeGpu, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert TensorrtRuntime.load("", model_path=small).dtype == "fp16"
+    assert TensorrtRuntime.load("", model_path=small).precision == "fp16"
     assert gpu.builds == 2
     assert capsys.readouterr().err.count("not built yet for Imaginary (9.0)") == 2
     TensorrtRuntime.load("", model_path=small)
     assert gpu.builds == 2
-    TensorrtRuntime.load("", model_path=small, dtype="fp32")
-    TensorrtRuntime.load("", model_path=small, batch=BATCH)
+    TensorrtRuntime.load("", model_path=small, precision="fp32")
+    TensorrtRuntime.load("", model_path=small, minibatch_size=BATCH)
     assert gpu.builds == 6
 
 
 def test_a_batch_with_no_memory_for_it_is_halved(gpu: fake_tensorrt.FakeGpu, small: Path) -> None:
-    runtime = TensorrtRuntime.load("", model_path=small, dtype="fp32", batch=16)
+    runtime = TensorrtRuntime.load("", model_path=small, precision="fp32", minibatch_size=16)
     expected = OnnxRuntime.load("", model_path=small, device="cpu", threads=1)
     pixels = seeded.random_pixels(seeded.SMALL_VIT, 16)
     gpu.capacity = pixels[:5].nbytes
-    found = runtime.encode_image(pixels)
+    halving = Halving(runtime.encode_image)
+    found = halving(pixels)
     assert seeded.relative(found, expected.encode_image(pixels)) < 1e-4
-    assert runtime.halved_batches == 3  # 16, and twice 8
+    assert halving.count == 3  # 16, and twice 8
     tokens = seeded.random_tokens(seeded.SMALL_VIT, 2, 9)
     gpu.capacity = 10
-    with pytest.raises(cuda.OutOfMemory, match="out of memory"):
+    with pytest.raises(OutOfMemoryError, match="out of memory"):
         runtime.encode_text(tokens)
     gpu.capacity = 1 << 40
     assert runtime.encode_text(tokens).shape == (2, 32), "it goes on"
@@ -402,17 +404,17 @@ def test_engines_in_a_folder_are_served(suffix: str, small: Path, tmp_path: Path
     folder = tmp_path / "engines"
     folder.mkdir()
     converted.write(folder, card, "fp32")
-    for tower, file in converted.FILES["tensorrt"].items():
+    for tower, file in runtimes.find("tensorrt").file_names.items():
         packed = model_of(card, tensors, tower, "fp32").SerializeToString()
         wanted = tensorrt_engines.profiles(card, tower, BATCH)
         engine = tensorrt_engines.build(packed, wanted, tell=lambda _: None)
         (folder / file).with_suffix(suffix).write_bytes(engine)
     found = TensorrtRuntime.load("any name", model_path=folder)
     expected = OnnxRuntime.load("", model_path=small, device="cpu", threads=1)
-    assert (found.dtype, found.card) == ("fp32", card)
+    assert (found.precision, found.card) == ("fp32", card)
     assert_equal(found, expected, LEAST_COSINE["fp32"])
     with pytest.raises(ConfigurationError, match="run as they are, fp32"):
-        TensorrtRuntime.load("any name", model_path=folder, dtype="fp16")
+        TensorrtRuntime.load("any name", model_path=folder, precision="fp16")
     (folder / f"visual{suffix}").write_bytes(b"of another version")
     with pytest.raises(WeightsError, match=f"visual{suffix} is no engine .*magic tag"):
         TensorrtRuntime.load("any name", model_path=folder)
@@ -424,10 +426,10 @@ def test_halving_ends_at_one() -> None:
     def run(batch: NDArray[Any]) -> NDArray[np.float32]:
         tried.append(len(batch))
         if len(batch) > 2:
-            raise MemoryError
+            raise OutOfMemoryError
         return batch.astype(np.float32)
 
-    halving = Halving(run, MemoryError)
+    halving = Halving(run)
     batch = np.arange(10).reshape(5, 2)
     assert (halving(batch) == batch).all()
     assert tried == [5, 2, 3, 1, 2]
@@ -474,7 +476,7 @@ def test_profiles_and_vectors_on_a_gpu(name: str, precision: Precision, tmp_path
             tensorrt_engines.build(packed, wanted, tell=lambda _: None), tower
         )
         assert tuple(tensorrt_engines.profiles_of(engine, engine.get_tensor_name(0))) == wanted
-    found = TensorrtRuntime.load("", model_path=folder, dtype=precision, batch=BATCH)
+    found = TensorrtRuntime.load("", model_path=folder, precision=precision, minibatch_size=BATCH)
     expected = TorchRuntime.load("", model_path=folder, device="cpu")
     assert_equal(found, expected, LEAST_COSINE[precision])
 
@@ -485,7 +487,7 @@ def test_profiles_and_vectors_on_a_gpu(name: str, precision: Precision, tmp_path
 def test_threads_share_a_tower() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    runtime = TensorrtRuntime.load("embedded", batch=BATCH)
+    runtime = TensorrtRuntime.load("embedded", minibatch_size=BATCH)
     size = runtime.card.image.size
     batches = np.random.default_rng(0).integers(0, 256, (16, 2, 3, size, size), dtype=np.uint8)
     alone = [runtime.encode_image(batch) for batch in batches]

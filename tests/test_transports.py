@@ -43,7 +43,7 @@ def reference(photos: list[bytes]) -> NDArray[np.float32]:
 
     from clip_server.models import zoo
     from clip_server.models.tokenizer import pad, tokenizer_for
-    from clip_server.runtimes.base import load_checkpoint
+    from clip_server.runtimes.loading import load_checkpoint
 
     card, tensors = load_checkpoint("embedded")
     model = open_clip.model.CLIP(**card.config).eval()

@@ -17,22 +17,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity, samples
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, zoo
-from clip_server.models.converted import FILES, TOWERS, Tower
+from clip_server.models.converted import TOWERS, Tower
 from clip_server.process import tolerate_closed_output
 from clip_server.reporting import print_table, remark
-from clip_server.runtimes.base import Runtime, load_checkpoint
-from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes import load_runtime
+from clip_server.runtimes.loading import load_checkpoint
+from clip_server.runtimes.protocol import Runtime
 from clip_server.towers import registry
 
 if TYPE_CHECKING:
     from clip_server.convert.writers import Encode, Writer
 
-_TARGETS = ("onnx", "tensorrt", "torchscript")
+# The kinds of files that towers are converted to.
+_FILES = {spec.files.kind: spec.files for spec in runtimes.RUNTIMES if spec.files}
 _FLOW = """
 In a flow:
 
@@ -69,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|PATH",
         help="a model's name; a checkpoint or the folder of one; or architecture::PATH",
     )
-    parser.add_argument("--to", choices=_TARGETS, default="onnx", help="onnx by default")
+    parser.add_argument("--to", choices=sorted(_FILES), default="onnx", help="onnx by default")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 by default")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
@@ -88,7 +91,7 @@ def _convert(options: argparse.Namespace) -> bool:
 
     name, path = _located(options.name)
     card = _with_context(zoo.resolve(name, path), options.context_length)
-    precision, folder, files = options.precision, options.out, FILES[options.to]
+    precision, folder, files = options.precision, options.out, _FILES[options.to].names
     chosen = [tower for tower in TOWERS if getattr(options, tower)] or TOWERS
     paths = {tower: folder / files[tower] for tower in chosen}
     _refuse_mixture(folder, card, precision, paths)
@@ -102,7 +105,7 @@ def _convert(options: argparse.Namespace) -> bool:
     found = [_made(target, card, tower, paths[tower], expected[tower]) for tower in chosen]
     converted.write(folder, card, precision)
     _report(source, precision, paths, found)
-    print(_FLOW.format(folder=folder.resolve(), executor=target.executor))
+    print(_FLOW.format(folder=folder.resolve(), executor=runtimes.of_files(options.to).executor))
     return all(parity is None or parity.suffices(precision) for parity in found)
 
 
@@ -139,7 +142,7 @@ def _refuse_mixture(
     held = converted.read(folder)
     if held is None or (held.card.name, held.precision) == (card.name, precision):
         return
-    every = [folder / file for files in FILES.values() for file in files.values()]
+    every = [folder / name for files in _FILES.values() for name in files.names.values()]
     kept = [path for path in every if path.exists() and path not in paths.values()]
     if kept:
         raise ConfigurationError(
@@ -154,16 +157,13 @@ def _embedded(
     source = _source(name, path)
     encode: dict[Tower, Encode] = {"image": source.encode_image, "text": source.encode_text}
     found = {tower: encode[tower](samples(card, tower)) for tower in towers}
-    return f"{source.name} {source.dtype}", found
+    return f"{source.name} {source.precision}", found
 
 
 def _source(name: str, path: Path | None) -> Runtime:
     """The model in torch; where that is not installed, in graphs of float32."""
-    try:
-        from clip_server.runtimes.torch import TorchRuntime
-    except ConfigurationError:
-        return OnnxRuntime.load(name, model_path=path, device="cpu")
-    return TorchRuntime.load(name, model_path=path, device="cpu")
+    runtime = "onnx" if runtimes.find("torch").missing_package() else "torch"
+    return load_runtime(runtime, name, model_path=path, device="cpu")
 
 
 def _made(

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.convert import parity
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
@@ -20,7 +21,6 @@ from clip_server.models.converted import Tower
 from clip_server.runtimes import cuda, tensorrt_engines
 from clip_server.runtimes import onnx as onnx_runtime
 from clip_server.runtimes import tensorrt as tensorrt_runtime
-from clip_server.runtimes.base import check_precision
 from clip_server.towers.tower import Target
 
 try:
@@ -35,9 +35,7 @@ Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
 class Writer(Protocol):
-    """Writes one kind of file, which `executor` serves."""
-
-    executor: str
+    """Writes one kind of file."""
 
     def write(self, tower: Tower, path: Path) -> None:
         """Makes a tower's file."""
@@ -48,25 +46,9 @@ class Writer(Protocol):
         ...
 
 
-def writer(to: str, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> Writer:
-    """The writer for `onnx`, `tensorrt` or `torchscript`.
-
-    Raises:
-        ConfigurationError: what is to run it has not this precision, or is not installed.
-    """
-    if to == "onnx":
-        return OnnxWriter(card, tensors, precision)
-    if to == "tensorrt":
-        return TensorrtWriter(card, tensors, precision)
-    if precision == "int8":
-        raise ConfigurationError("TorchScript has no int8: convert --to onnx")
-    return TorchScriptWriter(card, tensors, precision)
-
-
 class OnnxWriter:
     """Graphs built from the weights, or of other architectures exported from torch."""
 
-    executor = "clip_onnx"
     target: Target = "onnxruntime"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
@@ -111,11 +93,9 @@ class OnnxWriter:
 class TensorrtWriter(OnnxWriter):
     """Engines of the same graphs, for the GPU that is here, or any where there is none."""
 
-    executor = "clip_tensorrt"
     target = "tensorrt"
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
-        check_precision(precision, tensorrt_runtime.PRECISIONS, "TensorRT")
         tensorrt_engines.library()
         super().__init__(card, tensors, precision)
 
@@ -136,8 +116,6 @@ class TensorrtWriter(OnnxWriter):
 class TorchScriptWriter:
     """Towers traced in torch."""
 
-    executor = "clip_torch"
-
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         self._card = card
         self._modules = _torch_towers(card, tensors, precision)
@@ -154,6 +132,25 @@ class TorchScriptWriter:
         from clip_server.runtimes import torch as torch_runtime
 
         return torch_runtime.open_tower(path)
+
+
+_WRITERS: Mapping[str, Callable[[ModelCard, weights.Tensors, Precision], Writer]] = {
+    "onnx": OnnxWriter,
+    "tensorrt": TensorrtWriter,
+    "torchscript": TorchScriptWriter,
+}
+
+
+def writer(to: str, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> Writer:
+    """The writer for `onnx`, `tensorrt` or `torchscript`.
+
+    Raises:
+        ConfigurationError: what is to run it has not this precision, or is not installed.
+    """
+    if to == "torchscript" and precision == "int8":
+        raise ConfigurationError("TorchScript has no int8: convert --to onnx")
+    runtimes.of_files(to).check_precision(precision)
+    return _WRITERS[to](card, tensors, precision)
 
 
 def _torch_towers(

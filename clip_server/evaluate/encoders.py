@@ -15,7 +15,7 @@ from clip_client import Client
 from clip_server.engine import Engine
 from clip_server.models.image import ImageTransform
 from clip_server.reporting import Advance
-from clip_server.runtimes.base import Runtime
+from clip_server.runtimes.protocol import Runtime
 
 # Items read and encoded at once: a bound on the bytes of files that are held.
 _CHUNK = 256

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from clip_server import runtimes
 from clip_server.model_card import ModelCard
 from clip_server.models import weights, zoo
 from clip_server.process import tolerate_closed_output
@@ -70,12 +71,14 @@ def _fits(name: str, filters: Sequence[str]) -> bool:
 
 
 def _listed(card: ModelCard) -> Listed:
+    built = registry.builds(card.config)
+    served = [spec for spec in runtimes.RUNTIMES if spec.any_architecture or built]
     return Listed(
         name=card.name,
         dimensions=card.dim,
         context=card.text.context_length,
         image=card.image.size,
-        runtimes=("torch", "onnx") if registry.builds(card.config) else ("torch",),
+        runtimes=tuple(runtimes.names(served)),
         licence=card.licence,
         cached=card.name == zoo.EMBEDDED or weights.cached(card) is not None,
         other_names=tuple(zoo.other_names(card.name)),

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,12 +24,39 @@ Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 
 CARD = "card.json"
-# The towers' files, by what they were converted to.
-FILES: dict[str, dict[Tower, str]] = {
-    "onnx": {"image": "visual.onnx", "text": "textual.onnx"},
-    "torchscript": {"image": "visual.pt", "text": "textual.pt"},
-    "tensorrt": {"image": "visual.trt", "text": "textual.trt"},
-}
+# The towers' files, without the suffix.
+_STEMS: dict[Tower, str] = {"image": "visual", "text": "textual"}
+
+
+@dataclass(frozen=True)
+class TowerFiles:
+    """The files of a converted model's two towers.
+
+    kind: what the convert command calls them (`--to`).
+    suffixes: that they may have; the convert command writes the first.
+    described: whether they can be served only with a `card.json` beside them.
+    """
+
+    kind: str
+    suffixes: tuple[str, ...]
+    described: bool = False
+
+    @property
+    def names(self) -> Mapping[Tower, str]:
+        """The names that the convert command gives them."""
+        return {tower: stem + self.suffixes[0] for tower, stem in _STEMS.items()}
+
+    def find(self, folder: str | Path) -> Mapping[Tower, Path] | None:
+        """The files in a folder, if both towers are there."""
+        found = {
+            tower: file
+            for tower, stem in _STEMS.items()
+            for suffix in reversed(self.suffixes)
+            if (file := Path(folder, stem + suffix)).is_file()
+        }
+        if self.described and not Path(folder, CARD).is_file():
+            return None
+        return found if len(found) == len(_STEMS) else None
 
 
 class Converted(NamedTuple):
@@ -53,13 +81,7 @@ def read(folder: str | Path) -> Converted | None:
         raise ConfigurationError(f"{file} is not the card of a model: {error}") from error
 
 
-def has_towers(folder: str | Path | None, kind: str) -> bool:
-    """Whether a folder holds the files of both towers. kind: as in `FILES`."""
-    files = FILES[kind].values()
-    return folder is not None and all(Path(folder, file).is_file() for file in files)
-
-
-def check_dtype(folder: str | Path, wanted: str | None) -> str:
+def check_precision(folder: str | Path, wanted: str | None) -> str:
     """The precision of the towers in a folder, which run as they are.
 
     Those that nobody described, because they are a person's own, pass for fp32.
@@ -80,10 +102,12 @@ def refuse(folder: str | Path) -> None:
     """Raises ConfigurationError where what should be a checkpoint is a folder of converted towers:
     a runtime that has both of its own there asks for no checkpoint."""
     if read(folder) is not None:
-        kinds = " or ".join(" and ".join(files.values()) for files in FILES.values())
+        stems = tuple(_STEMS.values())
+        found = sorted(file.name for file in Path(folder).iterdir() if file.stem in stems)
         raise ConfigurationError(
-            f"{folder} is of a converted model, without both towers for this runtime ({kinds}): "
-            "convert what is missing, or take the other runtime"
+            f"{folder} holds a converted model, without both towers for this runtime; it has "
+            f"{', '.join(found) or 'no tower'}: convert the model for this runtime "
+            "(python -m clip_server.convert), or use the runtime it was converted for"
         )
 
 

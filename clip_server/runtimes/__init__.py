@@ -1,0 +1,206 @@
+"""The registry of runtimes: what each is called, needs and serves.
+
+Everything that names runtimes reads this table: executors, flows, commands, the model list and
+the tests of the docs. A runtime's module is imported only when it is loaded, since what it needs
+may not be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from clip_server.errors import ConfigurationError
+from clip_server.install import install_hint, missing_package
+from clip_server.model_card import Precision
+from clip_server.models.converted import Tower, TowerFiles
+
+if TYPE_CHECKING:
+    from clip_server.runtimes.protocol import Runtime
+
+# Short names for device types, as docs and errors list them.
+DeviceType = Literal["CPU", "CUDA", "Apple"]
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """One runtime.
+
+    name: as executors (`clip_<name>`), options and metrics call it.
+    title: for people.
+    implementation: the import path of its class, `module:Class`, whose `load` takes what
+        `load_runtime` does.
+    extras: the package extras that install what it needs, the usual one first.
+    packages: what it imports; where several are joined by |, any of them.
+    devices: types of devices that it runs on.
+    precisions: that it builds a checkpoint in, the default first.
+    files: the converted towers that it serves from a folder; None if it takes checkpoints only.
+    flow: the built-in flow that serves it.
+    any_architecture: whether it serves every architecture from its checkpoint, or only those
+        whose graphs we build.
+    options: parameters of the executor that its `load` takes beyond the common ones.
+    """
+
+    name: str
+    title: str
+    implementation: str
+    extras: tuple[str, ...]
+    packages: tuple[str, ...]
+    devices: tuple[DeviceType, ...]
+    precisions: tuple[Precision, ...]
+    files: TowerFiles | None
+    flow: str
+    any_architecture: bool = False
+    options: tuple[str, ...] = ()
+
+    @property
+    def executor(self) -> str:
+        """The name of its executor's module."""
+        return f"clip_{self.name}"
+
+    @property
+    def file_names(self) -> Mapping[Tower, str]:
+        """The names of the files that the convert command writes for it."""
+        return self.files.names if self.files else {}
+
+    @property
+    def install_hint(self) -> str:
+        """The command that installs what it needs."""
+        return install_hint(self.extras[0])
+
+    def missing_package(self) -> str | None:
+        """The first package that it needs and that is not installed; None: all are."""
+        return missing_package(self.packages)
+
+    def check_precision(self, wanted: str | None) -> Precision:
+        """The precision to build a checkpoint in.
+
+        Raises:
+            ConfigurationError: the runtime does not have the one that is wanted.
+        """
+        found = next((each for each in self.precisions if each == wanted), None)
+        if wanted is None:
+            return self.precisions[0]
+        if found is None:
+            raise ConfigurationError(
+                f"dtype {wanted!r} is not one that {self.title} supports: use "
+                f"{', '.join(self.precisions)}"
+            )
+        return found
+
+    def find_towers(self, folder: str | Path | None) -> Mapping[Tower, Path] | None:
+        """The files of both towers in a folder, if they were converted for this runtime."""
+        return self.files.find(folder) if folder is not None and self.files is not None else None
+
+
+# The first runs every architecture, and is the default.
+RUNTIMES: tuple[RuntimeSpec, ...] = (
+    RuntimeSpec(
+        "torch",
+        "PyTorch",
+        "clip_server.runtimes.torch:TorchRuntime",
+        extras=("torch",),
+        packages=("torch", "open_clip"),
+        devices=("CPU", "CUDA", "Apple"),
+        precisions=("fp32", "fp16", "bf16"),
+        files=TowerFiles("torchscript", (".pt",), described=True),
+        flow="torch-flow.yml",
+        any_architecture=True,
+        options=("jit",),
+    ),
+    RuntimeSpec(
+        "onnx",
+        "ONNX Runtime",
+        "clip_server.runtimes.onnx:OnnxRuntime",
+        extras=("onnx", "onnx-gpu"),
+        packages=("onnxruntime", "onnx"),
+        devices=("CPU", "CUDA"),
+        precisions=("fp32", "fp16", "int8"),
+        files=TowerFiles("onnx", (".onnx",)),
+        flow="onnx-flow.yml",
+    ),
+    RuntimeSpec(
+        "tensorrt",
+        "TensorRT",
+        "clip_server.runtimes.tensorrt:TensorrtRuntime",
+        extras=("tensorrt", "tensorrt-rtx"),
+        packages=("tensorrt|tensorrt_rtx", "pycuda", "onnx"),
+        devices=("CUDA",),
+        precisions=("fp16", "fp32"),
+        # The second suffix is that of NVIDIA's own tools.
+        files=TowerFiles("tensorrt", (".trt", ".engine")),
+        flow="tensorrt-flow.yml",
+        options=("minibatch_size",),
+    ),
+)
+
+
+def find(name: str) -> RuntimeSpec:
+    """The runtime of a name.
+
+    Raises:
+        ConfigurationError: there is none; the message lists those there are.
+    """
+    for spec in RUNTIMES:
+        if spec.name == name:
+            return spec
+    known = ", ".join(spec.name for spec in RUNTIMES)
+    raise ConfigurationError(f"no runtime is named {name!r}; there are {known}")
+
+
+def of_files(kind: str) -> RuntimeSpec:
+    """The runtime that serves towers converted to a kind of file, such as `torchscript`."""
+    return next(spec for spec in RUNTIMES if spec.files and spec.files.kind == kind)
+
+
+def load_runtime(
+    runtime: str,
+    name: str,
+    *,
+    model_path: str | Path | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Runtime:
+    """Loads a model on a runtime.
+
+    runtime: a name in `RUNTIMES`.
+    name: of the model, canonical or an alias.
+    model_path: a checkpoint as in `weights.find`, or a folder of towers converted for this
+        runtime, which run as they are.
+    device: `cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is.
+    precision: of a checkpoint's weights; by default the runtime's first.
+    threads: CPU cores that one call may use; by default all that this process may run on.
+    options: parameters of the executor; those in the runtime's `options` are passed on.
+
+    Raises:
+        ConfigurationError: the extra, the device, the precision or the model is unavailable.
+    """
+    spec = find(runtime)
+    module, _, implementation = spec.implementation.partition(":")
+    load = getattr(importlib.import_module(module), implementation).load
+    extra = {key: value for key, value in (options or {}).items() if key in spec.options}
+    loaded: Runtime = load(
+        name, model_path=model_path, device=device, precision=precision, threads=threads, **extra
+    )
+    return loaded
+
+
+def by_executor() -> dict[str, RuntimeSpec]:
+    """The runtimes by the names of their executors' modules, such as `clip_onnx`."""
+    return {spec.executor: spec for spec in RUNTIMES}
+
+
+def install_options() -> str:
+    """The command that installs the server, and the extras there are for its runtimes."""
+    first, *others = (extra for spec in RUNTIMES for extra in spec.extras)
+    return f"{install_hint(first)}, or one of the extras {', '.join(others)}"
+
+
+def names(specs: Sequence[RuntimeSpec] = RUNTIMES) -> list[str]:
+    """The names of runtimes, in order."""
+    return [spec.name for spec in specs]

@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
+from clip_server.runtimes.protocol import OutOfMemoryError
 
 _EXTRA = (
     "pycuda cannot be imported; what installs it, and needs CUDA's nvcc, is "
     f"{install_hint('tensorrt')}"
 )
-
-
-class OutOfMemory(Exception):
-    """The GPU has no memory for what was asked of it."""
 
 
 class Gpu:
@@ -51,12 +48,12 @@ class Gpu:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """This thread's calls go to this GPU. Its refusals of memory become `OutOfMemory`."""
+        """This thread's calls go to this GPU. Its out-of-memory errors become ours."""
         self._context.push()
         try:
             yield
         except self.driver.MemoryError as error:
-            raise OutOfMemory(str(error)) from error
+            raise OutOfMemoryError(str(error)) from error
         finally:
             self._context.pop()
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
-from clip_server.model_card import PRECISIONS, ModelCard, Precision
+from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.runtimes import cuda
-from clip_server.runtimes.base import check_precision, load_checkpoint, normalized
+from clip_server.runtimes.loading import load_checkpoint, normalized
 
 _EXTRA = f"the ONNX runtime is not installed: {install_hint('onnx')}"
-_FILES = tuple(converted.FILES["onnx"].values())
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {
     "tensor(uint8)": np.uint8,
@@ -35,14 +35,14 @@ _LOG_FATAL = 4
 class OnnxRuntime:
     """CLIP's two towers as onnxruntime sessions; see `Runtime` for the methods."""
 
-    name = "onnx"
+    spec = runtimes.find("onnx")
+    name = spec.name
     overlaps = False
-    halved_batches = 0
 
     def __init__(
-        self, card: ModelCard, visual: _Tower, textual: _Tower, device: str, dtype: str
+        self, card: ModelCard, visual: _Tower, textual: _Tower, device: str, precision: str
     ) -> None:
-        self.card, self.device, self.dtype = card, device, dtype
+        self.card, self.device, self.precision = card, device, precision
         self.concurrent = device == "cpu"
         self._visual, self._textual = visual, textual
 
@@ -53,7 +53,7 @@ class OnnxRuntime:
         *,
         model_path: str | Path | None = None,
         device: str | None = None,
-        dtype: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
     ) -> OnnxRuntime:
         """Loads a model and opens its sessions.
@@ -62,29 +62,30 @@ class OnnxRuntime:
         model_path: a checkpoint as in `weights.find`, or a folder with `visual.onnx` and
             `textual.onnx`, whose card is in its `card.json` or else that of `name`.
         device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
-        dtype: that the graphs of a checkpoint are built in: `fp32`, the default; on a GPU
+        precision: that the graphs of a checkpoint are built in: `fp32`, the default; on a GPU
             `fp16`; on the CPU `int8`: linear layers in integers (see `towers.quantize`).
             Graphs in a folder have theirs.
         threads: cores that one call may use; by default all that this process may run on.
 
         Raises:
-            ConfigurationError: the extra, the device, the dtype or the model is not to be had.
+            ConfigurationError: the extra, the device, the precision or the model is unavailable.
         """
         graphs: Iterable[Path | bytes]
-        if model_path is not None and converted.has_towers(model_path, "onnx"):
-            dtype = converted.check_dtype(model_path, dtype)
-            sessions = _Sessions(device, threads, dtype)
-            card = zoo.resolve(name, model_path)
-            graphs = [Path(model_path, file) for file in _FILES]
-        else:
-            dtype = precision = check_precision(dtype, PRECISIONS, "ONNX")
+        files = cls.spec.find_towers(model_path)
+        if model_path is not None and files is not None:
+            precision = converted.check_precision(model_path, precision)
             sessions = _Sessions(device, threads, precision)
-            if precision == "fp16" and sessions.device == "cpu":
+            card = zoo.resolve(name, model_path)
+            graphs = files.values()
+        else:
+            precision = built_in = cls.spec.check_precision(precision)
+            sessions = _Sessions(device, threads, built_in)
+            if built_in == "fp16" and sessions.device == "cpu":
                 # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
                 raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
-            card, graphs = _built(name, model_path, precision)
+            card, graphs = _built(name, model_path, built_in)
         visual, textual = map(sessions.open, graphs)
-        return cls(card, visual, textual, sessions.device, dtype)
+        return cls(card, visual, textual, sessions.device, precision)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
@@ -164,8 +165,8 @@ class _Tower:
 class _Sessions:
     """Opens sessions on one device, never silently on another."""
 
-    def __init__(self, device: str | None, threads: int | None, dtype: str = "fp32") -> None:
-        device = _device_for_int8(device) if dtype == "int8" else device
+    def __init__(self, device: str | None, threads: int | None, precision: str = "fp32") -> None:
+        device = _device_for_int8(device) if precision == "int8" else device
         self._ort = _onnxruntime()
         self._threads = threads or _cores()
         self.device = _device(self._ort, device)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import tensorrt_engines
-from clip_server.runtimes.base import Halving, check_precision, load_checkpoint, normalized
-from clip_server.runtimes.cuda import Buffer, Gpu, OutOfMemory
+from clip_server.runtimes.cuda import Buffer, Gpu
+from clip_server.runtimes.loading import load_checkpoint, normalized
+from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.runtimes.tensorrt_engines import Profile, Shape
 
-# The default first.
-PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
 # The largest batch that engines are built for, unless another is asked for.
 BATCH = 32
-# The end of an engine's file may be that of the convert command, or that of NVIDIA's own tools.
-_SUFFIXES = (".trt", ".engine")
 # Lengths of texts are rounded up to this: each new shape costs an engine time, and rows of whole
 # multiples are what a GPU multiplies fastest.
 _LENGTH_STEP = 8
@@ -34,18 +32,22 @@ _LENGTH_STEP = 8
 class TensorrtRuntime:
     """CLIP's two towers as TensorRT engines; see `Runtime` for the methods."""
 
-    name = "tensorrt"
+    spec = runtimes.find("tensorrt")
+    name = spec.name
     concurrent = True
     # Each thread has a stream of its own.
     overlaps = True
 
     def __init__(
-        self, card: ModelCard, visual: EngineTower, textual: EngineTower, device: str, dtype: str
+        self,
+        card: ModelCard,
+        visual: EngineTower,
+        textual: EngineTower,
+        device: str,
+        precision: str,
     ) -> None:
-        self.card, self.device, self.dtype = card, device, dtype
+        self.card, self.device, self.precision = card, device, precision
         self._visual, self._textual = visual, textual
-        self._run_visual = Halving(visual.run, OutOfMemory)
-        self._run_textual = Halving(textual.run, OutOfMemory)
 
     @classmethod
     def load(
@@ -54,9 +56,9 @@ class TensorrtRuntime:
         *,
         model_path: str | Path | None = None,
         device: str | None = None,
-        dtype: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
-        batch: int = BATCH,
+        minibatch_size: int = BATCH,
     ) -> TensorrtRuntime:
         """Loads a model's engines, and builds those that are not in the cache: minutes, once.
 
@@ -64,40 +66,36 @@ class TensorrtRuntime:
         model_path: a checkpoint as in `weights.find`, or a folder with engines: `visual.trt` and
             `textual.trt`, or `.engine`, whose card is in its `card.json` or else that of `name`.
         device: `cuda` or `cuda:1`.
-        dtype: that the engines of a checkpoint compute in: `fp16`, the default, or `fp32`.
+        precision: that the engines of a checkpoint compute in: `fp16`, the default, or `fp32`.
         threads: cores that building may use.
-        batch: the largest that engines are built for; those in a folder have theirs.
+        minibatch_size: the largest batch that engines are built for; those in a folder have theirs.
 
         Raises:
-            ConfigurationError: the extra, the device, the dtype or the model is not to be had.
+            ConfigurationError: the extra, the device, the precision or the model is unavailable.
         """
         tensorrt_engines.library()
         gpu = Gpu(_index(device))
-        if (folder := engine_files(model_path)) is not None:
-            dtype = converted.check_dtype(next(iter(folder.values())).parent, dtype)
+        files = cls.spec.find_towers(model_path)
+        if model_path is not None and files is not None:
+            precision = converted.check_precision(model_path, precision)
             card = zoo.resolve(name, model_path)
-            plans = {tower: (str(file), file.read_bytes()) for tower, file in folder.items()}
+            plans = {tower: (str(file), file.read_bytes()) for tower, file in files.items()}
         else:
-            dtype = precision = check_precision(dtype, PRECISIONS, "TensorRT")
+            precision = built_in = cls.spec.check_precision(precision)
             with gpu.active():  # kernels are chosen by timing them on it
-                card, plans = _built(name, model_path, precision, gpu.name, batch, threads)
+                card, plans = _built(name, model_path, built_in, gpu.name, minibatch_size, threads)
         visual, textual = (cls._tower(gpu, plan, origin) for origin, plan in plans.values())
-        return cls(card, visual, textual, gpu.device, dtype)
+        return cls(card, visual, textual, gpu.device, precision)
 
     @staticmethod
     def _tower(gpu: Gpu, plan: bytes, origin: str) -> EngineTower:
         return EngineTower(gpu, plan, origin)
 
-    @property
-    def halved_batches(self) -> int:
-        """See `Runtime`."""
-        return self._run_visual.count + self._run_textual.count
-
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
         if self._visual.dtype == np.uint8:
-            return self._run_visual(pixels)
-        return self._run_visual(normalized(pixels, self.card.image))
+            return self._visual.run(pixels)
+        return self._visual.run(normalized(pixels, self.card.image))
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
@@ -105,21 +103,7 @@ class TensorrtRuntime:
         missing = min(-tokens.shape[1] % _LENGTH_STEP, text.context_length - tokens.shape[1])
         missing = max(missing, self._textual.least[1] - tokens.shape[1])
         padded = np.pad(tokens, ((0, 0), (0, missing)), constant_values=text.pad_id)
-        return self._run_textual(padded)
-
-
-def engine_files(model_path: str | Path | None) -> Mapping[Tower, Path] | None:
-    """The engines in a folder, if both towers are there."""
-    if model_path is None:
-        return None
-    names = converted.FILES["tensorrt"]
-    found = {
-        tower: file
-        for tower in TOWERS
-        for suffix in _SUFFIXES
-        if (file := Path(model_path, names[tower]).with_suffix(suffix)).is_file()
-    }
-    return found if len(found) == len(TOWERS) else None
+        return self._textual.run(padded)
 
 
 def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
@@ -161,7 +145,7 @@ class EngineTower:
         """A batch of any size, converted to the input's dtype, to embeddings [B, D].
 
         Raises:
-            OutOfMemory: the GPU has none for this batch; smaller ones may do.
+            OutOfMemoryError: the GPU has none for this batch; smaller ones may do.
         """
         parts = [batch[first : first + self._most] for first in range(0, len(batch), self._most)]
         return np.concatenate([self._run(part) for part in parts])
@@ -184,7 +168,7 @@ class EngineTower:
     def _new_lane(self) -> _Lane:
         context = self._new_context()
         if context is None:
-            raise OutOfMemory("no memory for an execution context")
+            raise OutOfMemoryError("no memory for an execution context")
         return _Lane(
             self._gpu.driver,
             context,
@@ -230,7 +214,7 @@ class _Lane:
         self._fed.upload(fed, stream)
         if not context.execute_async_v3(stream.handle):
             said = tensorrt_engines.take_errors() or "TensorRT could not compute the batch"
-            raise OutOfMemory(said) if "memory" in said else RuntimeError(said)
+            raise OutOfMemoryError(said) if "memory" in said else RuntimeError(said)
         self._read.download(read, stream)
         stream.synchronize()
         return read[: len(batch)].astype(np.float32)

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
-from clip_server.runtimes.base import Halving, load_checkpoint
+from clip_server.runtimes.loading import load_checkpoint
+from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.towers import registry
 
 try:
@@ -40,23 +42,22 @@ _DRAWS = {
     *("erfinv_", "mul_", "add_", "clamp_"),
 }
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_FILES = tuple(converted.FILES["torchscript"].values())
 
 
 class TorchRuntime:
     """CLIP's two towers as torch modules; see `Runtime` for the methods."""
 
-    name = "torch"
+    spec = runtimes.find("torch")
+    name = spec.name
     overlaps = False
 
     def __init__(
-        self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, dtype: str
+        self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, precision: str
     ) -> None:
-        self.card, self.device, self.dtype = card, device, dtype
+        self.card, self.device, self.precision = card, device, precision
         self.concurrent = device == "cpu"
-        run = partial(_run, device=device)
-        self._visual = Halving(partial(run, visual), torch.cuda.OutOfMemoryError)
-        self._textual = Halving(partial(run, textual), torch.cuda.OutOfMemoryError)
+        self._visual = partial(_run, visual, device=device)
+        self._textual = partial(_run, textual, device=device)
 
     @classmethod
     def load(
@@ -65,7 +66,7 @@ class TorchRuntime:
         *,
         model_path: str | Path | None = None,
         device: str | None = None,
-        dtype: str | None = None,
+        precision: str | None = None,
         jit: bool = False,
         threads: int | None = None,
     ) -> TorchRuntime:
@@ -76,34 +77,29 @@ class TorchRuntime:
             `textual.pt` and `card.json`, of `python -m clip_server.convert`.
         device: as torch names it; by default a CUDA GPU, an Apple GPU or the CPU, whichever
             is there first.
-        dtype: of weights and arithmetic: `fp32` (the default), `bf16`, or on a GPU `fp16`.
+        precision: of weights and arithmetic: `fp32` (the default), `bf16`, or on a GPU `fp16`.
             Towers in a folder have theirs.
         jit: trace both towers.
         threads: cores that one call may use; torch keeps this for the whole process.
 
         Raises:
-            ConfigurationError: the device, the dtype or the model is not to be had.
+            ConfigurationError: the device, the precision or the model is unavailable.
         """
         place = _device(device)
         if threads is not None:
             torch.set_num_threads(threads)
-        if model_path is not None and has_towers(model_path):
-            folder = Path(model_path)
-            dtype = converted.check_dtype(folder, dtype)
-            card = zoo.resolve(name, folder)
-            visual, textual = (_loaded(folder / file, place) for file in _FILES)
-            return cls(card, visual, textual, str(place), dtype)
-        dtype = _dtype(dtype, place)
+        files = cls.spec.find_towers(model_path)
+        if model_path is not None and files is not None:
+            precision = converted.check_precision(model_path, precision)
+            card = zoo.resolve(name, model_path)
+            visual, textual = (_loaded(file, place) for file in files.values())
+            return cls(card, visual, textual, str(place), precision)
+        precision = _precision(precision, place)
         card, tensors = load_checkpoint(name, model_path)
-        visual, textual = (tower.to(place) for tower in towers(card, tensors, dtype))
+        visual, textual = (tower.to(place) for tower in towers(card, tensors, precision))
         if jit:
             visual, textual = _traced(card, visual, textual, place)
-        return cls(card, visual, textual, str(place), dtype)
-
-    @property
-    def halved_batches(self) -> int:
-        """See `Runtime`."""
-        return self._visual.count + self._textual.count
+        return cls(card, visual, textual, str(place), precision)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
@@ -115,7 +111,7 @@ class TorchRuntime:
 
 
 def towers(
-    card: ModelCard, tensors: weights.Tensors, dtype: str = "fp32"
+    card: ModelCard, tensors: weights.Tensors, precision: str = "fp32"
 ) -> tuple[nn.Module, nn.Module]:
     """The image and the text tower of a checkpoint, on the CPU.
 
@@ -125,17 +121,8 @@ def towers(
         WeightsError, ConfigurationError: the checkpoint is not the card's; or open_clip cannot
             build that.
     """
-    model = _model(card, tensors).to(_DTYPES[dtype])
-    return _ImageTower(model, card.image, _DTYPES[dtype]), _text_tower(card, model)
-
-
-def has_towers(model_path: str | Path | None) -> bool:
-    """Whether a folder holds a model that was converted to TorchScript."""
-    return (
-        model_path is not None
-        and converted.has_towers(model_path, "torchscript")
-        and Path(model_path, converted.CARD).is_file()
-    )
+    model = _model(card, tensors).to(_DTYPES[precision])
+    return _ImageTower(model, card.image, _DTYPES[precision]), _text_tower(card, model)
 
 
 def save_traced(tower: nn.Module, batch: NDArray[Any], path: Path) -> None:
@@ -157,8 +144,11 @@ def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
 def _run(tower: nn.Module, batch: NDArray[Any], device: str = "cpu") -> NDArray[np.float32]:
     # torch warns of an array that it may not write to.
     writeable = torch.from_numpy(np.require(batch, requirements="W"))
-    embeddings: Tensor = tower(writeable.to(device))
-    return embeddings.float().cpu().numpy()
+    try:
+        embeddings: Tensor = tower(writeable.to(device))
+        return embeddings.float().cpu().numpy()
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(str(error)) from None
 
 
 def _loaded(path: Path, place: torch.device) -> nn.Module:
@@ -357,11 +347,9 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _dtype(wanted: str | None, place: torch.device) -> str:
-    dtype = wanted or "fp32"
-    if dtype not in _DTYPES:
-        raise ConfigurationError(f"dtype {wanted!r} is not one of {', '.join(_DTYPES)}")
-    if dtype == "fp16" and place.type == "cpu":
+def _precision(wanted: str | None, place: torch.device) -> str:
+    precision = TorchRuntime.spec.check_precision(wanted)
+    if precision == "fp16" and place.type == "cpu":
         # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
         raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or bf16")
-    return dtype
+    return precision

@@ -1,0 +1,39 @@
+"""Batches that a device has no memory for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.runtimes.protocol import OutOfMemoryError
+
+log = logging.getLogger(__name__)
+
+
+class Halving:
+    """Runs batches; one that the device has no memory for is halved, and both halves are run.
+
+    run: a batch [B, ...] to embeddings [B, D]; raises OutOfMemoryError for want of memory.
+    count: batches that were halved.
+    """
+
+    def __init__(self, run: Callable[[NDArray[Any]], NDArray[np.float32]]) -> None:
+        self._run = run
+        self.count = 0
+
+    def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """The embeddings of a batch. Raises OutOfMemoryError if one item alone does not fit."""
+        try:
+            return self._run(batch)
+        except OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise
+            log.warning("no memory for a batch of %d, which is halved: %s", len(batch), error)
+        # Outside the handler, whose exception keeps alive what the failed attempt allocated.
+        self.count += 1
+        half = len(batch) // 2
+        return np.concatenate([self(batch[:half]), self(batch[half:])])

@@ -1,0 +1,44 @@
+"""Loading a checkpoint, the same for every runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.model_card import ImageSpec, ModelCard
+from clip_server.models import weights, zoo
+
+
+def load_checkpoint(
+    name: str, model_path: str | Path | None = None
+) -> tuple[ModelCard, weights.Tensors]:
+    """The card of a model and every tensor of its checkpoint, not yet checked.
+
+    name: a canonical name or an alias.
+    model_path: a `.safetensors` file, or a folder with `open_clip_model.safetensors`.
+
+    Raises:
+        UnknownModelError, WeightsError: as `zoo.resolve`, `zoo.checkpoint`, `weights.read`.
+    """
+    card, path = zoo.resolve(name, model_path), zoo.checkpoint(name, model_path)
+    image = path if card.image_of is None else zoo.checkpoint(card.image_of)
+    # A checkpoint knows its own logit scale better than a table does.
+    card = replace(card, logit_scale=weights.read_logit_scale(image))
+    tensors = weights.read(path)
+    if image != path:
+        tensors |= {key: each for key, each in weights.read(image).items() if _is_of_image(key)}
+    return card, tensors
+
+
+def normalized(pixels: NDArray[np.uint8], image: ImageSpec) -> NDArray[np.float32]:
+    """Pixels 0..255 in the float range of a tower that does not normalise them itself."""
+    mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (image.mean, image.std))
+    values = (pixels.astype(np.float32) / 255 - mean) / std
+    return values.astype(np.float32, copy=False)
+
+
+def _is_of_image(tensor: str) -> bool:
+    return tensor == "logit_scale" or tensor.startswith("visual.")

@@ -1,0 +1,49 @@
+"""The one interface between the engine and a deep-learning framework."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_server.model_card import ModelCard
+
+
+class OutOfMemoryError(Exception):
+    """The device has no memory for a batch; a smaller one may fit."""
+
+
+class Runtime(Protocol):
+    """A loaded model.
+
+    name: `torch`, `onnx`, ... as shown to people.
+    device: where it really runs, e.g. `cpu` or `cuda:0`.
+    precision: of the weights, e.g. `fp32`.
+    concurrent: whether two threads may call its methods at once, and both make progress.
+    overlaps: whether the next full batch may come while one is computed, since its copy to the
+        device takes place meanwhile. For those that are concurrent.
+    """
+
+    name: str
+    device: str
+    precision: str
+    concurrent: bool
+    overlaps: bool
+    card: ModelCard
+
+    def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised).
+
+        Raises:
+            OutOfMemoryError: the device has no memory for this batch.
+        """
+        ...
+
+    def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, L] token ids, L at most the context length, to [B, D] (not normalised).
+
+        Raises:
+            OutOfMemoryError: the device has no memory for this batch.
+        """
+        ...
