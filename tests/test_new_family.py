@@ -85,7 +85,7 @@ def test_every_runtime_and_precision(checkpoint: Path, monkeypatch: pytest.Monke
         target[: len(row)] = row
     runtimes: list[tuple[Any, dict[str, Any], float]] = [
         (OnnxRuntime, {}, 1e-5),
-        (OnnxRuntime, {"dtype": "int8"}, 0.05),
+        (OnnxRuntime, {"precision": "int8"}, 0.05),
         (TorchRuntime, {}, 1e-5),
     ]
     longest = max(map(len, rows))
