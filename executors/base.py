@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from clip_server.handlers import clip_handlers
 from clip_server.models import zoo
 from clip_server.models.image import ImageTransform
 from clip_server.process import follow_parent
+from clip_server.request_parameters import RequestParameters
 from clip_server.runtimes import load_runtime
 from clip_server.runtimes.protocol import Runtime
 from clip_server.service import Limits, Service
@@ -98,8 +99,9 @@ class BaseCLIPEncoder(Executor):
         self, docs: DocList[ClipDoc], parameters: dict[str, Any] | None = None, **_: Any
     ) -> DocList[ClipDoc]:
         """Sets `embedding` of each document, or `error`."""
-        options = RequestParameters.parse(parameters or {}, self.parameters)
-        chosen = [doc for path in options.access_paths for doc in _descend(docs, path)]
+        options = RequestParameters.parse(parameters, refuse_unknown=False)
+        paths = self._access_paths(options)
+        chosen = [doc for path in paths for doc in _descend(docs, path)]
         encoded = await self.engine.encode(
             [self._item(doc) for doc in chosen], minibatch_size=options.minibatch_size
         )
@@ -113,6 +115,12 @@ class BaseCLIPEncoder(Executor):
                 doc.blob = None
                 doc.uri = None
         return docs
+
+    def _access_paths(self, options: RequestParameters) -> list[str]:
+        try:
+            return parse_access_paths(options.access_paths or self.parameters.access_paths)
+        except ConfigurationError as error:
+            raise RequestError(f"parameters: {error}") from None
 
     @requests(on="/rank")
     async def rank(self, docs: DocList[ClipDoc], **_: Any) -> DocList[ClipDoc]:
@@ -149,37 +157,6 @@ class BaseCLIPEncoder(Executor):
     def close(self) -> None:
         """Ends the engine's threads."""
         self.engine.close()
-
-
-@dataclass(frozen=True)
-class RequestParameters:
-    """What one request may ask for itself.
-
-    minibatch_size: 0: the executor's own.
-    access_paths: as docarray's.
-    normalize: embeddings of length 1.
-    drop_image_content: answers come back without `blob` and `uri`.
-    """
-
-    minibatch_size: int
-    access_paths: list[str]
-    normalize: bool
-    drop_image_content: bool
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any], own: EncoderParameters) -> "RequestParameters":
-        """From a request's `parameters`; others are another executor's and pass unread."""
-        paths = given.get("access_paths", given.get("traversal_paths", own.access_paths))
-        size = given.get("minibatch_size", given.get("batch_size", 0))
-        try:
-            return cls(
-                minibatch_size=int(size),
-                access_paths=parse_access_paths(str(paths)),
-                normalize=bool(given.get("normalize", False)),
-                drop_image_content=bool(given.get("drop_image_content", False)),
-            )
-        except (ConfigurationError, TypeError, ValueError) as error:
-            raise RequestError(f"parameters: {error}") from None
 
 
 class _ClipCalls(grpc.aio.ServerInterceptor):

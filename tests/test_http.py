@@ -106,6 +106,7 @@ def test_protobuf(http: Http) -> None:
         (b"{}", '"data" is not a list'),
         (b'{"data": ["a"], "parameters": 3}', '"parameters" is not an object'),
         (b'{"data": ["a"], "parameters": {"minibatch_size": "many"}}', "minibatch_size"),
+        (b"[" * 5000, "not JSON"),
     ],
 )
 def test_bodies_that_are_refused(http: Http, body: bytes, says: str) -> None:
@@ -113,6 +114,114 @@ def test_bodies_that_are_refused(http: Http, body: bytes, says: str) -> None:
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "INVALID_ARGUMENT"
     assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("route", ["/encode", "/rank", "/post"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("normalize", ["false", 1, 0, [], {}]),
+        ("drop_image_content", ["true", 1]),
+        ("encoding_format", ["base32", True, 7, ["base64"]]),
+        ("minibatch_size", ["8", 8.5, True, -1, 2**40, [8], 1e300]),
+        ("batch_size", ["8"]),
+        ("access_paths", [7, "@c", "@zzz", ["@r"]]),
+        ("normalise", [True]),
+    ],
+)
+def test_a_parameter_of_the_wrong_type_is_refused(
+    http: Http, route: str, name: str, values: list[Any]
+) -> None:
+    data = [{"text": "a cat", "matches": ["a dog"]}]
+    for value in values:
+        answer = http.post(route, json={"data": data, "parameters": {name: value}})
+        assert answer.status_code == 400, (name, value)
+        assert name in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("parameters", [[], "normalize", True, 0])
+def test_parameters_that_are_no_object_are_refused(http: Http, parameters: Any) -> None:
+    answer = http.post("/encode", json={"data": ["a cat"], "parameters": parameters})
+    assert answer.status_code == 400
+    assert '"parameters" is not an object' in answer.json()["error"]["message"]
+
+
+def test_parameters_that_are_right(http: Http) -> None:
+    right = {"normalize": None, "minibatch_size": 8.0, "access_paths": "@r", "batch_size": 0}
+    answer = http.post("/encode", json={"data": ["a cat"], "parameters": right})
+    assert "embedding" in answer.json()["data"][0]
+    assert http.post("/encode", json={"data": [], "parameters": None}).status_code == 200
+
+
+NESTED = b'{"a":' * 260 + b"1" + b"}" * 260
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (rb'"cut \ud83d"', "character 4"),
+        (rb'{"text": "\ude00 cut"}', "half of a surrogate"),
+        (rb'{"uri": "data:text/plain,\ud83d"}', "uri is not valid Unicode"),
+        (b'"latin-1: caf\xe9"', "not UTF-8"),
+        (b'{"text": "a dog", "tags": %b}' % NESTED, "nested more than 100 deep"),
+        (b'{"text": "a dog", "tags": {"a": %b}}' % (b"[" * 900 + b"]" * 900), "nested more than"),
+        (b'{"text": "a dog", "tags": ["red"]}', "tags are not an object"),
+        (b'{"text": "a dog", "id": "%b"}' % (b"7" * 2000), "id is not a string or a number"),
+        (b'{"text": "a dog", "id": {"a": 1}}', "id is not a string or a number"),
+        (b'{"text": "a dog", "id": true}', "id is not a string or a number"),
+    ],
+)
+def test_what_is_wrong_with_an_entry_is_its_own_error(http: Http, entry: bytes, says: str) -> None:
+    answer = http.post("/encode", data=b'{"data": ["a cat", %b, "a bird"]}' % entry)
+    assert answer.status_code == 200
+    good, bad, other = answer.json()["data"]
+    assert says in bad["error"]
+    assert "embedding" not in bad
+    assert len(good["embedding"]) == len(other["embedding"]) == 256
+    # The same as a match to be ranked, and as what others are ranked for.
+    answer = http.post(
+        "/rank",
+        data=b'{"data": [{"text": "a cat", "matches": ["a dog", %b]}, '
+        b'{"text": "a cat", "tags": %b, "matches": ["a dog"]}, {"matches": ["a dog"]}]}'
+        % (entry, NESTED),
+    )
+    assert answer.status_code == 200
+    ranked, nested, empty = answer.json()["data"]
+    assert "scores" in ranked["matches"][0]
+    assert says in ranked["matches"][1]["error"]
+    assert "nested" in nested["error"]
+    assert "the query cannot be encoded" in empty["error"]
+
+
+def test_what_json_has_no_word_for_comes_back_as_null(http: Http) -> None:
+    tags = b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": %b, "e": "\\ud83d", "f": "\xff"}' % (
+        b"9" * 5000
+    )
+    body = b'{"data": [{"text": "a cat", "id": "x", "tags": %b}, {"text": "a cat"}]}' % tags
+    first, second = http.post("/encode", data=body).json()["data"]
+    assert first["embedding"] == second["embedding"]
+    assert first["id"] == "x"
+    assert [first["tags"][key] for key in "abcd"] == [None] * 4
+    assert first["tags"]["e"] == "\ud83d"
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_image_beside_an_empty_text_is_encoded(http: Http, empty: str | None) -> None:
+    blob = base64.b64encode(CAT).decode()
+    data = [{"uri": CAT_URI}, {"text": empty, "uri": CAT_URI}, {"text": empty, "blob": blob}]
+    alone, *beside = http.post("/encode", json={"data": data}).json()["data"]
+    for each in beside:
+        np.testing.assert_allclose(each["embedding"], alone["embedding"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_there(http: Http) -> None:
+    missing = http.get("/nowhere")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "NOT_FOUND"
+    wrong = http.get("/encode")
+    assert wrong.status_code == 405
+    assert wrong.json()["error"]["code"] == "METHOD_NOT_ALLOWED"
+    assert wrong.headers["allow"] == "POST"
 
 
 def test_odd_entries_fail_alone(http: Http) -> None:

@@ -83,6 +83,26 @@ def test_parameters(post: Any) -> None:
     assert doc.chunks[0].embedding is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"normalize": "false"},
+        {"drop_image_content": 1},
+        {"minibatch_size": "8"},
+        {"minibatch_size": True},
+        {"access_paths": 7},
+    ],
+)
+def test_a_parameter_of_the_wrong_type_is_refused(post: Any, wrong: dict[str, Any]) -> None:
+    from clip_server.executors.documents import ClipDoc
+
+    with pytest.raises(Exception, match=next(iter(wrong))):
+        post([ClipDoc(text="a")], **wrong)
+    # Another executor's parameters pass unread.
+    (doc,) = post([ClipDoc(text="a")], index="photos")
+    assert doc.embedding.shape == (256,)
+
+
 def test_rank(post: Any) -> None:
     from docarray import DocList
 

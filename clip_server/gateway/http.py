@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import orjson
 import uvicorn
 from google.protobuf.message import DecodeError, Message
 from starlette.applications import Starlette
@@ -23,8 +22,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from clip_client.data_uri import decode_base64, has_scheme, is_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
+from clip_server.gateway import json_text
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import exposition
+from clip_server.request_parameters import RequestParameters
 from clip_server.service import FAILED, error_response
 
 PROTOBUF = "application/x-protobuf"
@@ -35,6 +36,9 @@ _STATUS = {
     "DEADLINE_EXCEEDED": 504,
     "UNAVAILABLE": 503,
 }
+# Codes of what is not there, which clip.v1 has none for.
+_NOT_THERE = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+_LONGEST_ID = 1024
 # The status of a body over the limit, for which trying again later does not help.
 _TOO_LARGE = 413
 # Of a request's line and headers.
@@ -193,18 +197,18 @@ class HttpListener(Listener):
         docs = _docs(body)
         parameters = _parameters(body)
         options = pb.Options(
-            normalize=bool(parameters.get("normalize", False)),
-            minibatch_size=_size(parameters),
+            normalize=parameters.normalize, minibatch_size=parameters.minibatch_size
         )
-        request = pb.EncodeRequest(items=[_item(doc) for doc in docs], options=options)
+        unfit = _unfit_entries(docs)
+        items = [pb.Item() if index in unfit else _item(doc) for index, doc in enumerate(docs)]
+        request = pb.EncodeRequest(items=items, options=options)
         answer = await self._answer("encode", request, asked_in)
         embeddings = np.frombuffer(answer.embeddings, "<f4").reshape(answer.count, answer.dim)
-        errors = {error.index: error.message for error in answer.errors}
-        as_base64 = parameters.get("encoding_format") == "base64"
-        drop = bool(parameters.get("drop_image_content", False))
+        errors = {error.index: error.message for error in answer.errors} | unfit
+        as_base64 = parameters.encoding_format == "base64"
         data = []
         for index, doc in enumerate(docs):
-            result = _echo(doc, drop)
+            result = _echo(doc, parameters.drop_image_content)
             if index in errors:
                 result["error"] = errors[index]
             elif as_base64:
@@ -215,6 +219,7 @@ class HttpListener(Listener):
         return _json({"data": data, "truncated": answer.truncated})
 
     async def _rank_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
+        _parameters(body)
         ranked = await asyncio.gather(*(self._rank_doc(doc, asked_in) for doc in _docs(body)))
         return _json({"data": ranked})
 
@@ -224,8 +229,17 @@ class HttpListener(Listener):
             raise RequestError(
                 'to rank, each entry of data has "matches", a list of what to rank for it'
             )
-        request = pb.RankRequest(query=_item(doc), candidates=[_item(each) for each in matches])
-        answer = await self._answer("rank", request, asked_in)
+        if query_unfit := _unfit(doc):
+            return {**_echo(doc, drop_content=False), "error": query_unfit}
+        unfit = _unfit_entries(matches)
+        items = [pb.Item() if index in unfit else _item(each) for index, each in enumerate(matches)]
+        request = pb.RankRequest(query=_item(doc), candidates=items)
+        try:
+            answer = await self._answer("rank", request, asked_in)
+        except RequestError as error:
+            if error.code != "INVALID_ARGUMENT":
+                raise
+            return {**_echo(doc, drop_content=False), "error": str(error)}
         ranked = [
             {
                 **_echo(matches[match.index], drop_content=False),
@@ -237,7 +251,10 @@ class HttpListener(Listener):
             for match in answer.matches
         ]
         failed = [
-            {**_echo(matches[error.index], drop_content=False), "error": error.message}
+            {
+                **_echo(matches[error.index], drop_content=False),
+                "error": unfit.get(error.index, error.message),
+            }
             for error in answer.errors
         ]
         return {**_echo(doc, drop_content=False), "matches": ranked + failed}
@@ -282,10 +299,7 @@ _ENDPOINTS = {
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        parsed = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"the body is not JSON: {error}") from None
+    parsed = json_text.loads(body)
     if not isinstance(parsed, dict):
         raise RequestError('the body is not a JSON object like {"data": [{"text": "a cat"}]}')
     return parsed
@@ -300,18 +314,53 @@ def _docs(body: Mapping[str, Any]) -> list[Any]:
     return docs
 
 
-def _parameters(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    parameters = body.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise RequestError('"parameters" is not an object')
+def _parameters(body: Mapping[str, Any]) -> RequestParameters:
+    parameters = RequestParameters.parse(body.get("parameters"), refuse_unknown=True)
+    if parameters.access_paths not in (None, "@r", "r"):
+        raise RequestError(
+            f"access_paths is {parameters.access_paths[:60]!r}: over HTTP the entries of data "
+            "alone are encoded, '@r'"
+        )
     return parameters
 
 
-def _size(parameters: Mapping[str, Any]) -> int:
-    size = parameters.get("minibatch_size", parameters.get("batch_size", 0))
-    if not isinstance(size, int) or not 0 <= size < 2**31:
-        raise RequestError(f"minibatch_size {size!r} is not a whole number above 0")
-    return size
+def _unfit_entries(docs: list[Any]) -> dict[int, str]:
+    return {index: why for index, doc in enumerate(docs) if (why := _unfit(doc))}
+
+
+def _unfit(doc: Any) -> str | None:
+    """Why an entry cannot be answered, whatever its content is."""
+    if isinstance(doc, str):
+        return _not_unicode("text", doc)
+    if not isinstance(doc, Mapping):
+        return None
+    for field in ("text", "uri", "blob", "image"):
+        if isinstance(doc.get(field), str) and (why := _not_unicode(field, doc[field])):
+            return why
+    if not _is_id(doc.get("id")):
+        return f"the id is not a string or a number of at most {_LONGEST_ID:,} characters"
+    tags = doc.get("tags")
+    if tags is not None and not isinstance(tags, dict):
+        return 'the tags are not an object like {"colour": "red"}'
+    if json_text.is_nested(tags or {}):
+        return f"the tags are nested more than {json_text.MOST_NESTED} deep"
+    return None
+
+
+def _not_unicode(field: str, text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"the {field} is not valid Unicode at character {error.start}: half of a surrogate "
+            "pair, or a byte that is not UTF-8; send the whole character"
+        )
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    is_scalar = value is None or isinstance(value, (str, int, float))
+    return is_scalar and not isinstance(value, bool) and len(str(value)) <= _LONGEST_ID
 
 
 def _item(doc: Any) -> pb.Item:
@@ -345,6 +394,12 @@ def _echo(doc: Any, drop_content: bool) -> dict[str, Any]:
     if not isinstance(doc, Mapping):
         return {"text": doc} if isinstance(doc, str) and not is_data_uri(doc) else {}
     kept = {key: doc[key] for key in ("id", "text", "tags") if key in doc}
+    if _unfit({"id": kept.get("id")}):
+        del kept["id"]
+    if _unfit({"tags": kept.get("tags")}):
+        del kept["tags"]
+    if not isinstance(kept.get("text", ""), str):
+        del kept["text"]
     uri = doc.get("uri")
     if isinstance(uri, str) and not drop_content and len(uri) <= 1024:
         kept["uri"] = uri
@@ -362,8 +417,7 @@ def _is_protobuf(request: Request) -> bool:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, media_type="application/json")
+    return Response(json_text.dumps(content), status, media_type="application/json")
 
 
 def _error(status: int, code: str, message: str) -> Response:
@@ -390,7 +444,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
 async def _not_found(request: Request, error: Exception) -> Response:
     allowed = ", ".join(_ENDPOINTS)
     message = f"no {request.method} {request.url.path} here; there is {allowed}"
-    return _error(getattr(error, "status_code", 404), "INVALID_ARGUMENT", message)
+    status = getattr(error, "status_code", 404)
+    response = _error(status, _NOT_THERE[status], message)
+    response.headers.update(getattr(error, "headers", None) or {})  # which methods are allowed
+    return response
 
 
 async def _failed(_: Request, error: Exception) -> Response:

@@ -1,0 +1,101 @@
+"""The `parameters` of one request, read alike from an HTTP body and from a Jina request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clip_server.errors import RequestError
+
+_ENCODINGS = ("float", "base64")
+# Names that clip-as-service's users have in their requests.
+_ALIASES = {"batch_size": "minibatch_size", "traversal_paths": "access_paths"}
+_MOST_MINIBATCH = 2**31
+
+
+@dataclass(frozen=True)
+class RequestParameters:
+    """What one request may ask for itself.
+
+    normalize: embeddings of length 1.
+    minibatch_size: items the model takes at once for this request; 0: the server's own setting.
+    drop_image_content: responses come back without `uri`, and over Jina without `blob`.
+    encoding_format: of embeddings in JSON, `float` or `base64`.
+    access_paths: which documents are encoded, as docarray's; None: the server's own setting.
+    """
+
+    normalize: bool = False
+    minibatch_size: int = 0
+    drop_image_content: bool = False
+    encoding_format: str = "float"
+    access_paths: str | None = None
+
+    @classmethod
+    def parse(cls, given: Any, *, refuse_unknown: bool) -> RequestParameters:
+        """From a request's `parameters`, in which null is the default.
+
+        refuse_unknown: whether a name that is not known is an error, not another executor's.
+
+        Raises:
+            RequestError: a parameter has the wrong type or value, or is unknown.
+        """
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise RequestError('"parameters" is not an object like {"normalize": true}')
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            known = _ALIASES.get(name, name)
+            if known in _READERS:
+                if value is not None:
+                    values[known] = _READERS[known](name, value)
+            elif refuse_unknown:
+                raise RequestError(
+                    f"unknown parameter {_shown(name)}: the allowed are {', '.join(_READERS)}"
+                )
+        return cls(**values)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {_shown(value)}, which is neither true nor false")
+    return value
+
+
+def _size(name: str, value: Any) -> int:
+    # Over Jina every number is a float.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or value % 1 != 0 or not 0 <= value < _MOST_MINIBATCH:
+        raise RequestError(
+            f"{name} is {_shown(value)}, which is not a whole number from 1, or 0 for the "
+            "server's own setting"
+        )
+    return int(value)
+
+
+def _encoding(name: str, value: Any) -> str:
+    if value not in _ENCODINGS:
+        raise RequestError(f"{name} is {_shown(value)}: the allowed are {', '.join(_ENCODINGS)}")
+    return str(value)
+
+
+def _paths(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {_shown(value)}, which is not a string like '@r' or '@r,c'")
+    return value
+
+
+_READERS = {
+    "normalize": _flag,
+    "minibatch_size": _size,
+    "drop_image_content": _flag,
+    "encoding_format": _encoding,
+    "access_paths": _paths,
+}
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message shows it."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
