@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -114,12 +115,15 @@ def _import_jina(without_torch: bool) -> None:
     make_folder = Path.mkdir
     Path.mkdir = lambda *_, **__: None  # type: ignore[method-assign]
     try:
+        import jina.helper
         import jina.orchestrate.flow.base
         import jina.orchestrate.orchestrator as orchestrator
     finally:
         Path.mkdir = make_folder  # type: ignore[method-assign]
         if hidden:
             del sys.modules["torch"]
+    # Jina looks for free ports on IPv4 alone.
+    jina.helper._single_port_free = _is_free
     # Jina asks three services on the internet for this machine's public address.
     orchestrator.get_public_ip = lambda *_, **__: None
     # Its welcome names addresses that are not ours, and pages we do not serve.
@@ -130,6 +134,14 @@ def _import_jina(without_torch: bool) -> None:
         import uvloop
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return True
+    return False
 
 
 def _run(spec: dict[str, Any], started: float) -> int:
@@ -215,7 +227,7 @@ def _pods(deployment: Any) -> Iterator[Any]:
 def _welcome(spec: dict[str, Any], flow: Any, seconds: float) -> None:
     lines = [f"clip_server: ready in {seconds:.1f} s"]
     lines += [*asyncio.run(_describe(flow)), *flows.addresses(spec)]
-    if spec["gateway"]["host"] == flows.ALL_INTERFACES:
+    if spec["gateway"]["host"] in flows.ALL_INTERFACES:
         lines.append("open to every network this machine is on; --host 127.0.0.1 closes it")
     print("\n  ".join(lines), flush=True)
 

@@ -25,7 +25,7 @@ from clip_server.runtimes import RuntimeSpec, by_executor
 DEFAULT_FLOW = "torch-flow.yml"
 DEFAULT_MODEL = "ViT-B-32::openai"
 DEFAULT_PORTS = {"grpc": 51000, "http": 51001, "websocket": 51002}
-ALL_INTERFACES = "0.0.0.0"
+ALL_INTERFACES = ("0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 
 _EXECUTORS = "clip_server.executors."
@@ -157,8 +157,7 @@ def prepare(
     options = section(prepared.get("with"), flow_keys.WITH, "with")
     gateway = {key: options.pop(key) for key in _GATEWAY_KEYS if key in options}
     gateway |= section(prepared.get("gateway"), flow_keys.GATEWAY, "gateway")
-    if host is not None:
-        gateway["host"] = host
+    gateway["host"] = _host(host or gateway.get("host") or ALL_INTERFACES[0])
     prepared["with"] = options
     prepared["gateway"] = _prepare_gateway(gateway, port)
     executors = prepared.pop("deployments", None) or prepared["executors"]
@@ -178,8 +177,9 @@ def addresses(spec: Mapping[str, Any]) -> list[str]:
     gateway = spec["gateway"]
     secure = bool(gateway.get("ssl_keyfile"))
     schemes = {"grpc": "grpc", "http": "http", "websocket": "ws"}
+    host = f"[{gateway['host']}]" if ":" in gateway["host"] else gateway["host"]
     return [
-        f"{schemes[protocol]}{'s' if secure else ''}://{gateway['host']}:{port}"
+        f"{schemes[protocol]}{'s' if secure else ''}://{host}:{port}"
         for protocol, port in zip(gateway["protocol"], gateway["port"], strict=True)
     ]
 
@@ -241,11 +241,17 @@ def _prepare_gateway(gateway: dict[str, Any], wanted: Sequence[int]) -> dict[str
     parameters = {key: gateway.pop(key) for key in flow_keys.GATEWAY_PARAMETERS if key in gateway}
     if parameters:
         ours["uses_with"] = parameters
-    return {"host": ALL_INTERFACES, **ours, **gateway, "protocol": protocols, "port": chosen}
+    return {**ours, **gateway, "protocol": protocols, "port": chosen}
 
 
 def _port(value: Any, place: str) -> int:
     return flow_keys.whole_number(value, place, most=65535)
+
+
+def _host(value: Any) -> Any:
+    """An address to listen on. IPv6 may stand in brackets, which YAML reads as a list."""
+    host = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return host.strip("[]") if isinstance(host, str) else host
 
 
 def _protocol(name: Any) -> str:

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from io import StringIO
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from conftest import Server, Start, flow, free_ports
+from conftest import Server, Start, flow, free_ports, needs_ipv6
 
 from clip_client import Client
 from clip_client.errors import ClipError
@@ -311,4 +312,35 @@ def test_an_environment_that_leads_nowhere(start: Start) -> None:
     assert "Traceback" not in server.output()
     with Client(server.grpc) as client:
         assert client.encode(["a cat"]).shape == (1, 256)
+    server.stop()
+
+
+@needs_ipv6
+def test_ipv6_alone(start: Start) -> None:
+    spec = flow()
+    spec["with"]["host"] = "::1"
+    server = start(spec)
+    for scheme, port in zip(("grpc", "http", "ws"), server.ports, strict=True):
+        assert f"{scheme}://[::1]:{port}" in server.output()
+        with Client(f"{scheme}://[::1]:{port}") as client:
+            assert client.encode(["a cat"]).shape == (1, 256)
+    assert "network" not in server.output()
+    for process in server.family():
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert ip_address(connection.laddr.ip.removeprefix("::ffff:")).is_loopback
+    server.stop()
+
+
+@needs_ipv6
+def test_ipv6_and_ipv4(start: Start) -> None:
+    spec = flow()
+    spec["with"]["host"] = "[::]"  # as in a URL
+    server = start(spec)
+    for scheme, port in zip(("grpc", "http", "ws"), server.ports, strict=True):
+        assert f"{scheme}://[::]:{port}" in server.output()
+        for host in ("[::1]", "127.0.0.1"):
+            with Client(f"{scheme}://{host}:{port}") as client:
+                assert client.encode(["a cat"]).shape == (1, 256)
+    assert "open to every network" in server.output()
     server.stop()

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from jina.proto import jina_pb2, jina_pb2_grpc
 from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
 
+from clip_client.address import Address
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.handlers import SERVICE, clip_handlers
 from clip_server.service import FAILED
@@ -47,7 +48,7 @@ class GrpcListener(Listener):
         }
 
     def _bind(self) -> None:
-        address = f"{self.host}:{self.port}"
+        address = Address("grpc", self.host, self.port).target
         if self.tls is None:
             self._server.add_insecure_port(address)
         else:

@@ -52,7 +52,7 @@ class HttpListener(Listener):
         """See Listener."""
         config = uvicorn.Config(
             self._app(),
-            self.host,
+            self.hosts,
             self.port,
             http=_Protocol,
             log_config=None,

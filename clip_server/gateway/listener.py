@@ -45,6 +45,11 @@ class Listener(ABC):
     args: Namespace
     tls: Tls | None = None
 
+    @property
+    def hosts(self) -> Any:  # uvicorn and websockets hand it to asyncio, but name it a str
+        """What asyncio listens on, to which `::` is IPv6 alone; gRPC takes it for IPv4 as well."""
+        return ["::", "0.0.0.0"] if self.host == "::" else [self.host]
+
     @abstractmethod
     async def start(self) -> None:
         """Returns when the port is open."""

@@ -28,7 +28,7 @@ class WebSocketListener(Listener):
             context.load_cert_chain(self.tls.certificate, self.tls.key)
         self._server = await serve(
             self._serve,
-            self.host,
+            self.hosts,
             self.port,
             ssl=context,
             max_size=self.max_request_bytes,
