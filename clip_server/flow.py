@@ -14,6 +14,7 @@ import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,11 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
         uses.pop("replicas", None)
         _say("replicas stands under uses: in the flow; taken as written beside uses:")
     metas = section(uses.get("metas"), flow_keys.METAS, f"{place}: uses: metas")
-    modules = [_module(str(each)) for each in _modules(executor)]
+    modules = _modules(executor)
+    for module in modules:
+        if not isinstance(module, str):
+            raise ConfigurationError(f"{place}: py_modules: {module!r} is no module's name or file")
+    modules = [_module(each) for each in modules]
     if not modules or "jtype" not in uses:
         raise ConfigurationError(
             f"{place}: uses: needs jtype: CLIPEncoder and, under metas: py_modules:, its module, "
@@ -402,10 +407,18 @@ def _check_encoders(executor: Mapping[str, Any], place: str) -> None:
                     f"{place}: jtype: {uses['jtype']}: the class in {module} is CLIPEncoder"
                 )
             _check_encoder(module, uses["with"], f"{place}: uses: with")
-        elif module.endswith(".py") and not Path(module).is_file():
+        elif not ("extra_search_paths" in executor or Path(module).exists() or _is_module(module)):
+            kind = "file" if module.endswith(".py") else "module or file"
             raise ConfigurationError(
-                f"{place}: py_modules: there is no file {Path(module).absolute()}"
+                f"{place}: py_modules: there is no {kind} {module}, seen from {Path.cwd()}"
             )
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> None:

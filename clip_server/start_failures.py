@@ -31,16 +31,17 @@ class StartFailures:
             except SystemExit as end:
                 # An executor of ours that says why; nothing else needs to be printed.
                 if isinstance(end.code, str):
-                    self._report(end.code.removeprefix("clip_server: "))
+                    self.report(end.code.removeprefix("clip_server: "))
                     sys.exit(1)
                 raise
             except Exception as error:
-                self._report(f"{type(error).__name__}: {error}")
+                self.report(f"{type(error).__name__}: {error}")
                 raise
 
         return watched
 
-    def _report(self, reason: str) -> None:
+    def report(self, reason: str) -> None:
+        """Adds a reason, as one line."""
         line = " ".join(reason.split())
         os.write(self._write, line.encode()[: _MOST_BYTES - 1] + b"\n")
 
