@@ -137,7 +137,7 @@ def test_a_missing_extra(tmp_path: Path) -> None:
     assert "pip install 'clip-microservice[onnx]'" in without("onnxruntime")
     assert "pip install 'clip-microservice[torch]'" in without("torch", "torch")
     # Whatever runtime is wanted.
-    assert "onnx-gpu, torch, tensorrt" in without("jina")
+    assert "onnx-gpu, tensorrt, tensorrt-rtx, torch" in without("jina")
     # The default flow, of which another runtime is installed.
     said = run(PYTHONPATH=str(tmp_path), MISSING="torch", CLIP_MODEL="embedded").stderr
     assert "python -m clip_server onnx-flow.yml" in said

@@ -197,7 +197,9 @@ def by_executor() -> dict[str, RuntimeSpec]:
 
 def install_options() -> str:
     """The command that installs the server, and the extras there are for its runtimes."""
-    first, *others = (extra for spec in RUNTIMES for extra in spec.extras)
+    # Those that need no torch, and so are small, come first.
+    ordered = sorted(RUNTIMES, key=lambda spec: "torch" in spec.packages)
+    first, *others = (extra for spec in ordered for extra in spec.extras)
     return f"{install_hint(first)}, or one of the extras {', '.join(others)}"
 
 
