@@ -1,12 +1,12 @@
-# docker build --build-arg EXTRA=onnx -t clip-server .        (onnx, onnx-gpu, torch)
-# docker run -p 51000-51002:51000-51002 -v clip-models:/models clip-server
-# docker run -e CLIP_MODEL=ViT-B-32::openai ... clip-server torch-flow.yml
+# docker build --build-arg EXTRA=onnx -t clip-microservice .        (onnx, onnx-gpu, torch)
+# docker run -p 51000-51002:51000-51002 -v clip-models:/models clip-microservice
+# docker run -e CLIP_MODEL=ViT-B-32::openai ... clip-microservice torch-flow.yml
 FROM python:3.12-slim AS build
 ARG EXTRA=onnx
 WORKDIR /src
 COPY . .
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir -c requirements.lock ".[${EXTRA}]"
+    && /venv/bin/pip install --no-cache-dir -c requirements.lock ./clip_client ".[${EXTRA}]"
 
 FROM python:3.12-slim
 COPY --from=build /venv /venv

@@ -32,15 +32,19 @@ bench: .venv/.dev
 	$(BIN)/python -m benchmarks $(LEGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info clip_client/build clip_client/*.egg-info
 
+# Checked before .venv is made: pip's own words for a wrong Python are long.
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.10 to 3.13 is needed, and $(PYTHON) is not one:" \
+	         "make clean, then make serve PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
 
-.venv/.serve: $(BIN)/python pyproject.toml requirements.lock
-	test -e .venv/.dev || $(BIN)/python -m pip install -q -c requirements.lock -e '.[onnx]'
+.venv/.serve: $(BIN)/python pyproject.toml clip_client/pyproject.toml requirements.lock
+	test -e .venv/.dev || $(BIN)/python -m pip install -q -c requirements.lock -e ./clip_client -e '.[onnx]'
 	touch $@
 
-.venv/.dev: $(BIN)/python pyproject.toml requirements.lock
-	$(BIN)/python -m pip install -q -c requirements.lock -e '.[$(EXTRAS)]'
+.venv/.dev: $(BIN)/python pyproject.toml clip_client/pyproject.toml requirements.lock
+	$(BIN)/python -m pip install -q -c requirements.lock -e ./clip_client -e '.[$(EXTRAS)]'
 	touch $@

@@ -26,7 +26,7 @@ from clip_client.errors import (
 from clip_client.results import Batch, Info, Label, Latency, Ranking
 
 try:
-    __version__ = version("clip-server")
+    __version__ = version("clip-microservice-client")
 except PackageNotFoundError:
     __version__ = "0.0.0"
 

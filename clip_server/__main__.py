@@ -20,6 +20,7 @@ from typing import Any
 
 from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
+from clip_server.install import conflict
 from clip_server.process import bypass_proxies, share_heaps, tolerate_closed_output
 from clip_server.runtimes import install_options
 from clip_server.start_failures import StartFailures
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         options = _parse(arguments)
+        if advice := conflict():
+            _warn(advice)
         spec = flows.load(flows.read(options.flow))
         _import_jina(without_torch=flows.has_only_encoders(spec))
         return _run(flows.prepare(flows.expand(spec), options.host, options.port), started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
 DISTRIBUTION = "clip-microservice"
@@ -22,4 +23,25 @@ def missing_package(packages: Sequence[str]) -> str | None:
 
 def install_hint(extra: str) -> str:
     """The command that installs an extra, from the registry or a checkout, to end a message."""
-    return f"pip install '{DISTRIBUTION}[{extra}]' (in a checkout: pip install '.[{extra}]')"
+    from_checkout = f"pip install ./clip_client '.[{extra}]'"
+    return f"pip install '{DISTRIBUTION}[{extra}]' (in a checkout: {from_checkout})"
+
+
+def conflict() -> str | None:
+    """What to do about clip-as-service's packages, which own the folders of ours; None: absent."""
+    found = [name for name in ("clip-client", "clip-server") if _owns_our_folders(name)]
+    if not found:
+        return None
+    return (
+        f"{' and '.join(found)} of clip-as-service installed into the same folders: "
+        f"pip uninstall {' '.join(found)}, then install this server again with "
+        "pip install --force-reinstall --no-deps"
+    )
+
+
+def _owns_our_folders(name: str) -> bool:
+    try:
+        files = distribution(name).files or []
+    except PackageNotFoundError:
+        return False
+    return any(file.parts[0] in ("clip_client", "clip_server") for file in files)

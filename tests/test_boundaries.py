@@ -184,6 +184,8 @@ def modules() -> dict[str, Path]:
     ):
         for file in (ROOT / folder).rglob("*.py"):
             parts = [package, *file.relative_to(ROOT / folder).with_suffix("").parts]
+            if parts[1] == "build":  # left by an install of the client
+                continue
             found[".".join(part for part in parts if part != "__init__")] = file
     return found
 

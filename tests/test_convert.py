@@ -163,7 +163,7 @@ def test_without_onnx_it_says_what_to_install(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "clip_server.convert: to convert, pip install 'clip-microservice[onnx]' "
-        "(in a checkout: pip install '.[onnx]')\n"
+        "(in a checkout: pip install ./clip_client '.[onnx]')\n"
     )
 
 

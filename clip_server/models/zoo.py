@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -237,7 +238,7 @@ def _card(name: str) -> ModelCard:
         card = _described_card(EMBEDDED, EMBEDDED_PATH)
         if card is None:
             raise WeightsError(f"this installation lacks the embedded model ({EMBEDDED_PATH})")
-        return card
+        return replace(card, licence="Apache-2.0")
     entry = _zoo()["checkpoints"][name]
     return card_from_config(
         name,
