@@ -7,6 +7,7 @@ import io
 import logging
 import struct
 import sys
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -362,6 +363,70 @@ def test_damaged_pictures_only_ever_raise_item_errors(caplog: pytest.LogCaptureF
             with contextlib.suppress(ItemError):
                 transform(damaged.tobytes())
     assert not caplog.records
+
+
+def compressed_text(name: bytes, size: int) -> bytes:
+    """A chunk of a PNG with this much text or profile in it, which compresses a thousandfold."""
+    head = {b"zTXt": b"Comment\0\0", b"iTXt": b"Comment\0\1\0\0\0", b"iCCP": b"profile\0\0"}
+    packer = zlib.compressobj()
+    blocks = [packer.compress(bytes([65]) * 2**20) for _ in range(size // 2**20)]
+    return png_chunk(name, head[name] + b"".join(blocks) + packer.flush())
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_compressed_texts_in_a_png_are_not_inflated(name: bytes, behind: bool) -> None:
+    plain, transform = encoded(photo(30, 20), "PNG"), ImageTransform(SPEC)
+    expected = transform(plain)  # and everything there is to import is imported
+    place = -12 if behind else 33  # before IEND, or after IHDR
+    for text in (compressed_text(name, 2 * 2**20), compressed_text(name, 128 * 2**20)):
+        data = plain[:place] + text * 2 + plain[place:]
+        tracemalloc.start()
+        try:
+            np.testing.assert_array_equal(transform(data), expected)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 2**20 + 3 * len(data)
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"gAMA", b"eXIf", b"pHYs", b"acTL", b"fcTL", b"vpAg"])
+def test_a_damaged_chunk_beside_the_pixels_of_a_png_does_not_matter(name: bytes) -> None:
+    plain = encoded(photo(), "PNG")
+    for chunk in (png_chunk(name, b"\xff"), png_chunk(name, b"\xff" * 40)[:-4] + b"crc?"):
+        found = ImageTransform(SPEC)(plain[:33] + chunk + plain[33:])
+        np.testing.assert_array_equal(found, ImageTransform(SPEC)(plain))
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        b"\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff",
+        b"\xff\xe2\x00\x0eICC_PROFILE\0",
+        b"\xff\xed\x00\x17Photoshop 3.0\0" + b"8BIM\x03\xed\xff",
+        b"\xff\xff\xff\xfe\xff\xff" + bytes(65533),
+    ],
+    ids=["EXIF", "profile", "Photoshop", "comments"],
+)
+def test_damaged_segments_beside_the_pixels_of_a_jpeg_do_not_matter(segment: bytes) -> None:
+    plain = encoded(photo(), "JPEG", quality=95)
+    found = ImageTransform(SPEC)(plain[:2] + segment * 20 + plain[2:])
+    np.testing.assert_array_equal(found, ImageTransform(SPEC)(plain))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_megabytes_of_metadata_do_not_matter(kind: str) -> None:
+    plenty: dict[str, Any] = {
+        "JPEG": {"comment": b"a" * 65_000, "icc_profile": b"p" * 2_000_000},
+        "PNG": {"icc_profile": b"p" * 2_000_000},
+        "GIF": {"comment": b"a" * 2_000_000},
+        "TIFF": {"tiffinfo": {270: "a" * 2_000_000}, "icc_profile": b"p" * 2_000_000},
+        "WEBP": {"xmp": b"a" * 2_000_000, "icc_profile": b"p" * 2_000_000},
+    }
+    data = encoded(photo(), kind, **plenty.get(kind, {"xmp": b"a" * 2_000_000}))
+    np.testing.assert_array_equal(
+        ImageTransform(SPEC)(data), ImageTransform(SPEC)(encoded(photo(), kind))
+    )
 
 
 def test_threads_share_a_transform() -> None:

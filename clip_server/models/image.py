@@ -15,6 +15,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 from clip_server.errors import ItemError
 from clip_server.install import install_hint
 from clip_server.model_card import Crop, ImageSpec
+from clip_server.models.metadata import without_metadata
 
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
 MAX_PIXELS = 2**27
@@ -88,7 +89,7 @@ class ImageTransform:
 
     def _open(self, data: bytes) -> Image.Image:
         try:
-            image = Image.open(BytesIO(data), formats=readable_formats())
+            image = Image.open(BytesIO(without_metadata(data)), formats=readable_formats())
             width, height = _largest_part(image)
         except UnidentifiedImageError:
             raise _unreadable(data) from None
