@@ -201,6 +201,40 @@ def test_exact_equals_open_clip_to_the_pixel(size: int, resize: Any) -> None:
         np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
+THIN = [(7, 3000), (3001, 9), (1, 2000), (37, 2999)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [*(("RGB", size) for size in THIN), *((mode, (7, 700)) for mode in ("RGBA", "P", "I;16"))],
+    ids=str,
+)
+def test_exact_equals_open_clip_whatever_the_shape(mode: str, size: tuple[int, int]) -> None:
+    pytest.importorskip("open_clip")
+    data = encoded(noise_in(mode, *size), "PNG")
+    found = ImageTransform(ImageSpec(224), exact=True)(data)
+    np.testing.assert_array_equal(found, open_clip_pixels(data, 224, "shortest"))
+
+
+def noise_in(mode: str, width: int, height: int) -> Image.Image:
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(noise(width, height))[..., 0].astype(np.uint16) * 2)
+    image = noise(width, height)
+    if mode == "RGBA":
+        image.putalpha(noise(height, width).transpose(Image.Transpose.ROTATE_90).convert("L"))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("size", THIN, ids="{0[0]} x {0[1]}".format)
+def test_the_centre_alone_differs_by_rounding(size: tuple[int, int]) -> None:
+    data = encoded(noise(*size), "PNG")
+    centre = ImageTransform(ImageSpec(224), max_pixels=size[0] * size[1])(data)
+    whole = ImageTransform(ImageSpec(224))(data)
+    different = np.abs(centre.astype(np.int64) - whole)
+    assert different.max() <= 1
+    assert np.count_nonzero(different) <= 100
+
+
 def open_clip_pixels(data: bytes, size: int, resize: str) -> NDArray[np.uint8]:
     """What open_clip's transform makes of a picture, before it normalises."""
     from open_clip import image_transform

@@ -34,8 +34,8 @@ _FORMATS = {
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Decoding smaller than this saves little, and shows most in models of small pictures.
 _LEAST_DRAFT = 448
-# Beyond this the whole resized picture is not made to crop its centre, but the centre only.
-_MAX_RESIZED = 2**24
+# The source pixels of bicubic beside an enlarged pixel, and one for the fraction.
+_NEIGHBOURS = 3
 # First bytes of what people send by mistake.
 _MISTAKES = {
     b"%PDF": "a PDF document",
@@ -65,7 +65,8 @@ class ImageTransform:
 
     exact: equal to open_clip's transform to the pixel; else a JPEG of at least twice the size
         needed is decoded at a fraction of its size, several times faster.
-    max_pixels: a larger picture is refused before it is decoded.
+    max_pixels: a larger picture is refused before it is decoded. Of a thin one that the model
+        would enlarge beyond this, only the centre is made, within rounding of the exact one.
     """
 
     def __init__(self, spec: ImageSpec, exact: bool = False, max_pixels: int = MAX_PIXELS) -> None:
@@ -115,11 +116,14 @@ class ImageTransform:
         short = min(width, height)
         wide, high = size * width // short, size * height // short
         left, top = (_half(side - size, self.spec.crop) for side in (wide, high))
-        if wide * high <= _MAX_RESIZED:
+        if wide * high <= self.max_pixels:
             image = self._resize(image, (wide, high), box)
             return _rgb(image.crop((left, top, left + size, top + size)))
+        # A very thin image, enlarged: only its centre is made. Pillow holds a box in single
+        # precision, so the centre is cut out first, and the box's numbers stay small.
         across, down = box[2] / wide, box[3] / high
         centre = (left * across, top * down, (left + size) * across, (top + size) * down)
+        image, centre = _cut_out(image, centre)
         return _rgb(self._resize(image, (size, size), centre))
 
     def _decode(self, image: Image.Image) -> Box:
@@ -164,6 +168,17 @@ def _largest_part(image: Image.Image) -> Size:
 
 def _half(rest: int, crop: Crop) -> int:
     return round(rest / 2) if crop == "round" else rest // 2
+
+
+def _cut_out(image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
+    """The part of an image that resizing a box of it reads, and the box within that part."""
+    x, y = (max(0, int(edge) - _NEIGHBOURS) for edge in box[:2])
+    right, bottom = (
+        min(side, int(edge) + 1 + _NEIGHBOURS)
+        for side, edge in zip(image.size, box[2:], strict=True)
+    )
+    within = (box[0] - x, box[1] - y, min(box[2], right) - x, min(box[3], bottom) - y)
+    return image.crop((x, y, right, bottom)), within
 
 
 def _rgb(image: Image.Image) -> Image.Image:
