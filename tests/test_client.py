@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import inspect
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -487,11 +488,8 @@ def test_no_server(scheme: str) -> None:
         client.encode(["a"])
 
 
-@pytest.mark.parametrize("spoken", SCHEMES)
-@pytest.mark.parametrize("served", SCHEMES)
+@pytest.mark.parametrize(("served", "spoken"), [*itertools.permutations(SCHEMES, 2)])
 def test_the_wrong_scheme(served: str, spoken: str) -> None:
-    if served == spoken:
-        return
     with (
         FakeServer(served) as server,
         Client(f"{spoken}://127.0.0.1:{server.port}", connect_timeout=0.2) as client,
@@ -550,7 +548,7 @@ def test_timeouts(server: FakeServer, client: Client) -> None:
     start = time.perf_counter()
     with pytest.raises(DeadlineExceededError, match=r"did not answer within 0.2 s"):
         client.encode(["a"], timeout=0.2)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20  # and not for ever: the gate is still closed
     server.gate.set()
     assert np.array_equal(client.encode(["b"], timeout=None), vectors("b"))
 
@@ -946,11 +944,24 @@ client.encode(["c"])
     assert _run(script, grpc_server.address) == "True\nTrue\n"
 
 
-def test_the_public_names() -> None:
-    assert clip_client.__version__
-    for name in clip_client.__all__:
-        assert getattr(clip_client, name).__module__.startswith("clip_client")
-    for name in ("encode", "rank", "classify", "profile", "info"):
-        call: Callable[..., Any] = getattr(Client, name)
-        assert call.__doc__ == getattr(Client, f"a{name}").__doc__
-        assert getattr(Client, f"a{name}").__qualname__ == f"Client.a{name}"
+@pytest.mark.parametrize("name", ["encode", "rank", "classify", "profile", "info"])
+def test_sync_and_async_twins_take_the_same(name: str) -> None:
+    """The same parameters, defaults and result, except what only an event loop can give."""
+
+    def described(method: Any) -> tuple[Any, ...]:
+        signature = inspect.signature(method)
+        parameters = [each.replace(annotation=None) for each in signature.parameters.values()]
+        return parameters, signature.return_annotation
+
+    assert described(getattr(Client, name)) == described(getattr(Client, f"a{name}"))
+
+
+def test_every_public_error_is_caught_as_one_of_the_client() -> None:
+    public = {name: getattr(clip_client, name) for name in clip_client.__all__}
+    raised = {
+        name
+        for name, each in public.items()
+        if issubclass(each, Exception) and not issubclass(each, Warning)
+    }
+    assert len(raised) > 5
+    assert not [name for name in raised if not issubclass(public[name], ClipError)]

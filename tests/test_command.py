@@ -198,7 +198,7 @@ def test_what_is_under_way_is_finished(start: Start, end: Callable[[Server], Non
     for client in clients:
         client.encode(["warm"])
     threads = [threading.Thread(target=large, args=[client]) for client in clients]
-    restless = Client(server.grpc)
+    restless = Client(server.grpc, connect_timeout=0.5)
     threads.append(threading.Thread(target=endless, args=[restless]))
     for thread in threads:
         thread.start()

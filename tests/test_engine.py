@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from clip_server.models.tokenizer import tokenizer_for
 class CountingRuntime:
     """Embeds a text as its tokens' sum, a picture as its mean; keeps the shapes it was given.
 
-    seconds: that a batch takes.
+    seconds: that a batch takes, by `clock`: no test waits for it, and a busy machine adds nothing.
     fails: no image can be encoded.
     held: a batch waits until the test lets it go; so a test need not know how fast the machine is.
     """
@@ -35,6 +36,7 @@ class CountingRuntime:
     ) -> None:
         self.card = zoo.resolve("embedded")
         self.seconds, self.concurrent, self.overlaps = seconds, concurrent, overlaps
+        self.clock = 0.0
         self.inside = self.most_inside = 0  # calls at the same time
         self.texts: list[tuple[int, ...]] = []
         self.images: list[tuple[int, ...]] = []
@@ -57,6 +59,9 @@ class CountingRuntime:
         self._take_time()
         self.images.append(pixels.shape)
         return self._rows(pixels.mean((1, 2, 3)))
+
+    def now(self) -> float:
+        return self.clock
 
     async def batch_waits(self) -> None:
         """Returns when the device has a batch that is held."""
@@ -85,7 +90,7 @@ class CountingRuntime:
         if self.held:
             self._waiting += 1
             self._gate.acquire()
-        time.sleep(self.seconds)
+        self.clock += self.seconds
 
     def _rows(self, values: NDArray[Any]) -> NDArray[np.float32]:
         return np.repeat(values[:, None], self.card.dim, 1).astype(np.float32)
@@ -107,11 +112,12 @@ def run(
     async def main() -> Any:
         runtime = CountingRuntime(seconds, concurrent, overlaps)
         engine = Engine(runtime, **options)
-        try:
-            return await asyncio.wait_for(work(engine, runtime), 60)
-        finally:
-            runtime.let_all_go()
-            engine.close()
+        with mock.patch("time.perf_counter", runtime.now):
+            try:
+                return await asyncio.wait_for(work(engine, runtime), 60)
+            finally:
+                runtime.let_all_go()
+                engine.close()
 
     return asyncio.run(main())
 
@@ -132,8 +138,9 @@ def test_order_and_errors() -> None:
                 expected = i if i % 3 else tokenizer.encode(f"text {i}").sum()
                 assert row[0] == expected
         assert 0 <= encoded.preprocess_seconds <= encoded.total_seconds
+        assert encoded.total_seconds == len(runtime.texts) + len(runtime.images)
 
-    run(work, minibatch_size=16)
+    run(work, seconds=1, minibatch_size=16)
 
 
 def test_nothing_to_encode() -> None:
@@ -155,10 +162,10 @@ def test_what_is_handed_over_together(seconds: float, expected: int) -> None:
         before = len(runtime.texts)
         task = asyncio.create_task(engine.encode(numbered(128, "more")))
         await asyncio.sleep(0)  # it is admitted
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(runtime.texts) - before < expected and time.monotonic() < end:
-            time.sleep(0.05)  # the event loop is busy
-        time.sleep(0.05)
+            time.sleep(0.01)  # the event loop is busy
+        time.sleep(0.05)  # for one too many to show
         assert len(runtime.texts) - before == expected
         assert not (await task).errors
 
@@ -198,13 +205,18 @@ def test_like_lengths_go_together() -> None:
     """Each batch is as long as its longest text: long ones do not hold short ones up."""
 
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         texts = [f"{i} " + "word " * 60 if i % 4 == 0 else f"{i}" for i in range(128)]
-        await engine.encode(texts)
+        task = asyncio.create_task(engine.encode(texts))
+        await runtime.batch_waits()
+        await all_ready(engine)
+        runtime.let_all_go()
+        assert not (await task).errors
         positions = sum(rows * length for rows, length in runtime.texts)
         padded = 128 * 62
         assert positions < 0.5 * padded
 
-    run(work, seconds=0.02)
+    run(work)
 
 
 def numbered(count: int, word: str = "number") -> list[str]:
@@ -238,11 +250,16 @@ def test_a_small_request_does_not_wait_for_large_ones(requests: int) -> None:
 
 
 def test_the_oldest_request_does_not_wait_for_small_ones_for_ever() -> None:
-    async def work(engine: Engine, _: CountingRuntime) -> None:
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
         large = asyncio.create_task(engine.encode(["word " * 50 + str(i) for i in range(200)]))
-        await asyncio.sleep(0.05)
+        await runtime.batch_waits()
+        await all_ready(engine)
         for i in range(1000):
-            await asyncio.gather(*(engine.encode([f"{i} {k}"]) for k in range(3)))
+            small = [asyncio.create_task(engine.encode([f"{i} {k}"])) for k in range(3)]
+            await all_ready(engine)
+            for each in small:
+                await runtime.batches_until(each)
             if large.done():
                 return
         pytest.fail("only small requests were served")
@@ -270,18 +287,29 @@ def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_the_next_full_batch_is_copied_while_one_is_computed(overlaps: bool) -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        await engine.encode(numbered(26))
+        runtime.held = True
+        task = asyncio.create_task(engine.encode(numbered(26)))
+        await runtime.batch_waits()
+        await all_ready(engine)
+        while overlaps and runtime.inside < 2:
+            await asyncio.sleep(0.001)
+        runtime.let_all_go()
+        assert not (await task).errors
         assert runtime.most_inside == (2 if overlaps else 1)
         assert sorted(shape[0] for shape in runtime.texts) == [2, 8, 8, 8]
         assert engine.metrics.express_batches == 0
 
-    run(work, seconds=0.1, concurrent=True, overlaps=overlaps, minibatch_size=8)
+    run(work, concurrent=True, overlaps=overlaps, minibatch_size=8)
 
 
 def test_what_is_under_way_is_not_computed_again() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         same = [*numbered(40), *numbered(40), picture(3), picture(3)]
-        results = await asyncio.gather(*(engine.encode(same) for _ in range(5)))
+        runtime.held = True
+        tasks = [asyncio.create_task(engine.encode(same)) for _ in range(5)]
+        await runtime.batch_waits()
+        runtime.let_all_go()
+        results = await asyncio.gather(*tasks)
         assert sum(shape[0] for shape in runtime.texts) == 40
         assert sum(shape[0] for shape in runtime.images) == 1
         assert engine.metrics.duplicate_items == 5 * len(same) - 41
@@ -294,7 +322,7 @@ def test_what_is_under_way_is_not_computed_again() -> None:
         assert encoded.embeddings[0][0] == 10
         assert encoded.embeddings[1][0] == 11
 
-    run(work, seconds=0.05)
+    run(work)
 
 
 def test_a_shared_item_outlives_the_request_that_came_first() -> None:
@@ -431,16 +459,18 @@ def test_what_is_cancelled_is_not_computed() -> None:
 
 
 def test_decoded_pictures_waiting_are_bounded() -> None:
-    async def work(engine: Engine, _: CountingRuntime) -> None:
-        most = 0
-        task = asyncio.create_task(engine.encode([picture(i % 256) for i in range(400)]))
-        while not task.done():
-            most = max(most, len(engine._ready_pictures))
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
+        task = asyncio.create_task(engine.encode([picture(i % 256) for i in range(256)]))
+        await runtime.batch_waits()
+        while engine._preparing:
             await asyncio.sleep(0.001)
+        assert 0 < len(engine._ready_pictures) <= 4 * 8 + 4
+        assert engine._pictures
+        runtime.let_all_go()
         assert not (await task).errors
-        assert 0 < most <= 4 * 8 + 4
 
-    run(work, seconds=0.03, minibatch_size=8)
+    run(work, minibatch_size=8)
 
 
 def test_a_runtime_that_fails() -> None:
