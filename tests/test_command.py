@@ -192,13 +192,13 @@ def test_what_is_under_way_is_finished(start: Start, end: Callable[[Server], Non
     def endless(client: Client) -> None:
         with contextlib.suppress(ClipError):
             while True:
-                client.encode(["again"])
+                client.encode(["again"], timeout=3)  # after the end, too
 
     clients = [Client(address) for address in server.addresses]
     for client in clients:
         client.encode(["warm"])
     threads = [threading.Thread(target=large, args=[client]) for client in clients]
-    restless = Client(server.grpc, connect_timeout=0.5)
+    restless = Client(server.grpc)
     threads.append(threading.Thread(target=endless, args=[restless]))
     for thread in threads:
         thread.start()
