@@ -1,22 +1,28 @@
 # Two commands are all there is to know: `make serve` and `make test`. Both install what they
-# need into .venv first, and so do the others.
-PYTHON ?= python3
-FLOW ?= onnx-flow.yml
+# need into .venv first, and so do the others. `make clean` removes it, as before a change of PYTHON.
+# A variable that is set but empty counts as not set.
+override PYTHON := $(or $(PYTHON),python3)
+override FLOW := $(or $(FLOW),onnx-flow.yml)
+override CLIP_MODEL := $(or $(CLIP_MODEL),embedded)
+export CLIP_MODEL
+
 EXTRAS := onnx,torch,convert,test,dev
 BIN := .venv/bin
 # The packages as they are installed, for mypy: executors/ and flows/ inside clip_server/.
 TYPED := build/typed
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 
-export CLIP_MODEL ?= embedded
-
-.PHONY: serve test lint bench clean
+.PHONY: serve test test-slow lint bench clean
 
 # The embedded model on ONNX Runtime, on this machine only. FLOW=my.yml CLIP_MODEL=ViT-B-32::openai
 serve: .venv/.serve
 	$(BIN)/python -m clip_server --host 127.0.0.1 $(FLOW)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -34,11 +40,16 @@ bench: .venv/.dev
 clean:
 	rm -rf .venv build dist *.egg-info clip_client/build clip_client/*.egg-info
 
+# A .venv that is half-made, or made with a Python that is not supported, is made again.
+ifneq ($(shell $(BIN)/python -c 'import pip; $(SUPPORTED)' 2>/dev/null && echo usable),usable)
+.PHONY: $(BIN)/python
+endif
+
 # Checked before .venv is made: pip's own words for a wrong Python are long.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
-	  { echo "Python 3.10 to 3.13 is needed, and $(PYTHON) is not one:" \
-	         "make clean, then make serve PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	  echo "Python 3.10 to 3.13 is needed, and $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>/dev/null || echo not found): make serve PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 
 .venv/.serve: $(BIN)/python pyproject.toml clip_client/pyproject.toml requirements.lock

