@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import seeded
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.models import zoo
@@ -117,6 +118,18 @@ def test_the_embedded_model_equals_open_clip(kind: str) -> None:
     assert torch.isfinite(next(model.parameters())).all()
     assert_equal_to_open_clip(runtime, model, batches=(1, 3), lengths=(2, 33, 77))
     assert runtime.card.logit_scale == pytest.approx(model.logit_scale.exp().item(), rel=1e-3)
+
+
+def test_a_checkpoint_of_a_wrapped_model_is_served(tmp_path: Path) -> None:
+    """As torch.compile and training on several GPUs name the tensors."""
+    tensors = load_file(zoo.checkpoint("embedded"))
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(wrapped, tmp_path / "epoch_3.safetensors")
+    alone = OnnxRuntime.load("embedded")
+    runtime = OnnxRuntime.load("embedded", model_path=tmp_path / "epoch_3.safetensors")
+    tokens = seeded.random_tokens(alone.card.config, batch=2, longest=9)
+    np.testing.assert_array_equal(runtime.encode_text(tokens), alone.encode_text(tokens))
+    assert runtime.card.logit_scale == alone.card.logit_scale
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])

@@ -35,6 +35,25 @@ def test_half_precision_is_read(tmp_path: Path) -> None:
     assert weights.read_logit_scale(path) == pytest.approx(50, rel=0.02)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("scale", [np.float32(2), np.array([2], np.float16)], ids=["()", "[1]"])
+def test_names_are_read_without_what_a_wrapper_puts_before_them(
+    scale: np.ndarray, prefix: str, tmp_path: Path
+) -> None:
+    tensors = {"visual.proj": np.ones((2, 3), np.float16), "logit_scale": np.asarray(scale)}
+    path = tmp_path / "wrapped.safetensors"
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
+    assert weights.read(path).keys() == tensors.keys()
+    assert weights.read_shapes(path) == {name: each.shape for name, each in tensors.items()}
+    assert weights.read_logit_scale(path) == pytest.approx(np.exp(2))
+
+
+def test_a_prefix_of_some_names_only_belongs_to_them(tmp_path: Path) -> None:
+    tensors = {"module.a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}
+    path = saved(tmp_path / "mixed.safetensors", **tensors)
+    assert weights.read_shapes(path).keys() == tensors.keys()
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -10])
 def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     path = saved(tmp_path / "cut.safetensors", weight=np.zeros((8, 8), np.float32))

@@ -6,6 +6,7 @@ import hashlib
 import math
 import pickle
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,9 @@ _HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 _HUB_TIMEOUT = 5.0
 # How the names end that a checkpoint may hold or lack: no tower needs them.
 _HARMLESS = ("attn_mask", "position_ids", "num_batches_tracked", "logit_bias")
+# What wraps a model puts this before the names of all its tensors: training on several GPUs,
+# torch.compile, a Lightning module.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 _SHOWN = 3
 _SHA256_DIGITS = 64
 _BLOCK = 2**20
@@ -105,21 +109,15 @@ def read(path: Path) -> Tensors:
         WeightsError: the file is damaged, not a checkpoint at all, or holds code.
         ConfigurationError: it is pickled, and torch is not installed.
     """
-    if path.suffix in _PICKLES:
-        tensors = {name: _from_torch(tensor) for name, tensor in _unpickled(path).items()}
-    else:
-        with _opened(path) as file:
-            tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    return to_open_clip_keys(tensors)
+    with _opened(path) as file:
+        return to_open_clip_keys({name: file.tensor(name) for name in file.names})
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, by the names it has there. Errors are those of
-    `read`."""
-    if path.suffix in _PICKLES:
-        return {name: tuple(tensor.shape) for name, tensor in _unpickled(path).items()}
+    """The shape of every tensor of a checkpoint, by the names of whoever saved it. Errors are
+    those of `read`."""
     with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: file.shape(name) for name in file.names}
 
 
 def read_logit_scale(path: Path) -> float:
@@ -128,14 +126,10 @@ def read_logit_scale(path: Path) -> float:
     Raises:
         WeightsError: as `read`, or the checkpoint holds no logit scale.
     """
-    if path.suffix in _PICKLES:
-        tensors = _unpickled(path)
-        if "logit_scale" not in tensors:
+    with _opened(path) as file:
+        if "logit_scale" not in file.names:
             raise WeightsError(f"{path} is not a CLIP checkpoint: it has no logit_scale")
-        scale = _from_torch(tensors["logit_scale"])
-    else:
-        with _opened(path) as file:
-            scale = file.get_tensor("logit_scale")
+        scale = file.tensor("logit_scale")
     return float(np.exp(scale.astype(np.float64)).item())
 
 
@@ -183,26 +177,76 @@ def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return shape == expected or math.prod(shape) == math.prod(expected) == 1
 
 
+class _Checkpoint(ABC):
+    """An open checkpoint, of either format.
+
+    names: of its tensors, without what the wrappers of a model put before them all; each with
+        its name in the file.
+    """
+
+    def __init__(self, stored: Iterable[str]) -> None:
+        self.names = {name: name for name in stored}
+        while prefix := self._wrapper():
+            self.names = {name.removeprefix(prefix): old for name, old in self.names.items()}
+
+    def _wrapper(self) -> str | None:
+        wraps = (each for each in _WRAPPERS if all(name.startswith(each) for name in self.names))
+        return next(wraps, None) if self.names else None
+
+    @abstractmethod
+    def tensor(self, name: str) -> NDArray[Any]:
+        """As stored, but bfloat16 as float32."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+
+class _Safetensors(_Checkpoint):
+    def __init__(self, file: Any) -> None:
+        super().__init__(file.keys())
+        self._file = file
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        tensor: NDArray[Any] = self._file.get_tensor(self.names[name])
+        return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(self.names[name]).get_shape())
+
+
+class _Pickle(_Checkpoint):
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self._tensors = tensors
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[self.names[name]]
+        wide = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+        array: NDArray[Any] = wide.detach().numpy()
+        return array
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[self.names[name]].shape)
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[_Checkpoint]:
+    if path.suffix in _PICKLES:
+        yield _Pickle(_unpickled(path))
+        return
     try:
         with safe_open(path, framework="np") as file:
-            yield file
+            yield _Safetensors(file)
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is damaged, or not a CLIP checkpoint ({error}): fetch or copy it again"
         ) from error
 
 
-def _wide(tensor: NDArray[Any]) -> NDArray[Any]:
-    return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
-
-
 def _unpickled(path: Path) -> dict[str, Any]:
     """The torch tensors of a pickled checkpoint, read without running any code in it.
 
-    As open_clip's trainer writes them: under `state_dict`, and with `module.` before each name
-    where several GPUs trained.
+    open_clip's trainer writes them under `state_dict`.
     """
     torch = _torch(path)
     try:
@@ -215,8 +259,6 @@ def _unpickled(path: Path) -> dict[str, Any]:
     tensors = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise WeightsError(f"{path} is not a checkpoint: it holds no tensors by name")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
 
 
@@ -238,12 +280,6 @@ def _torch(path: Path | str) -> ModuleType:
             f"only torch reads {path}: save the tensors as .safetensors, or {install_hint('torch')}"
         ) from error
     return torch
-
-
-def _from_torch(tensor: Any) -> NDArray[Any]:
-    wide = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
-    array: NDArray[Any] = wide.detach().numpy()
-    return array
 
 
 def _first(names: Iterable[str]) -> str:
