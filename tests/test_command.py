@@ -144,6 +144,19 @@ def test_a_missing_extra(tmp_path: Path) -> None:
     assert said.count("\n") == 1
 
 
+def test_clip_as_service_installed_beside_it(tmp_path: Path) -> None:
+    """Both own the folders clip_client/ and clip_server/, so uninstalling it would break this."""
+    for name in ("clip_client", "clip_server"):
+        folder = tmp_path / f"{name}-0.8.3.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.8.3\n")
+        (folder / "RECORD").write_text(f"{name}/__init__.py,,\n{name}/other.py,,\n")
+    assert "clip-as-service" not in run("nowhere.yml").stderr
+    said = run("nowhere.yml", PYTHONPATH=str(tmp_path)).stderr
+    assert "clip-client and clip-server of clip-as-service" in said
+    assert "pip uninstall clip-client clip-server, then install this server again" in said
+
+
 def test_without_torch(start: Start, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     server = start(flow("onnx"), PYTHONPATH=str(tmp_path))
