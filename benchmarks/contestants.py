@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.engine import Engine, Item
+from clip_server.engine.engine import Engine, Item
 from clip_server.runtimes import RUNTIMES, load_runtime
 from clip_server.runtimes.loading import load_checkpoint, normalized
 from clip_server.runtimes.protocol import Runtime

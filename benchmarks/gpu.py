@@ -22,10 +22,10 @@ from benchmarks import candidates, workload
 from benchmarks.contestants import PEER, Contestant, candidate, named
 from benchmarks.drivers.driver import captions
 from benchmarks.report import Goal, shown
-from clip_server import reporting
+from clip_server.commands import console
 from clip_server.convert.parity import Parity, samples
 from clip_server.errors import ConfigurationError
-from clip_server.models.tokenizer import pad, tokenizer_for
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.loading import load_checkpoint
 
 # The source of truth for vectors, and the cosine that each precision has to reach with it.
@@ -53,11 +53,11 @@ def main() -> int:
     rows = [
         [what, *(shown(statistics.median(rates[what][name])) for name in columns)] for what in works
     ]
-    reporting.print_table(["", *columns], rows)
+    console.print_table(["", *columns], rows)
     print()
     goals = [goal.line() for goal in _goals(rates)]
-    reporting.print_table(["goal", "wanted", "found", "met"], goals)
-    reporting.write_json(options.json, rates)
+    console.print_table(["goal", "wanted", "found", "met"], goals)
+    console.write_json(options.json, rates)
     return 0 if near else 1
 
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--candidates", action="store_true", help="also what the runtimes might do in its place"
     )
     parser.add_argument("--model-path", type=Path, help="another checkpoint's folder")
-    reporting.add_argument(parser)
+    console.add_argument(parser)
     return parser
 
 
@@ -98,9 +98,9 @@ def _loaded(options: argparse.Namespace, checkpoint: Path) -> dict[str, Contesta
         try:
             found[name] = make(checkpoint)
         except (ConfigurationError, ImportError) as error:
-            reporting.remark(f"{name} is left out: {error}")
+            console.remark(f"{name} is left out: {error}")
         else:
-            reporting.remark(f"{name}: loaded in {time.perf_counter() - start:.1f} s")
+            console.remark(f"{name}: loaded in {time.perf_counter() - start:.1f} s")
     if not found:
         raise SystemExit("nothing can run here")
     return found
@@ -137,7 +137,7 @@ def _report_parity(contestants: Mapping[str, Contestant], checkpoint: Path) -> b
     card, _ = load_checkpoint("", checkpoint)
     source = contestants.get(SOURCE)
     if source is None:
-        reporting.remark(f"vectors are NOT COMPARED: there is no {SOURCE}")
+        console.remark(f"vectors are NOT COMPARED: there is no {SOURCE}")
         return True
     pixels, tokens = samples(card, "image"), samples(card, "text")
     expected = source.encode_image(pixels), source.encode_text(tokens)
@@ -150,7 +150,7 @@ def _report_parity(contestants: Mapping[str, Contestant], checkpoint: Path) -> b
         verdict = "yes" if min(cosines) >= least else "**no**"
         rows.append([name, *(f"{cosine:.6f}" for cosine in cosines), f"{least}", verdict])
     columns = [f"least cosine with {SOURCE}", "pictures", "texts", "wanted", "near enough"]
-    reporting.print_table(columns, rows)
+    console.print_table(columns, rows)
     return near
 
 
@@ -165,7 +165,7 @@ def _measured(
         for _ in range(rounds):
             for name, who in contestants.items():
                 rates[what][name].append(_rate(work, who, seconds))
-        reporting.remark(f"{what}: measured")
+        console.remark(f"{what}: measured")
     return rates
 
 

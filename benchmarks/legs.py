@@ -27,8 +27,8 @@ from benchmarks.peers import (
 )
 from benchmarks.processes import Driver
 from benchmarks.report import Figures, Goal, Leg
-from clip_server import rank
-from clip_server.models.image import ImageTransform
+from clip_server.engine import scores
+from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.onnx import OnnxRuntime
 
 T = TypeVar("T")
@@ -213,7 +213,7 @@ def _decoded() -> dict[str, dict[str, list[float]]]:
                 file = workload.jpeg(picture, quality, subsampling)
                 pixels = [exact(file), scaled(file)]
                 pixels.append(_off_by_one(*pixels, rng))
-                embeddings = rank.normalize(runtime.encode_image(np.stack(pixels)))
+                embeddings = scores.normalize(runtime.encode_image(np.stack(pixels)))
                 _, cosine, noise = (embeddings @ embeddings[0]).tolist()
                 for row, value in ((f"{content}, quality {quality}", cosine), (NOISE, noise)):
                     found.setdefault(row, {}).setdefault(column, []).append(value)

@@ -13,16 +13,16 @@ from typing import Any, SupportsIndex, TypedDict, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_client import content
+from clip_client import inputs
+from clip_client.collector import Callback, Gathered, progress
 from clip_client.connection import Connection
-from clip_client.encoding import Encoding, Things, iterate
 from clip_client.errors import InvalidInputError, ItemFailure, ItemsError, TruncationWarning
-from clip_client.flow import Flow
-from clip_client.gathering import Callback, Gathered, progress
+from clip_client.pipeline import Encoding, Things, iterate
 from clip_client.profiling import latencies, show
 from clip_client.proto import clip_pb2
 from clip_client.ranking import order_matches
 from clip_client.results import Info, Label, Latency, Ranking, cosines, probabilities
+from clip_client.steps import Flow
 
 T = TypeVar("T")
 
@@ -274,8 +274,8 @@ def _ranked(
 
 def _as_pictures(things: Things) -> Things:
     if isinstance(things, Iterator):
-        return map(content.as_picture, things)
-    return (content.as_picture(thing) async for thing in things)
+        return map(inputs.as_picture, things)
+    return (inputs.as_picture(thing) async for thing in things)
 
 
 def _listed(things: Any) -> list[Any]:

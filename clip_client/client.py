@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from clip_client import calls
 from clip_client.address import Address
 from clip_client.calls import PREFETCH, TIMEOUT, EncodeOptions
+from clip_client.collector import Callback
 from clip_client.connection import Connection, check_seconds
 from clip_client.errors import InvalidInputError, ItemFailure
-from clip_client.flow import arun, run
-from clip_client.gathering import Callback
 from clip_client.results import Info, Label, Latency, Ranking
+from clip_client.steps import arun, run
 from clip_client.tls import Trust
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Client:
         """The embeddings of texts and images: [N, D] float32, in order.
 
         items: an iterable of texts, paths, URLs, bytes, PIL images, uint8 arrays, dicts and
-            Documents; clip_client.content says which str is which. A generator is read only as
+            Documents; clip_client.inputs says which str is which. A generator is read only as
             far ahead as is needed, and the async call takes async ones too. Where all items are
             Documents, `.embedding` is set in each and they are the result.
         batch_size: items of one request; by default 128 texts or 32 images. A request is kept

@@ -11,7 +11,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Real
 
-from clip_client import background, content
+from clip_client import background, inputs
 from clip_client.address import Address
 from clip_client.errors import (
     ClientClosedError,
@@ -70,7 +70,7 @@ class Connection:
         check_seconds("timeout", timeout)
         return background.submit(self._exchange(request, timeout))
 
-    def read(self, read: content.Read) -> Future[clip_pb2.Item]:
+    def read(self, read: inputs.Read) -> Future[clip_pb2.Item]:
         """The item that `read` gives, read in one of the threads for it."""
         if self._closed:
             raise ClientClosedError

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_server import flow as flows
 from clip_server.errors import ConfigurationError
 from clip_server.install import conflict
-from clip_server.process import bypass_proxies, share_heaps, tolerate_closed_output
+from clip_server.launch import flow as flows
+from clip_server.launch.process_setup import bypass_proxies, share_heaps, tolerate_closed_output
+from clip_server.launch.start_failures import StartFailures
 from clip_server.runtimes import install_options
-from clip_server.start_failures import StartFailures
 
 # Replicas that were killed never confirm their end; waiting longer for them helps nobody.
 _END_TIMEOUT_MS = 15_000

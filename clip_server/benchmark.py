@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server import reporting, variants
+from clip_server.commands import console, model_options
 from clip_server.errors import ClipServerError, ConfigurationError
+from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import ModelCard
 from clip_server.models import zoo
-from clip_server.process import tolerate_closed_output
 from clip_server.runtimes.protocol import Runtime
 
 # Calls that are not timed: the first ones allocate, and choose kernels for the shape.
@@ -101,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_table(measured)
             results += measured
     except ClipServerError as error:
-        reporting.remark(f"clip_server.benchmark: {error}")
+        console.remark(f"clip_server.benchmark: {error}")
         return 1
-    reporting.write_json(
+    console.write_json(
         options.json,
         {"results": [_record(each) for each in results], "unavailable": unavailable},
     )
@@ -118,25 +118,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names", nargs="*", default=["embedded"], metavar="NAME", help="models; embedded by default"
     )
-    variants.add_arguments(parser)
+    model_options.add_arguments(parser)
     parser.add_argument(
         "--batch-sizes",
-        type=lambda text: [variants.positive(each) for each in text.split(",")],
+        type=lambda text: [model_options.positive(each) for each in text.split(",")],
         default=[1, 4, 16, 32],
         metavar="N,...",
         help="1,4,16,32 by default",
     )
     parser.add_argument(
-        "--repeat", type=variants.positive, default=30, metavar="N", help="calls timed; 30"
+        "--repeat", type=model_options.positive, default=30, metavar="N", help="calls timed; 30"
     )
     parser.add_argument(
         "--tokens",
-        type=variants.positive,
+        type=model_options.positive,
         default=16,
         metavar="N",
         help="of a text, its start and end included; 16. A full context is timed as well",
     )
-    reporting.add_argument(parser)
+    console.add_argument(parser)
     return parser
 
 
@@ -146,12 +146,12 @@ def _measure(
     """Times a model on every variant there is, one after the other."""
     zoo.resolve(name, options.model_path)
     results: list[Result] = []
-    for variant in variants.chosen(options):
+    for variant in model_options.chosen(options):
         try:
             # Loaded in the call: memory is for one model at a time.
-            results += _times(variants.load(variant, name, options), options)
+            results += _times(model_options.load(variant, name, options), options)
         except ConfigurationError as error:
-            reporting.remark(f"{variant}: {error}")
+            console.remark(f"{variant}: {error}")
             unavailable.append({"model": name, "variant": str(variant), "why": str(error)})
     if not results:
         raise ConfigurationError(f"nothing of {name} could be timed")
@@ -163,7 +163,7 @@ def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
     kind = f"{runtime.name} {runtime.precision}"
     print(f"{runtime.card.name} on {kind} ({runtime.device})", flush=True)
     cases = list(_cases(runtime.card, options))
-    with reporting.progress(kind, len(cases)) as advance:
+    with console.progress(kind, len(cases)) as advance:
         tokens = 0
         for case in cases:
             if case.tokens != tokens:
@@ -219,7 +219,7 @@ def _print_table(results: list[Result]) -> None:
         key = (each.runtime, each.precision, each.device, str(each.case.batch_size))
         rows.setdefault(key, []).extend((f"{each.median:.2f}", f"{each.items_per_second:,.0f}"))
     print(f"\n{results[0].model}: the median of {len(results[0].milliseconds)} calls\n")
-    reporting.print_table(columns, [[*key, *cells] for key, cells in rows.items()])
+    console.print_table(columns, [[*key, *cells] for key, cells in rows.items()])
 
 
 def _record(result: Result) -> dict[str, Any]:

@@ -16,20 +16,21 @@ from jina import Executor, requests
 from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server import rank, runtimes
-from clip_server.engine import Engine, Item
+from clip_server import runtimes
+from clip_server.engine import scores
+from clip_server.engine.engine import Engine, Item
+from clip_server.engine.service import Limits, Service
 from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart
 from clip_server.executors.parameters import EncoderParameters, parse_access_paths
-from clip_server.handlers import clip_handlers
+from clip_server.launch.process_setup import follow_parent
 from clip_server.models import zoo
-from clip_server.models.image import ImageTransform
-from clip_server.process import follow_parent
-from clip_server.request_parameters import RequestParameters
+from clip_server.preprocess.image import ImageTransform
+from clip_server.rpc.grpc_service import clip_handlers
+from clip_server.rpc.multiplexing import Streams
+from clip_server.rpc.request_parameters import RequestParameters
 from clip_server.runtimes import load_runtime
 from clip_server.runtimes.protocol import Runtime
-from clip_server.service import Limits, Service
-from clip_server.streams import Streams
 
 # What Jina itself passes to an executor, besides its parameters.
 _JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
@@ -107,7 +108,7 @@ class BaseCLIPEncoder(Executor):
         )
         embeddings = encoded.embeddings
         if options.normalize:
-            embeddings = rank.normalize(embeddings)
+            embeddings = scores.normalize(embeddings)
         for index, doc in enumerate(chosen):
             doc.error = encoded.errors.get(index)
             doc.embedding = None if doc.error else embeddings[index]

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
-from clip_server.engine import MAX_QUEUED_ITEMS
+from clip_server.engine.engine import MAX_QUEUED_ITEMS
+from clip_server.engine.service import Limits
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import Precision
-from clip_server.models.image import MAX_PIXELS
-from clip_server.service import Limits
+from clip_server.preprocess.image import MAX_PIXELS
 
 # How each type is called in YAML.
 _TYPES = {

@@ -10,158 +10,57 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+GROUND = [
+    "clip_server.errors",
+    "clip_server.install",
+    "clip_server.model_card",
+    "clip_server.launch.process_setup",
+]
 # A module may import its own room and those to the right of it, nothing else of ours.
 ALLOWED = {
     "clip_client": [],
+    # The ground: what every room may use.
     "clip_server.errors": [],
     "clip_server.install": [],
-    "clip_server.process": [],
     "clip_server.model_card": [],
-    "clip_server.halving": ["clip_server.runtimes.protocol"],
-    # A command, which may look at the rooms above the catalogue.
-    "clip_server.models.__main__": [
-        "clip_server.runtimes",
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.process",
-    ],
-    "clip_server.towers": ["clip_server.model_card", "clip_server.errors"],
-    "clip_server.models": [
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.install",
-        "clip_server.process",
-        "clip_server.errors",
-    ],
-    "clip_server.runtimes": [
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.install",
-        "clip_server.errors",
-    ],
-    "clip_server.rank": [],
-    "clip_server.request_parameters": ["clip_server.errors"],
-    "clip_server.cache": [],
-    "clip_server.queues": [],
-    "clip_server.workers": [],
-    "clip_server.engine": [
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.runtimes.protocol",
-        "clip_server.halving",
-        "clip_server.queues",
-        "clip_server.cache",
-        "clip_server.workers",
-        "clip_server.errors",
-    ],
-    "clip_server.service": [
-        "clip_client.data_uri",
-        "clip_client.proto",
-        "clip_server.engine",
-        "clip_server.rank",
-        "clip_server.errors",
-    ],
-    "clip_server.streams": [
-        "clip_client.proto",
-        "clip_client.envelope",
-        "clip_server.service",
-        "clip_server.errors",
-    ],
-    "clip_server.handlers": ["clip_client.proto", "clip_server.streams"],
-    "clip_server.executors": [
-        "clip_client.proto",
-        "clip_server.handlers",
-        "clip_server.streams",
-        "clip_server.service",
-        "clip_server.request_parameters",
-        "clip_server.engine",
-        "clip_server.rank",
-        "clip_server.runtimes",
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.process",
-        "clip_server.errors",
-    ],
-    "clip_server.gateway": [
-        "clip_client",
-        "clip_server.handlers",
-        "clip_server.streams",
-        "clip_server.service",
-        "clip_server.request_parameters",
-        "clip_server.process",
-        "clip_server.errors",
-    ],
-    "clip_server.reporting": [],
-    "clip_server.variants": [
-        "clip_server.runtimes",
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.errors",
-    ],
-    "clip_server.evaluate": [
-        "clip_client",
-        "clip_server.reporting",
-        "clip_server.variants",
-        "clip_server.engine",
-        "clip_server.rank",
-        "clip_server.runtimes",
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.process",
-        "clip_server.errors",
-    ],
-    "clip_server.benchmark": [
-        "clip_server.reporting",
-        "clip_server.variants",
-        "clip_server.runtimes",
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.process",
-        "clip_server.errors",
-    ],
-    "clip_server.convert": [
-        "clip_server.reporting",
-        "clip_server.runtimes",
-        "clip_server.models",
-        "clip_server.towers",
-        "clip_server.model_card",
-        "clip_server.process",
-        "clip_server.install",
-        "clip_server.errors",
-    ],
-    "clip_server.ports": ["clip_server.errors"],
-    "clip_server.start_failures": [],
-    "clip_server.flow_keys": ["clip_server.executors.parameters", "clip_server.errors"],
-    "clip_server.flow": [
-        "clip_server.runtimes",
-        "clip_server.flow_keys",
-        "clip_server.ports",
-        "clip_server.executors.parameters",
-        "clip_server.install",
-        "clip_server.errors",
-    ],
-    "clip_server.__main__": [
-        "clip_server.runtimes",
-        "clip_client.proto",
-        "clip_server.flow",
-        "clip_server.start_failures",
-        "clip_server.gateway",
-        "clip_server.process",
-        "clip_server.install",
-        "clip_server.errors",
-    ],
-}
+    "clip_server.launch.process_setup": [],
+    # Commands whose modules lie in a room below what they show.
+    "clip_server.models.__main__": [*GROUND, "clip_server.runtimes", "clip_server.models",
+                                    "clip_server.towers"],
+    # First floor.
+    "clip_server.preprocess": GROUND,
+    "clip_server.towers": GROUND,
+    "clip_server.rpc": ["clip_client.proto", "clip_client.envelope", *GROUND],
+    # Second floor: the catalogue of models.
+    "clip_server.models": [*GROUND, "clip_server.towers", "clip_server.preprocess"],
+    # Third floor.
+    "clip_server.runtimes": [*GROUND, "clip_server.models", "clip_server.towers"],
+    # Fourth floor.
+    "clip_server.engine": ["clip_client.data_uri", "clip_client.proto", *GROUND,
+                           "clip_server.preprocess", "clip_server.models", "clip_server.rpc",
+                           "clip_server.runtimes"],
+    # Fifth floor: the processes of a server, and the commands.
+    "clip_server.executors": ["clip_client.proto", *GROUND, "clip_server.engine",
+                              "clip_server.models", "clip_server.preprocess", "clip_server.rpc",
+                              "clip_server.runtimes"],
+    "clip_server.gateway": ["clip_client", *GROUND, "clip_server.rpc"],
+    "clip_server.launch": [*GROUND, "clip_server.runtimes", "clip_server.executors.parameters"],
+    "clip_server.commands": [*GROUND, "clip_server.models", "clip_server.runtimes"],
+    "clip_server.benchmark": [*GROUND, "clip_server.commands", "clip_server.models",
+                              "clip_server.runtimes"],
+    "clip_server.convert": [*GROUND, "clip_server.commands", "clip_server.models",
+                            "clip_server.runtimes", "clip_server.towers"],
+    "clip_server.evaluate": ["clip_client", *GROUND, "clip_server.commands", "clip_server.engine",
+                             "clip_server.models", "clip_server.preprocess",
+                             "clip_server.runtimes"],
+    # The roof.
+    "clip_server.__main__": ["clip_client.proto", *GROUND, "clip_server.launch",
+                             "clip_server.gateway", "clip_server.runtimes"],
+}  # fmt: skip
 # Who may know a framework.
 FRAMEWORKS = {
-    "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.flow",
-             "clip_server.flow_keys",
+    "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.launch.flow",
+             "clip_server.launch.flow_keys",
              "clip_server.__main__"],
     "docarray": ["clip_server.executors"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",
@@ -244,7 +143,7 @@ def test_the_catalogue_does_without_onnx_and_torch() -> None:
     assert int(done.stdout) > 300
 
 
-@pytest.mark.parametrize("module", ["clip_client", "clip_client.client", "clip_client.flow"])
+@pytest.mark.parametrize("module", ["clip_client", "clip_client.client", "clip_client.steps"])
 def test_the_client_is_light(module: str) -> None:
     code = (
         f"import sys, {module}\n"
@@ -253,3 +152,21 @@ def test_the_client_is_light(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_gateway_does_without_inference() -> None:
+    """It starts where nothing that decodes, tokenizes or computes can be imported."""
+    code = (
+        "import sys\n"
+        "for name in ('PIL', 'tokenizers', 'safetensors', 'onnx', 'onnxruntime', 'torch',\n"
+        "             'ftfy', 'huggingface_hub'):\n"
+        "    sys.modules[name] = None\n"
+        "import clip_server.gateway\n"
+        "rooms = ('engine', 'models', 'preprocess', 'towers', 'runtimes', 'executors')\n"
+        "print([name for name in sys.modules if name.startswith(\n"
+        "    tuple(f'clip_server.{room}' for room in rooms))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from clip_client import Client
+from clip_server.engine.scores import normalize
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.model_card import Precision, TextSpec
 from clip_server.models import weights, zoo
-from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import pad, tokenizer_for
-from clip_server.rank import normalize
+from clip_server.preprocess.image import ImageTransform
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime, open_tower
 from clip_server.runtimes.protocol import Runtime
 from clip_server.towers import graph, onnx_file, registry

@@ -42,7 +42,7 @@ from clip_client import (
     ServerError,
     TruncationWarning,
 )
-from clip_client.encoding import MESSAGE_BYTES, READ_AHEAD
+from clip_client.pipeline import MESSAGE_BYTES, READ_AHEAD
 
 
 @pytest.fixture(params=SCHEMES)

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_client import InvalidInputError, content
+from clip_client import InvalidInputError, inputs
 from clip_client.proto.clip_pb2 import Item
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
 
 def item(thing: Any) -> Item:
-    begun = content.prepare(thing)
+    begun = inputs.prepare(thing)
     return begun if isinstance(begun, Item) else begun()
 
 
@@ -112,7 +112,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 2**20)
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**20 + 1)
     with pytest.raises(InvalidInputError, match="larger than 1 MiB"):
@@ -172,10 +172,10 @@ def test_pil_images(mode: str) -> None:
 
 def test_what_a_generator_reuses_is_copied(picture: Path) -> None:
     array = PIXELS.copy()
-    of_array = content.prepare(array)
+    of_array = inputs.prepare(array)
     array[:] = 0
     with Image.open(picture) as image:
-        of_image = content.prepare(image)
+        of_image = inputs.prepare(image)
     for read in (of_array, of_image):
         assert callable(read)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(read().image))), PIXELS)
@@ -258,7 +258,7 @@ def test_urls(site: str) -> None:
 
 
 def test_urls_that_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 2**20)
     for path, reason in {
         "/gone.png": "answered with status 404",
         "/page.png": "is a web page, not an image",
@@ -266,7 +266,7 @@ def test_urls_that_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         with pytest.raises(InvalidInputError, match=reason):
             item(site + path)
-    monkeypatch.setattr(content, "FETCH_SECONDS", 0.0)
+    monkeypatch.setattr(inputs, "FETCH_SECONDS", 0.0)
     with pytest.raises(InvalidInputError, match="took more than 0 s"):
         item(f"{site}/cat.png")
     for url in ("http://127.0.0.1:1/cat.png", "http://[::bad/cat.png", "http://x:99999/cat.png"):
@@ -275,5 +275,5 @@ def test_urls_that_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_as_picture_leaves_no_str_a_text() -> None:
-    assert content.as_picture("cat") == {"image": "cat"}
-    assert content.as_picture(b"JPEG") == b"JPEG"
+    assert inputs.as_picture("cat") == {"image": "cat"}
+    assert inputs.as_picture(b"JPEG") == b"JPEG"

@@ -22,7 +22,7 @@ from clip_server.convert.rewrite import rewritten
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import PRECISIONS, Precision
 from clip_server.models import zoo
-from clip_server.models.tokenizer import pad, tokenizer_for
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime, open_tower
 from clip_server.towers import onnx_file, quantize
 

@@ -27,7 +27,7 @@ import yaml
 from conftest import ROOT, SAMPLES, Server, Start, free_ports
 
 from clip_client import Client
-from clip_server import flow
+from clip_server.launch import flow
 
 README = ROOT / "README.md"
 CHANGELOG = ROOT / "CHANGELOG.md"

@@ -15,10 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_server.engine import Engine
+from clip_server.engine.engine import Engine
 from clip_server.errors import ItemError, RequestError
 from clip_server.models import zoo
-from clip_server.models.tokenizer import tokenizer_for
+from clip_server.preprocess.tokenizer import tokenizer_for
 
 
 class CountingRuntime:

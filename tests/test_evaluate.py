@@ -21,8 +21,8 @@ from clip_server import runtimes
 from clip_server.convert.writers import writer
 from clip_server.evaluate.__main__ import main
 from clip_server.models import converted, weights, zoo
-from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import tokenizer_for
+from clip_server.preprocess.image import ImageTransform
+from clip_server.preprocess.tokenizer import tokenizer_for
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
 

@@ -15,10 +15,10 @@ import yaml
 from conftest import Start, flow
 
 from clip_client import Client
-from clip_server import flow as flows
 from clip_server.__main__ import main
 from clip_server.errors import ConfigurationError
 from clip_server.executors.parameters import EncoderParameters
+from clip_server.launch import flow as flows
 
 UNSET = object()
 

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec
-from clip_server.models import hugging_face, tokenizer, zoo
-from clip_server.models.image import ImageTransform
+from clip_server.models import hugging_face, zoo
+from clip_server.preprocess import tokenizer
+from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.protocol import Runtime
 
@@ -252,7 +253,7 @@ def test_clips_own_merges_are_clips_own_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
 def test_chinese_berts_own_pieces_are_its_own_tokenizer(file: str, tmp_path: Path) -> None:
-    from clip_server.models.wordpiece import vocabulary
+    from clip_server.preprocess.wordpiece import vocabulary
 
     described(tmp_path, {"model_type": "chinese_clip", "text_config": {"vocab_size": 21128}})
     pieces = vocabulary()

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save
 
 from clip_server.models import weights
-from clip_server.models.tokenizer import CONFIG, FILE
+from clip_server.preprocess.tokenizer import CONFIG, FILE
 
 REPO = "timm/vit_base_patch32_clip_224.openai"
 SIGLIP = "timm/ViT-B-16-SigLIP"
@@ -110,7 +110,7 @@ def run(
         "import sys\n"
         "from clip_server.errors import WeightsError\n"
         "from clip_server.models import tokenizer_files, zoo\n"
-        "from clip_server.models.tokenizer import tokenizer_for\n"
+        "from clip_server.preprocess.tokenizer import tokenizer_for\n"
         "from clip_server.runtimes.loading import load_checkpoint\n"
         "from clip_server.runtimes.onnx import OnnxRuntime\n"
         f"try: print({expression})\n"

@@ -22,7 +22,7 @@ from PIL import Image
 
 from clip_server.errors import ItemError
 from clip_server.model_card import ImageSpec
-from clip_server.models.image import ImageTransform, readable_formats
+from clip_server.preprocess.image import ImageTransform, readable_formats
 
 SPEC = ImageSpec(64)
 FORMATS = readable_formats()

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec
 from clip_server.models import zoo
-from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import pad, tokenizer_for
+from clip_server.preprocess.image import ImageTransform
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.towers import graph, quantize, registry
 

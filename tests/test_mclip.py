@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ItemError, WeightsError
 from clip_server.models import weights, zoo
-from clip_server.models.tokenizer import pad, tokenizer_for
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.protocol import Runtime
 from clip_server.towers import registry

@@ -18,7 +18,7 @@ from toy_family import COLOUR, PROJECTION, TABLE, BagOfWords, MeanColour
 from clip_client import Client
 from clip_server.model_card import TextSpec
 from clip_server.models import weights, zoo
-from clip_server.models.tokenizer import tokenizer_for
+from clip_server.preprocess.tokenizer import tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.towers import registry
 

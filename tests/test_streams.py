@@ -9,7 +9,7 @@ import pytest
 
 from clip_client.envelope import MESSAGE_BYTES, enveloped
 from clip_client.proto import clip_pb2 as pb
-from clip_server.streams import Streams
+from clip_server.rpc.multiplexing import Streams
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 127, 128, 129, 16_384, 300_000])

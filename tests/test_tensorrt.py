@@ -19,11 +19,12 @@ from conftest import HAS_TORCH, Start, free_ports
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from clip_server import flow, runtimes
+from clip_server import runtimes
 from clip_server.convert.__main__ import main
 from clip_server.convert.parity import Parity
+from clip_server.engine.halving import Halving
 from clip_server.errors import ConfigurationError, WeightsError
-from clip_server.halving import Halving
+from clip_server.launch import flow
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import TOWERS, Tower

@@ -14,8 +14,8 @@ import pytest
 
 from clip_server.errors import ItemError
 from clip_server.model_card import TextSpec
-from clip_server.models import cleaning
-from clip_server.models.tokenizer import pad, tokenizer_for
+from clip_server.preprocess import cleaning
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 
 SPEC = TextSpec()
 START, END = SPEC.vocab_size - 2, SPEC.vocab_size - 1
@@ -136,7 +136,7 @@ def test_needs_neither_torch_nor_ftfy_for_ascii() -> None:
     program = (
         "import sys; sys.modules.update(torch=None, ftfy=None)\n"
         "from clip_server.model_card import TextSpec\n"
-        "from clip_server.models.tokenizer import tokenizer_for\n"
+        "from clip_server.preprocess.tokenizer import tokenizer_for\n"
         "print(tokenizer_for(TextSpec()).encode('a cat').tolist())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -198,9 +198,9 @@ def test_a_long_text_equals_open_clip_though_only_its_beginning_is_read(name: st
 def test_wherever_a_text_is_parted_its_ids_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long texts are read in parts; here the parts are small, so that many end in odd places."""
     open_clip = pytest.importorskip("open_clip")
-    monkeypatch.setattr("clip_server.models.tokenizer._SHORT", 256)
-    monkeypatch.setattr("clip_server.models.cleaning._BLOCK", 64)
-    monkeypatch.setattr("clip_server.models.cleaning._mend_elsewhere", cleaning.mend)
+    monkeypatch.setattr("clip_server.preprocess.tokenizer._SHORT", 256)
+    monkeypatch.setattr("clip_server.preprocess.cleaning._BLOCK", 64)
+    monkeypatch.setattr("clip_server.preprocess.cleaning._mend_elsewhere", cleaning.mend)
     rng = random.Random(1)
     parts = [*SNIPPETS, "ab", "a", "\u732b", "\U0001f602", "\n", " ", "!", "1", "<", "&", "\u0301"]
     texts = [
@@ -226,7 +226,7 @@ def test_word_pieces_do_not_depend_on_where_a_text_is_parted(
         for _ in range(300)
     ]
     whole = [tokenizer.encode(text).tolist() for text in texts]
-    monkeypatch.setattr("clip_server.models.wordpiece._SLICE", 64)
+    monkeypatch.setattr("clip_server.preprocess.wordpiece._SLICE", 64)
     for text, expected in zip(texts, whole, strict=True):
         assert tokenizer.encode(text).tolist() == expected, repr(text)
 

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from clip_server.errors import ConfigurationError, ItemError, WeightsError
 from clip_server.model_card import TextSpec
 from clip_server.models import zoo
-from clip_server.models.tokenizer import CONFIG, FILE, pad, tokenizer_for
+from clip_server.preprocess.tokenizer import CONFIG, FILE, pad, tokenizer_for
 
 CONTEXT = 16
 TEXTS = [

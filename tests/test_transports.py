@@ -42,7 +42,7 @@ def reference(photos: list[bytes]) -> NDArray[np.float32]:
     from PIL import Image
 
     from clip_server.models import zoo
-    from clip_server.models.tokenizer import pad, tokenizer_for
+    from clip_server.preprocess.tokenizer import pad, tokenizer_for
     from clip_server.runtimes.loading import load_checkpoint
 
     card, tensors = load_checkpoint("embedded")

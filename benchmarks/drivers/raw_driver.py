@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from driver import Driver, Item, batches
 
-from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import pad, tokenizer_for
+from clip_server.preprocess.image import ImageTransform
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
 
 

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server import runtimes
+from clip_server.commands.console import print_table, remark
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity, samples
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
+from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
 from clip_server.models import converted, zoo
 from clip_server.models.converted import TOWERS, Tower
-from clip_server.process import tolerate_closed_output
-from clip_server.reporting import print_table, remark
 from clip_server.runtimes import load_runtime
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.protocol import Runtime

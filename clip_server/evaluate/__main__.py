@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import ClipError
-from clip_server import reporting, variants
+from clip_server.commands import console, model_options
 from clip_server.errors import ClipServerError, ConfigurationError
 from clip_server.evaluate import data
 from clip_server.evaluate.encoders import Encoder, EngineEncoder, ServerEncoder, embed
+from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.models import zoo
-from clip_server.process import tolerate_closed_output
 
 # Faults that are told one by one; all of them are in the JSON file.
 _SHOWN = 20
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns, unavailable = _measure(options, task)
         _report(options, task, columns, unavailable)
     except (ClipServerError, ClipError) as error:
-        reporting.remark(f"clip_server.evaluate: {error}")
+        console.remark(f"clip_server.evaluate: {error}")
         return 1
     return 0
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("data", type=Path, metavar="PATH")
     shared.add_argument("--name", default="embedded", help="the model; embedded by default")
-    variants.add_arguments(shared)
+    model_options.add_arguments(shared)
     shared.add_argument(
         "--converted",
         type=Path,
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a running server, such as grpc://127.0.0.1:51000; beside it only what --runtime and "
         "--converted say",
     )
-    reporting.add_argument(shared)
+    console.add_argument(shared)
     parser = argparse.ArgumentParser(
         prog="python -m clip_server.evaluate",
         description="Scores a model on your own pictures, by runtime and precision.",
@@ -123,31 +123,31 @@ def _measure(
         try:
             columns.append(_embedded(_engine(variant, options), task))
         except ConfigurationError as error:
-            reporting.remark(f"{variant}: {error}")
+            console.remark(f"{variant}: {error}")
             unavailable[str(variant)] = str(error)
     if not columns:
         raise ConfigurationError("nothing could be evaluated")
     return columns, unavailable
 
 
-def _variants(options: argparse.Namespace) -> list[variants.Variant]:
+def _variants(options: argparse.Namespace) -> list[model_options.Variant]:
     """What is loaded here; beside a server only what is asked for."""
-    folders = [variants.of_folder(folder) for folder in options.converted]
+    folders = [model_options.of_folder(folder) for folder in options.converted]
     if options.server and not options.runtime:
         return folders
     zoo.resolve(options.name, options.model_path)
-    return [*variants.chosen(options), *folders]
+    return [*model_options.chosen(options), *folders]
 
 
-def _engine(variant: variants.Variant, options: argparse.Namespace) -> Encoder:
-    runtime = variants.load(variant, options.name, options)
+def _engine(variant: model_options.Variant, options: argparse.Namespace) -> Encoder:
+    runtime = model_options.load(variant, options.name, options)
     return EngineEncoder(str(variant), runtime, options.exact)
 
 
 def _embedded(encoder: Encoder, task: data.Pairs | data.Classes) -> Column:
     """The encoder's column. It ends the encoder: memory is for one model at a time."""
     work = len(task.images) + len(task.texts)
-    with closing(encoder), reporting.progress(encoder.name, work) as advance:
+    with closing(encoder), console.progress(encoder.name, work) as advance:
         images = embed(encoder, task.images, advance)
         texts = embed(encoder, task.texts, advance)
     task.left_out.update({str(task.images[i]): why for i, why in images.errors.items()})
@@ -162,9 +162,9 @@ def _report(
     unavailable: Mapping[str, str],
 ) -> None:
     for place, why in list(task.left_out.items())[:_SHOWN]:
-        reporting.remark(f"left out: {place}: {why}")
+        console.remark(f"left out: {place}: {why}")
     if len(task.left_out) > _SHOWN:
-        reporting.remark(f"left out: {len(task.left_out) - _SHOWN:,} more; --json has them all")
+        console.remark(f"left out: {len(task.left_out) - _SHOWN:,} more; --json has them all")
     scores = _scores(task, columns)
     reference = next((each.name for each in columns if each.name == _REFERENCE), columns[0].name)
     print(
@@ -172,8 +172,8 @@ def _report(
         f"{len(task.images):,} pictures, {len(task.texts):,} texts, "
         f"{len(task.left_out):,} left out; in percent, and the difference to {reference}\n"
     )
-    reporting.print_table(["", *scores], _rows(scores, reference))
-    reporting.write_json(
+    console.print_table(["", *scores], _rows(scores, reference))
+    console.write_json(
         options.json,
         {
             "task": options.task,

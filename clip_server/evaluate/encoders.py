@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import Client
-from clip_server.engine import Engine
-from clip_server.models.image import ImageTransform
-from clip_server.reporting import Advance
+from clip_server.commands.console import Advance
+from clip_server.engine.engine import Engine
+from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.protocol import Runtime
 
 # Items read and encoded at once: a bound on the bytes of files that are held.

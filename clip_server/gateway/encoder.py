@@ -17,7 +17,7 @@ from clip_client.errors import ClientClosedError, ConnectionFailedError, ServerE
 from clip_client.proto import clip_pb2 as pb
 from clip_client.transports.grpc import open_transport
 from clip_server.errors import ConfigurationError, RequestError
-from clip_server.service import FAILED, error_response
+from clip_server.rpc.errors import FAILED, error_response
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
 from clip_server.gateway.listener import Listener, Tls
 from clip_server.gateway.websocket import WebSocketListener
-from clip_server.process import follow_parent
+from clip_server.launch.process_setup import follow_parent
 
 LISTENERS: dict[str, type[Listener]] = {
     "grpc": GrpcListener,

@@ -14,9 +14,9 @@ from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
 
 from clip_client.address import Address
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
-from clip_server.handlers import SERVICE, clip_handlers
-from clip_server.service import FAILED
-from clip_server.streams import Streams
+from clip_server.rpc.errors import FAILED
+from clip_server.rpc.grpc_service import SERVICE, clip_handlers
+from clip_server.rpc.multiplexing import Streams
 
 
 class GrpcListener(Listener):

@@ -25,8 +25,8 @@ from clip_server.errors import RequestError
 from clip_server.gateway import json_text
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import exposition
-from clip_server.request_parameters import RequestParameters
-from clip_server.service import FAILED, error_response
+from clip_server.rpc.errors import FAILED, error_response
+from clip_server.rpc.request_parameters import RequestParameters
 
 PROTOBUF = "application/x-protobuf"
 _STATUS = {

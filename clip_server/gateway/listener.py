@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_server.streams import Call
+from clip_server.rpc.multiplexing import Call
 
 # What is under way when the server is told to end has this long to finish.
 GRACE_SECONDS = 8.0

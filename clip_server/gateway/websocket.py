@@ -11,7 +11,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
-from clip_server.streams import Streams
+from clip_server.rpc.multiplexing import Streams
 
 
 class WebSocketListener(Listener):

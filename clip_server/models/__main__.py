@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from clip_server import runtimes
+from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import ModelCard
 from clip_server.models import weights, zoo
-from clip_server.process import tolerate_closed_output
 from clip_server.towers import registry
 
 _COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")

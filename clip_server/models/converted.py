@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
-from clip_server.models import tokenizer, tokenizer_files
+from clip_server.models import tokenizer_files
+from clip_server.preprocess import tokenizer
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)

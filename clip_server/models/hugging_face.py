@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import TextSpec, Vocabulary
-from clip_server.models import tokenizer, wordpiece
+from clip_server.preprocess import tokenizer, wordpiece
 from clip_server.towers import registry
 from clip_server.towers.tower import ImageTower, TextSavedByTransformers, TextTower, Tower
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from clip_server.errors import WeightsError
 from clip_server.model_card import TextSpec
 from clip_server.models import weights
-from clip_server.models.tokenizer import CONFIG, FILE
+from clip_server.preprocess.tokenizer import CONFIG, FILE
 
 
 def fetch(spec: TextSpec) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
-from clip_server.models import converted, hugging_face, tokenizer, tokenizer_files, weights
+from clip_server.models import converted, hugging_face, tokenizer_files, weights
+from clip_server.preprocess import tokenizer
 from clip_server.towers import registry
 
 EMBEDDED = "emoji-small::embedded"

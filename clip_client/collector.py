@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_client import content
+from clip_client import inputs
 from clip_client.errors import ItemFailure
 from clip_client.results import Batch
 
@@ -92,7 +92,7 @@ class Gathered:
 
     def begin(self, index: int, thing: Any) -> None:
         """Notes an item before it is read."""
-        if self._into_documents and content.is_document(thing):
+        if self._into_documents and inputs.is_document(thing):
             self._documents[index] = thing
 
     def add(self, batch: Batch, truncated: int = 0) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from importlib import resources
 
 from clip_server.model_card import TextSpec
-from clip_server.models.tokens import Tokenizer, Tokens
-from clip_server.models.words import RememberedWords
+from clip_server.preprocess.tokens import Tokenizer, Tokens
+from clip_server.preprocess.word_cache import RememberedWords
 
 _VOCABULARY = "data/chinese_bert_vocab.txt.gz"
 # A piece that does not begin its word.

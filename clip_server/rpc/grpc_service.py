@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.streams import Call, Streams
+from clip_server.rpc.multiplexing import Call, Streams
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
 

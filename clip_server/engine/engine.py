@@ -28,15 +28,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.cache import Cache
+from clip_server.engine.cache import Cache
+from clip_server.engine.halving import Halving
+from clip_server.engine.scheduler import Entry, Job, Queue, TextQueue, Turns, by_size
+from clip_server.engine.workers import Workers
 from clip_server.errors import ItemError, RequestError
-from clip_server.halving import Halving
 from clip_server.models import tokenizer_files
-from clip_server.models.image import ImageTransform
-from clip_server.models.tokenizer import pad, tokenizer_for
-from clip_server.queues import Entry, Job, Queue, TextQueue, Turns, by_size
+from clip_server.preprocess.image import ImageTransform
+from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.protocol import Runtime
-from clip_server.workers import Workers
 
 log = logging.getLogger(__name__)
 

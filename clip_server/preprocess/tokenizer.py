@@ -20,10 +20,10 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.model_card import TextSpec, Vocabulary
-from clip_server.models.cleaning import cleaned, is_plain
-from clip_server.models.tokens import Tokenizer, Tokens
-from clip_server.models.wordpiece import WordPieceTokenizer
-from clip_server.models.words import RememberedWords
+from clip_server.preprocess.cleaning import cleaned, is_plain
+from clip_server.preprocess.tokens import Tokenizer, Tokens
+from clip_server.preprocess.word_cache import RememberedWords
+from clip_server.preprocess.wordpiece import WordPieceTokenizer
 
 # Hugging Face's files: all of a tokenizer, and, beside it, what its special tokens are called.
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"

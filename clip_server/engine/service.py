@@ -10,14 +10,15 @@ import numpy as np
 
 from clip_client.data_uri import has_scheme, read_data_uri
 from clip_client.proto import clip_pb2 as pb
-from clip_server import __version__, rank
-from clip_server.engine import Encoded, Engine, Item
+from clip_server import __version__
+from clip_server.engine import scores
+from clip_server.engine.engine import Encoded, Engine, Item
 from clip_server.errors import ItemError, RequestError
+from clip_server.rpc.errors import FAILED, error_response
 
 log = logging.getLogger(__name__)
 
 # All that a client is told of a fault that is not its own.
-FAILED = "the server failed on this request; its log says why"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Service:
         )
         embeddings = encoded.embeddings
         if request.options.normalize:
-            embeddings = rank.normalize(embeddings)
+            embeddings = scores.normalize(embeddings)
         response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
         response.count, response.dim = embeddings.shape
         response.errors.extend(_item_errors(encoded.errors.items()))
@@ -106,8 +107,8 @@ class Service:
         if 0 in encoded.errors:
             raise RequestError(f"the query cannot be encoded: {encoded.errors[0]}")
         good = [i for i in range(len(candidates)) if i + 1 not in encoded.errors]
-        cosines = rank.cosine(encoded.embeddings[0], encoded.embeddings[[i + 1 for i in good]])
-        probabilities = rank.softmax(cosines, self.engine.card.logit_scale)
+        cosines = scores.cosine(encoded.embeddings[0], encoded.embeddings[[i + 1 for i in good]])
+        probabilities = scores.softmax(cosines, self.engine.card.logit_scale)
         return Ranked(
             matches=[
                 pb.Match(index=good[i], probability=probabilities[i], cosine=cosines[i])
@@ -183,13 +184,6 @@ class Service:
                 f"{self.limits.max_item_bytes / 2**20:.0f} MiB: scale the picture down first"
             )
         return content
-
-
-def error_response(request_id: int, error: RequestError) -> pb.Response:
-    """A response that carries `error`."""
-    retry_after = round(error.retry_after * 1e3)
-    detail = pb.Error(code=error.code, message=str(error), retry_after=retry_after)
-    return pb.Response(id=request_id, error=detail)
 
 
 def read_uri(uri: str) -> str | bytes:

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from clip_client.envelope import enveloped
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.service import error_response
+from clip_server.rpc.errors import error_response
 
 Call = Callable[[pb.Request], Awaitable[pb.Response]]
 Send = Callable[[bytes], Awaitable[None]]

@@ -20,7 +20,7 @@ _LONGEST_SEGMENT = 1_000_000
 _ASCII_SPACE = " \t\n\r\f"
 _MEND = """
 import sys
-from clip_server.models.cleaning import mend
+from clip_server.preprocess.cleaning import mend
 text = sys.stdin.buffer.read().decode()
 sys.stdout.buffer.write(mend(text, sys.argv[1] == "True").encode())
 """

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_client import content
+from clip_client import inputs
+from clip_client.collector import Gathered
 from clip_client.envelope import MESSAGE_BYTES
 from clip_client.errors import InvalidInputError, ItemFailure, ServerError
-from clip_client.flow import Flow
-from clip_client.gathering import Gathered
 from clip_client.labels import brief, label
 from clip_client.proto import clip_pb2
 from clip_client.results import Batch
+from clip_client.steps import Flow
 
 # Pictures being read at once, and read but not yet sent.
 READ_AHEAD = 16
@@ -106,7 +106,7 @@ class Encoding:
     def __init__(
         self,
         send: Send,
-        read: Callable[[content.Read], Future[clip_pb2.Item]],
+        read: Callable[[inputs.Read], Future[clip_pb2.Item]],
         gathered: Gathered,
         *,
         batch_size: int | None,
@@ -122,7 +122,7 @@ class Encoding:
         self._reading: deque[tuple[int, Reading, Any]] = deque()
         self._pack = Pack(batch_size, options)
         self._in_flight: deque[tuple[Pack, Future[clip_pb2.Response] | None]] = deque()
-        self._file_names = content.FileNames()
+        self._file_names = inputs.FileNames()
 
     def run(self, things: Things) -> Flow[None]:
         """Encodes all of `things`. What was answered when it ends with an error is kept."""
@@ -149,7 +149,7 @@ class Encoding:
 
     def _begin(self, index: int, thing: Any) -> Reading:
         try:
-            begun = content.prepare(thing)
+            begun = inputs.prepare(thing)
         # Whatever is wrong with one item, even in the code of its own class, is its own error.
         except Exception as error:
             return _failure(index, error, thing)
@@ -218,7 +218,7 @@ def iterate(things: Any, name: str = "encode") -> Things:
     """The items of what was passed. Raises TypeError where that is one item, not several."""
     single = isinstance(things, (str, bytes, bytearray, memoryview, dict))
     single = single or (isinstance(things, np.ndarray) and things.ndim in (2, 3))
-    single = single or (content.is_document(things) and not hasattr(things, "__getitem__"))
+    single = single or (inputs.is_document(things) and not hasattr(things, "__getitem__"))
     if not single:
         if hasattr(things, "__aiter__"):
             stream: AsyncIterator[Any] = things.__aiter__()

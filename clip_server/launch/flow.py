@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clip_server import flow_keys, ports
 from clip_server.errors import ConfigurationError
-from clip_server.flow_keys import as_mapping, section
+from clip_server.launch import flow_keys, ports
+from clip_server.launch.flow_keys import as_mapping, section
 from clip_server.runtimes import RuntimeSpec, by_executor
 
 DEFAULT_FLOW = "torch-flow.yml"

@@ -1,0 +1,1 @@
+"""From the items of requests to embeddings: scheduling, batching, caching, on one runtime."""

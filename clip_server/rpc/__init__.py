@@ -1,0 +1,1 @@
+"""clip.v1 on the server: gRPC methods, and connections with many requests in flight."""
