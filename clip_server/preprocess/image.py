@@ -15,7 +15,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 from clip_server.errors import ItemError
 from clip_server.install import install_hint
 from clip_server.model_card import Crop, ImageSpec
-from clip_server.models.metadata import without_metadata
+from clip_server.preprocess.metadata import without_metadata
 
 # A phone's largest photos have 108 million pixels; decoded, this many take 400 MB.
 MAX_PIXELS = 2**27
