@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ def _run(spec: dict[str, Any], started: float) -> int:
         raise ConfigurationError(f"the flow cannot be loaded: {_in_one_line(error)}") from None
     # It would say that the flow was aborted, and not why.
     flow.logger.logger.setLevel(logging.CRITICAL + 1)
+    flow._wait_until_all_ready = _noticing_deaths(flow, failures, flow._wait_until_all_ready)
     try:
         flow.start()
     except KeyboardInterrupt:
@@ -192,6 +193,43 @@ def _run(spec: dict[str, Any], started: float) -> int:
     return status
 
 
+def _noticing_deaths(
+    flow: Any, failures: StartFailures, wait: Callable[[], None]
+) -> Callable[[], None]:
+    """`wait`, for the flow's processes to start, but not for one that died with no word of it,
+    for which Jina waits for ever."""
+
+    def notice(over: threading.Event) -> None:
+        while not over.wait(_WATCH_SECONDS):
+            for pod in [pod for each in flow._deployment_nodes.values() for pod in _pods(each)]:
+                if pod.worker.exitcode is not None and not pod.is_shutdown.is_set():
+                    failures.add(_end_of(pod))
+                    pod.is_shutdown.set()
+
+    def waiting() -> None:
+        over = threading.Event()
+        # Not before now: a process with several threads should not be forked.
+        watcher = threading.Thread(target=notice, args=(over,), daemon=True)
+        watcher.start()
+        try:
+            wait()
+        finally:
+            over.set()
+            watcher.join()
+
+    return waiting
+
+
+def _end_of(pod: Any) -> str:
+    """What became of a process that nobody told to end."""
+    code = pod.worker.exitcode
+    if code is None or code >= 0:
+        return f"{pod.name} ended by itself (exit code {code})"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    memory = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+    return f"{pod.name} was killed ({name}){memory}"
+
+
 def _watch(flow: Any, stop: threading.Event) -> int:
     """Waits until told to end (0), or until what is left of the flow cannot serve (1)."""
     dead: set[str] = set()
@@ -205,7 +243,7 @@ def _watch(flow: Any, stop: threading.Event) -> int:
                     dead.add(pod.name)
                     # Jina would wait for its word when the flow ends.
                     pod.is_shutdown.set()
-                    _warn(f"{pod.name} ended by itself (exit code {pod.worker.exitcode})")
+                    _warn(_end_of(pod))
             if pods and all(pod.name in dead for pod in pods):
                 return 1
     return 0

@@ -244,6 +244,28 @@ def test_ended_while_starting(start: Start) -> None:
     assert_gone(family, server.ports)
 
 
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("os.kill(os.getpid(), 9)", "was killed (SIGKILL), perhaps for want of memory"),
+        ("os._exit(3)", "ended by itself (exit code 3)"),
+    ],
+    ids=["killed", "exited"],
+)
+def test_an_executor_dies_while_it_starts(end: str, says: str, tmp_path: Path) -> None:
+    module = tmp_path / "dies.py"
+    module.write_text(
+        "import os\nfrom jina import Executor\n\n\nclass Dies(Executor):\n"
+        f"    def __init__(self, **_: object) -> None:\n        {end}\n"
+    )
+    spec = flow()
+    uses = {"jtype": "Dies", "metas": {"py_modules": [str(module)]}}
+    spec["executors"].append({"name": "other", "uses": uses})
+    done = run("-i", stdin=yaml.safe_dump(spec))
+    assert done.returncode == 1
+    assert done.stderr == f"clip_server: the server could not start: other/rep-0 {says}\n"
+
+
 def test_replicas(start: Start) -> None:
     spec = flow()
     spec["executors"][0]["uses"]["replicas"] = 2  # where clip-as-service's pages show it
@@ -262,7 +284,8 @@ def test_replicas(start: Start) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(GONE_SECONDS) == 0
     assert_gone(family, server.ports)
-    assert "ended by itself" in server.output()
+    assert "clip/rep-" in server.output()
+    assert "was killed (SIGKILL), perhaps for want of memory" in server.output()
 
 
 def test_the_only_encoder_dies(start: Start) -> None:

@@ -21,6 +21,7 @@ class StartFailures:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
+        self._noticed: list[str] = []
 
     def watch(self, start: Callable[..., Any]) -> Callable[..., Any]:
         """`start`, which runs in the new process, with its failures reported."""
@@ -45,10 +46,14 @@ class StartFailures:
         line = " ".join(reason.split())
         os.write(self._write, line.encode()[: _MOST_BYTES - 1] + b"\n")
 
+    def add(self, reason: str) -> None:
+        """What this process noticed itself."""
+        self._noticed.append(reason)
+
     def reasons(self) -> list[str]:
         """What was reported so far."""
         try:
-            reported = os.read(self._read, 1 << 16)
+            reported = os.read(self._read, 1 << 16).decode(errors="replace").splitlines()
         except BlockingIOError:
-            return []
-        return list(dict.fromkeys(reported.decode(errors="replace").splitlines()))
+            reported = []
+        return list(dict.fromkeys([*reported, *self._noticed]))
