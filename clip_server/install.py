@@ -41,7 +41,11 @@ def conflict() -> str | None:
 
 def _owns_our_folders(name: str) -> bool:
     try:
-        files = distribution(name).files or []
+        found = distribution(name)
     except PackageNotFoundError:
         return False
-    return any(file.parts[0] in ("clip_client", "clip_server") for file in files)
+    # Clip-as-service ended with 0.8; 1.0.0 is an older checkout of ours.
+    ours = ("clip_client", "clip_server")
+    return found.version.startswith("0.") and any(
+        file.parts[0] in ours for file in found.files or []
+    )
