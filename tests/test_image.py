@@ -216,6 +216,15 @@ def test_exact_equals_open_clip_whatever_the_shape(mode: str, size: tuple[int, i
     np.testing.assert_array_equal(found, open_clip_pixels(data, 224, "shortest"))
 
 
+def test_a_big_endian_tiff_is_the_png_of_the_same_pixels() -> None:
+    grey = noise_in("I;16", 300, 200)
+    values = np.asarray(grey).astype(">u2").tobytes()
+    tiff = encoded(Image.frombytes("I;16B", grey.size, values), "TIFF")
+    assert Image.open(io.BytesIO(tiff)).mode == "I;16B"
+    found = ImageTransform(SPEC, exact=True)(tiff)
+    np.testing.assert_array_equal(found, ImageTransform(SPEC, exact=True)(encoded(grey, "PNG")))
+
+
 def noise_in(mode: str, width: int, height: int) -> Image.Image:
     if mode == "I;16":
         return Image.fromarray(np.asarray(noise(width, height))[..., 0].astype(np.uint16) * 2)

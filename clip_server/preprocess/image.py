@@ -108,6 +108,8 @@ class ImageTransform:
         size = self.spec.size
         width, height = image.size
         box = self._decode(image)
+        if image.mode == "I;16B":  # Pillow's resize would mix the bytes of its values
+            image = image.convert("I").convert("I;16")
         if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
             image = image.convert("RGB")  # the same pixels come of it, in less time
         if self.spec.resize == "squash":
