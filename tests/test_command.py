@@ -89,7 +89,7 @@ def test_no_hub_reachable(tmp_path: Path) -> None:
     """The hub is a port nobody listens on; the cache is empty."""
     started = time.monotonic()
     done = run(
-        "onnx-flow.yml",
+        *("onnx-flow.yml", "--port", "0"),
         HF_ENDPOINT=f"http://127.0.0.1:{free_ports(1)[0]}",
         HF_HOME=str(tmp_path),
         CLIP_MODEL="ViT-B-32::openai",
@@ -139,7 +139,8 @@ def test_a_missing_extra(tmp_path: Path) -> None:
     # Whatever runtime is wanted.
     assert "onnx-gpu, tensorrt, tensorrt-rtx, torch" in without("jina")
     # The default flow, of which another runtime is installed.
-    said = run(PYTHONPATH=str(tmp_path), MISSING="torch", CLIP_MODEL="embedded").stderr
+    missing = {"PYTHONPATH": str(tmp_path), "MISSING": "torch", "CLIP_MODEL": "embedded"}
+    said = run("--port", "0", **missing).stderr
     assert "python -m clip_server onnx-flow.yml" in said
     assert said.count("\n") == 1
 

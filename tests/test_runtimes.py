@@ -20,12 +20,7 @@ from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.protocol import Runtime
 
 TOLERANCE = 1e-4
-OPENAI = [
-    "ViT-B-32::openai",
-    pytest.param("ViT-B-16::openai", marks=pytest.mark.slow),
-    pytest.param("ViT-L-14::openai", marks=pytest.mark.slow),
-    pytest.param("ViT-L-14-336::openai", marks=pytest.mark.slow),
-]
+OPENAI = ["ViT-B-32::openai", "ViT-B-16::openai", "ViT-L-14::openai", "ViT-L-14-336::openai"]
 RN50 = {
     "embed_dim": 1024,
     "quick_gelu": True,
@@ -73,6 +68,7 @@ def assert_equal_to_open_clip(
             assert seeded.relative(found, seeded.reference_texts(model, tokens)) < TOLERANCE
 
 
+@pytest.mark.slow  # full sizes; small ones are below
 @pytest.mark.parametrize("name", OPENAI)
 def test_openais_models_equal_open_clip(name: str, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
@@ -96,8 +92,17 @@ def test_openais_residual_network_equals_open_clip(tmp_path: Path) -> None:
         assert_equal_to_open_clip(runtime, model, batches=(2,), lengths=(7, 77))
 
 
-@pytest.mark.parametrize("config", [seeded.SMALL_VIT, seeded.SMALL_GELU, seeded.SMALL_RESNET])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("config", "jit"),
+    [
+        (seeded.SMALL_VIT, False),
+        (seeded.SMALL_GELU, False),
+        (seeded.SMALL_RESNET, False),
+        (seeded.SMALL_VIT, True),
+        pytest.param(seeded.SMALL_GELU, True, marks=pytest.mark.slow),
+        pytest.param(seeded.SMALL_RESNET, True, marks=pytest.mark.slow),
+    ],
+)
 def test_torch_equals_open_clip(config: dict[str, Any], jit: bool, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     model = seeded.open_clip_model(config)
