@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,42 @@ def test_the_gateway_does_without_inference() -> None:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# What a distribution is imported as, where that is not its own name.
+IMPORTED_AS = {
+    "grpcio": "grpc",
+    "grpcio_health_checking": "grpc_health",
+    "grpcio_reflection": "grpc_reflection",
+    "protobuf": "google",
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "open_clip_torch": "open_clip",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "packages"),
+    [
+        ("clip_client/pyproject.toml", ["clip_client"]),
+        ("pyproject.toml", ["clip_server"]),
+    ],
+)
+def test_what_is_imported_is_declared(file: str, packages: list[str]) -> None:
+    declared = set(re.findall(r'^ *"?[^"\n]*"([A-Za-z][\w.-]*)[\[>=<! ;"]', text := (ROOT / file)
+                              .read_text("utf-8"), re.MULTILINE))  # fmt: skip
+    for line in re.findall(r"^[\w-]+ = \[(.*)\]$", text, re.MULTILINE):
+        declared |= set(re.findall(r'"([A-Za-z][\w.-]*)', line))
+    if "clip_server" in packages:
+        client = (ROOT / "clip_client/pyproject.toml").read_text("utf-8")
+        declared |= set(re.findall(r'^  "([\w-]+)', client, re.MULTILINE))
+    known = {name.replace("-", "_").lower() for name in declared}
+    known |= {IMPORTED_AS[name] for name in known & IMPORTED_AS.keys()}
+    # Pillow is the caller's own, where the client gets images of it; the others are for mypy.
+    known |= {"PIL", "typing_extensions", "_typeshed", "clip_client", "clip_server"}
+    for name, module in modules().items():
+        if name.split(".")[0] not in packages:
+            continue
+        imported = {each.split(".")[0] for each in imports(module)}
+        undeclared = imported - known - sys.stdlib_module_names
+        assert not undeclared, f"{name} imports {undeclared}"
