@@ -124,7 +124,7 @@ def test_engines_of_every_family(name: str, tmp_path: Path) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_engines_of_the_embedded_model(precision: Precision) -> None:
     assert_builds(*load_checkpoint("embedded"), precision)
 
