@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import random
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_client import Client, ItemsError, ServerError, images
+from clip_client.data_uri import read_data_uri
 
 CAT = (SAMPLES / "cat.png").read_bytes()
 ENCODED = base64.b64encode(CAT).decode()
@@ -413,3 +415,12 @@ def error(client: Client, thing: Any) -> str:
     _, failures = client.encode([thing], on_item_error="return")
     assert len(failures) == 1
     return failures[0].message
+
+
+def test_percent_decoding_is_that_of_urllib() -> None:
+    """On every kind of malformed escape."""
+    rng = random.Random(0)
+    for _ in range(3_000):
+        payload = "".join(rng.choice("%%%aAfF09gé") for _ in range(rng.randint(0, 12)))
+        content = read_data_uri(f"data:application/octet-stream,{payload}")
+        assert content == unquote_to_bytes(payload)

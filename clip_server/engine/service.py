@@ -14,7 +14,7 @@ from clip_server import __version__
 from clip_server.engine import scores
 from clip_server.engine.engine import Encoded, Engine, Item
 from clip_server.errors import ItemError, RequestError
-from clip_server.rpc.errors import FAILED, error_response
+from clip_server.rpc.errors import FAILED, check_count, error_response
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Service:
     async def _encode(
         self, request: pb.EncodeRequest, timeout: float | None, response: pb.EncodeResponse
     ) -> None:
-        self._check_count(len(request.items))
+        check_count(len(request.items), self.limits.max_request_items)
         encoded = await self.engine.encode(
             [self.to_item(item) for item in request.items],
             minibatch_size=request.options.minibatch_size,
@@ -121,7 +121,7 @@ class Service:
     async def _rank(
         self, request: pb.RankRequest, timeout: float | None, response: pb.RankResponse
     ) -> None:
-        self._check_count(len(request.candidates) + 1)
+        check_count(len(request.candidates) + 1, self.limits.max_request_items)
         candidates = [self.to_item(each) for each in request.candidates]
         ranked = await self.rank(self.to_item(request.query), candidates, timeout)
         response.matches.extend(ranked.matches)
@@ -153,14 +153,6 @@ class Service:
             max_item_bytes=self.limits.max_item_bytes,
             max_request_items=self.limits.max_request_items,
         )
-
-    def _check_count(self, count: int) -> None:
-        most = self.limits.max_request_items
-        if count > most:
-            raise RequestError(
-                f"{count:,} items in one request; the server takes at most {most:,}: send fewer in "
-                f"one, with the Python client by a batch_size of {most} or less"
-            )
 
     def to_item(self, item: pb.Item) -> Item:
         """The engine's item for the wire's; an ItemError where it is unfit."""

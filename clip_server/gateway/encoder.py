@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,8 @@ class Encoder:
         self._max_queued_bytes = max_queued_bytes
         self._open_bytes = 0
         self._replicas: list[_Replica] = []
+        # Of one request; the encoder says how many once it is found.
+        self.max_request_items = sys.maxsize
 
     async def find(self, is_cancelled: asyncio.Event) -> None:
         """Waits until the encoder answers. Raises ConfigurationError where the flow has none."""
@@ -66,12 +69,12 @@ class Encoder:
         if not is_cancelled.is_set():
             raise ConfigurationError("no executor of this flow is a CLIPEncoder")
 
-    @staticmethod
-    async def _answers(replicas: Sequence[_Replica], is_cancelled: asyncio.Event) -> bool:
+    async def _answers(self, replicas: Sequence[_Replica], is_cancelled: asyncio.Event) -> bool:
         while not is_cancelled.is_set():
             for replica in replicas:
                 try:
-                    await replica.transport.send(pb.Request(info=pb.InfoRequest()))
+                    found = await replica.transport.send(pb.Request(info=pb.InfoRequest()))
+                    self.max_request_items = found.info.max_request_items
                     return True
                 except ConnectionFailedError:
                     continue  # not yet

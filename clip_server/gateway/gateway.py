@@ -54,6 +54,7 @@ class ClipGateway(BaseServer, BaseGateway):
                 metrics=self.encoder.metrics,
                 jina=self._request_handler,
                 max_request_bytes=max_request_bytes,
+                max_request_items=lambda: self.encoder.max_request_items,
                 args=args,
                 tls=_tls(args),
             )

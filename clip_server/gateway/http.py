@@ -25,7 +25,7 @@ from clip_server.errors import RequestError
 from clip_server.gateway import json_text
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import exposition
-from clip_server.rpc.errors import FAILED, error_response
+from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.request_parameters import RequestParameters
 
 PROTOBUF = "application/x-protobuf"
@@ -195,6 +195,8 @@ class HttpListener(Listener):
 
     async def _encode_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
         docs = _docs(body)
+        # Before any of them is looked at, which takes time that others wait.
+        check_count(len(docs), self.max_request_items())
         parameters = _parameters(body)
         options = pb.Options(
             normalize=parameters.normalize, minibatch_size=parameters.minibatch_size
@@ -220,7 +222,9 @@ class HttpListener(Listener):
 
     async def _rank_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
         _parameters(body)
-        ranked = await asyncio.gather(*(self._rank_doc(doc, asked_in) for doc in _docs(body)))
+        docs = _docs(body)
+        check_count(len(docs), self.max_request_items())
+        ranked = await asyncio.gather(*(self._rank_doc(doc, asked_in) for doc in docs))
         return _json({"data": ranked})
 
     async def _rank_doc(self, doc: Any, asked_in: Request) -> dict[str, Any]:
@@ -229,6 +233,7 @@ class HttpListener(Listener):
             raise RequestError(
                 'to rank, each entry of data has "matches", a list of what to rank for it'
             )
+        check_count(len(matches) + 1, self.max_request_items())
         if query_unfit := _unfit(doc):
             return {**_echo(doc, drop_content=False), "error": query_unfit}
         unfit = _unfit_entries(matches)

@@ -33,6 +33,7 @@ class Listener(ABC):
     metrics: what each replica of the encoder has done.
     jina: Jina's own handler of requests.
     max_request_bytes: of one message or HTTP body.
+    max_request_items: of one request, as the encoder says.
     args: the gateway's arguments as Jina parsed them.
     """
 
@@ -42,6 +43,7 @@ class Listener(ABC):
     metrics: Callable[[], Awaitable[dict[str, dict[str, float]]]]
     jina: Any
     max_request_bytes: int
+    max_request_items: Callable[[], int]
     args: Namespace
     tls: Tls | None = None
 

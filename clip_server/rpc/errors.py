@@ -1,4 +1,4 @@
-"""A request that failed, as a clip.v1 response."""
+"""Requests that are refused or failed, and how clip.v1 says so."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def error_response(request_id: int, error: RequestError) -> pb.Response:
     retry_after = round(error.retry_after * 1e3)
     detail = pb.Error(code=error.code, message=str(error), retry_after=retry_after)
     return pb.Response(id=request_id, error=detail)
+
+
+def check_count(count: int, most: int) -> None:
+    """Raises RequestError if a request has more items than the server takes."""
+    if count > most:
+        raise RequestError(
+            f"{count:,} items in one request; the server takes at most {most:,}: send fewer in "
+            f"one, with the Python client by a batch_size of {most} or less"
+        )
