@@ -111,7 +111,8 @@ def make(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     return subprocess.run(
-        ["make", *arguments],
+        # The tests themselves may run under make.
+        ["make", "--no-print-directory", *arguments],
         cwd=folder,
         env=os.environ | variables,
         capture_output=True,
