@@ -127,7 +127,8 @@ def _percent_decoded(text: str) -> bytes:
     decoded[starts] = digits[starts + 1] * 16 + digits[starts + 2]
     kept = np.ones(len(values), bool)
     kept[starts + 1] = kept[starts + 2] = False
-    return decoded[kept].tobytes()
+    result: bytes = decoded[kept].tobytes()
+    return result
 
 
 # The value of each byte as a hexadecimal digit; 16 for those that are none.

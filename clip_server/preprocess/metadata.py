@@ -41,7 +41,7 @@ def _of_png(data: bytes) -> Iterator[tuple[int, int]]:
     while end < len(data):
         start = end
         name = data[start + 4 : start + 8]
-        end += 12 + int.from_bytes(data[start : start + 4])
+        end += 12 + int.from_bytes(data[start : start + 4], "big")
         if end <= len(data) and name[:1].islower() and name != b"tRNS":
             yield start, end
 
