@@ -29,7 +29,6 @@ from clip_server.preprocess.image import ImageTransform
 from clip_server.rpc.grpc_service import clip_handlers
 from clip_server.rpc.multiplexing import Streams
 from clip_server.rpc.request_parameters import RequestParameters
-from clip_server.runtimes import load_runtime
 from clip_server.runtimes.protocol import Runtime
 
 # What Jina itself passes to an executor, besides its parameters.
@@ -81,7 +80,7 @@ class BaseCLIPEncoder(Executor):
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> Runtime:
         """The runtime with its model loaded, using at most so many CPU threads."""
         assert cls.runtime is not None, f"{cls.__name__} names no runtime"
-        return load_runtime(
+        return runtimes.load_runtime(
             cls.runtime,
             parameters.name,
             model_path=parameters.model_path,

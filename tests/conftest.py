@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,6 +46,16 @@ def _is_free(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def copy_package(target: Path) -> Path:
+    """A copy of the server's package as it is installed, to be changed and put on PYTHONPATH."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    package = target / "clip_server"
+    shutil.copytree(ROOT / "clip_server", package, ignore=ignored)
+    for name in ("executors", "flows"):
+        shutil.copytree(ROOT / name, package / name, ignore=ignored)
+    return package
 
 
 def flow(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import seeded
 from cn_clip_reference import drawn
-from conftest import ROOT, Start, flow, needs_torch
+from conftest import ROOT, Start, copy_package, flow, needs_torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from toy_family import COLOUR, PROJECTION, TABLE, BagOfWords, MeanColour
@@ -49,10 +49,7 @@ def expected(checkpoint: Path) -> tuple[list[NDArray[np.int32]], NDArray[np.floa
 
 def test_a_server_of_a_new_family(checkpoint: Path, start: Start, tmp_path: Path) -> None:
     """In a copy of the package that has the file and the line, and no other change."""
-    package = tmp_path / "clip_server"
-    shutil.copytree(ROOT / "clip_server", package, ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in ("executors", "flows"):
-        shutil.copytree(ROOT / folder, package / folder)
+    package = copy_package(tmp_path)
     shutil.copy(ROOT / "tests" / "toy_family.py", package / "towers" / "bag_of_words.py")
     file = package / "towers" / "registry.py"
     file.write_text(with_line(file.read_text("utf-8")), "utf-8")

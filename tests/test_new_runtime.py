@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from importlib import resources
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Start, flow
+from conftest import ROOT, Start, copy_package, flow
 
 from clip_client import Client
 from clip_server.runtimes import RUNTIMES, find
@@ -69,10 +68,7 @@ class CLIPEncoder(BaseCLIPEncoder):
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A copy of the package with one runtime more, by the recipe and nothing else."""
-    folder = tmp_path / "clip_server"
-    shutil.copytree(ROOT / "clip_server", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("executors", "flows"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copy_package(tmp_path)
     (folder / "runtimes" / "toy.py").write_text(RUNTIME)
     table = folder / "runtimes" / "__init__.py"
     before, line, after = table.read_text("utf-8").partition("\n)\n\n\ndef find(")

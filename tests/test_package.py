@@ -47,17 +47,17 @@ def environment(folder: Path, python: str, *packages: str) -> str:
     return inside
 
 
+def copy_checkout(folder: Path) -> Path:
+    """A copy without what was built before or is left in the checkout."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, folder / "source", ignore=ignored))
+
+
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheels of the client and the server, each built from its sdist."""
     folder = tmp_path_factory.mktemp("wheels")
-    source = folder / "source"
-    # A copy, so that nothing built before or left in the checkout gets in.
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"),
-    )
+    source = copy_checkout(folder)
     for project in (source / "clip_client", source):
         run(sys.executable, "-m", "build", "-q", "-n", "-o", str(folder), cwd=project)
     (client,) = folder.glob("clip_microservice_client-*.whl")
@@ -163,9 +163,7 @@ def test_installed_from_a_checkout_with_the_bundled_pip(tmp_path: Path, minor: i
     python = interpreter(minor)
     if python is None:
         pytest.skip(f"there is no Python 3.{minor} on this machine")
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    source = copy_checkout(tmp_path)
     run(python, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
     inside = str(tmp_path / "venv" / "bin" / "python")
     install = (inside, "-m", "pip", "install", "-q", "./clip_client", ".[onnx]")

@@ -342,9 +342,17 @@ def _unfit(doc: Any) -> str | None:
     for field in ("text", "uri", "blob", "image"):
         if isinstance(doc.get(field), str) and (why := _not_unicode(field, doc[field])):
             return why
-    if not _is_id(doc.get("id")):
-        return f"the id is not a string or a number of at most {_LONGEST_ID:,} characters"
-    tags = doc.get("tags")
+    return _unfit_id(doc.get("id")) or _unfit_tags(doc.get("tags"))
+
+
+def _unfit_id(value: Any) -> str | None:
+    is_scalar = value is None or isinstance(value, (str, int, float))
+    if is_scalar and not isinstance(value, bool) and len(str(value)) <= _LONGEST_ID:
+        return None
+    return f"the id is not a string or a number of at most {_LONGEST_ID:,} characters"
+
+
+def _unfit_tags(tags: Any) -> str | None:
     if tags is not None and not isinstance(tags, dict):
         return 'the tags are not an object like {"colour": "red"}'
     if json_text.is_nested(tags or {}):
@@ -361,11 +369,6 @@ def _not_unicode(field: str, text: str) -> str | None:
             "pair, or a byte that is not UTF-8; send the whole character"
         )
     return None
-
-
-def _is_id(value: Any) -> bool:
-    is_scalar = value is None or isinstance(value, (str, int, float))
-    return is_scalar and not isinstance(value, bool) and len(str(value)) <= _LONGEST_ID
 
 
 def _item(doc: Any) -> pb.Item:
@@ -399,9 +402,9 @@ def _echo(doc: Any, drop_content: bool) -> dict[str, Any]:
     if not isinstance(doc, Mapping):
         return {"text": doc} if isinstance(doc, str) and not is_data_uri(doc) else {}
     kept = {key: doc[key] for key in ("id", "text", "tags") if key in doc}
-    if _unfit({"id": kept.get("id")}):
+    if _unfit_id(kept.get("id")):
         del kept["id"]
-    if _unfit({"tags": kept.get("tags")}):
+    if _unfit_tags(kept.get("tags")):
         del kept["tags"]
     if not isinstance(kept.get("text", ""), str):
         del kept["text"]

@@ -83,7 +83,7 @@ def load(text: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: it is not YAML, or not a flow.
     """
-    import yaml  # here, since the base install, which is the client's, has none
+    import yaml  # here, so that its absence is reported as that of any other package
 
     try:
         spec = yaml.safe_load(text)

@@ -81,15 +81,13 @@ class RuntimeSpec:
         Raises:
             ConfigurationError: the runtime does not have the one that is wanted.
         """
-        found = next((each for each in self.precisions if each == wanted), None)
-        if wanted is None:
-            return self.precisions[0]
-        if found is None:
-            raise ConfigurationError(
-                f"dtype {wanted!r} is not one that {self.title} supports: use "
-                f"{', '.join(self.precisions)}"
-            )
-        return found
+        for precision in self.precisions:
+            if wanted in (None, precision):
+                return precision
+        raise ConfigurationError(
+            f"dtype {wanted!r} is not one that {self.title} supports: use "
+            f"{', '.join(self.precisions)}"
+        )
 
     def find_towers(self, folder: str | Path | None) -> Mapping[Tower, Path] | None:
         """The files of both towers in a folder, if they were converted for this runtime."""
@@ -147,8 +145,7 @@ def find(name: str) -> RuntimeSpec:
     for spec in RUNTIMES:
         if spec.name == name:
             return spec
-    known = ", ".join(spec.name for spec in RUNTIMES)
-    raise ConfigurationError(f"no runtime is named {name!r}; there are {known}")
+    raise ConfigurationError(f"no runtime is named {name!r}; there are {', '.join(names())}")
 
 
 def of_files(kind: str) -> RuntimeSpec:

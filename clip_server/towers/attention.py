@@ -33,6 +33,15 @@ class Attention:
         scale[: self._width] = self._head_width**-0.5
         self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
 
+    @classmethod
+    def of_linears(
+        cls, graph: GraphBuilder, prefix: str, heads: int, names: Sequence[str]
+    ) -> Attention:
+        """Attention whose query, key and value are Linear layers of the checkpoint, by name."""
+        weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
+        bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
+        return cls(graph, prefix, heads, weight, bias)
+
     def project_all(self, states: str, layout: Layout) -> list[str]:
         """Query, key and value of every position, each [B, H, L, W / H]."""
         qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)

@@ -214,9 +214,7 @@ class BertText(TextTower):
     ) -> str:
         """One block: states [B * L, W] to the same, or only to the pooled ones, [B, W]."""
         block, names = self.block(index), self.attention(index)
-        weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
-        bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
-        attention = Attention(graph, f"{block}attention.self", self.heads, weight, bias)
+        attention = Attention.of_linears(graph, f"{block}attention.self", self.heads, names)
         if pool:
             pooled = layout.pool(states)
             query, key, value = attention.project_pooled(pooled, states, layout)

@@ -109,9 +109,7 @@ class ResNet(ImageTower):
         states = graph.op("Add", states, shift, name="positions.placed")
         states = graph.op("Reshape", states, graph.integers(-1, channels), name="positions.rows")
         names = [f"{prefix}{name}_proj" for name in "qkv"]
-        weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
-        bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
-        attention = Attention(graph, f"{prefix}attn", self.heads, weight, bias)
+        attention = Attention.of_linears(graph, f"{prefix}attn", self.heads, names)
         layout = of_first_positions(graph, length)
         query, key, value = attention.project_pooled(layout.pool(states), states, layout)
         attended = attention.attend(query, key, value, mask=None)
