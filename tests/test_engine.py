@@ -275,7 +275,7 @@ def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None
         runtime.held = False
         quick = await engine.encode(["quick", picture(77)])
         assert not quick.errors
-        assert engine.metrics.express_batches == 2
+        assert engine.metrics.priority_batches == 2
         assert [shape[0] for shape in runtime.images] == [1]  # the large one's batch is held yet
         assert not large.done()
         runtime.let_all_go()
@@ -297,7 +297,7 @@ def test_the_next_full_batch_is_copied_while_one_is_computed(overlaps: bool) -> 
         assert not (await task).errors
         assert runtime.most_inside == (2 if overlaps else 1)
         assert sorted(shape[0] for shape in runtime.texts) == [2, 8, 8, 8]
-        assert engine.metrics.express_batches == 0
+        assert engine.metrics.priority_batches == 0
 
     run(work, concurrent=True, overlaps=overlaps, minibatch_size=8)
 
@@ -312,7 +312,7 @@ def test_what_is_under_way_is_not_computed_again() -> None:
         results = await asyncio.gather(*tasks)
         assert sum(shape[0] for shape in runtime.texts) == 40
         assert sum(shape[0] for shape in runtime.images) == 1
-        assert engine.metrics.duplicate_items == 5 * len(same) - 41
+        assert engine.metrics.deduplicated_items == 5 * len(same) - 41
         for result in results:
             assert np.array_equal(result.embeddings, results[0].embeddings)
             assert np.array_equal(result.embeddings[:40], result.embeddings[40:80])
@@ -380,7 +380,7 @@ def test_what_is_too_late_is_given_up() -> None:
         assert not (await engine.encode(["next"], timeout=60)).errors
         assert [shape[0] for shape in runtime.texts] == [32, 1]
         assert engine.metrics.expired_requests == 1
-        assert engine.metrics.open_items == 0
+        assert engine.metrics.in_flight_items == 0
 
     run(work)
 

@@ -56,7 +56,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 def is_idle(server: Server) -> bool:
-    return metrics(server)["open_items"] == 0
+    return metrics(server)["in_flight_items"] == 0
 
 
 def protobuf(count: int) -> bytes:
@@ -69,7 +69,7 @@ def test_a_full_server_refuses_and_says_when_to_try_again(slow: Server) -> None:
         first = pool.submit(
             http.post, "/encode", json={"data": [{"text": text} for text in texts(FULL - 20)]}
         )
-        assert eventually(lambda: metrics(slow)["open_items"] > 0)
+        assert eventually(lambda: metrics(slow)["in_flight_items"] > 0)
         refused = http.post("/encode", json={"data": [{"text": text} for text in texts(50)]})
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
@@ -197,7 +197,7 @@ def test_cache_and_duplicates_show_in_metrics(start: Start) -> None:
     found = metrics(server)
     assert (found["cache_hits"], found["cache_misses"]) == (2, 4)
     assert found["cache_bytes"] > 0
-    assert found["duplicate_items"] == 1
+    assert found["deduplicated_items"] == 1
     assert found["texts"] == 3
     server.stop()
 

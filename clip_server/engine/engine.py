@@ -81,22 +81,22 @@ class Encoded:
 
 @dataclass
 class Metrics:
-    """What an engine has done since it started, and how much waits now (`open_items`)."""
+    """What an engine has done since it started, and how much waits now (`in_flight_items`)."""
 
     texts: int = 0
     images: int = 0
     failed_items: int = 0
     truncated_texts: int = 0
-    duplicate_items: int = 0
+    deduplicated_items: int = 0
     requests: int = 0
     refused_requests: int = 0
     expired_requests: int = 0
     cancelled_requests: int = 0
-    open_items: int = 0
+    in_flight_items: int = 0
     batches: int = 0
     batched_items: int = 0
-    express_batches: int = 0
-    device_seconds: float = 0.0
+    priority_batches: int = 0
+    inference_seconds: float = 0.0
 
 
 class _Lane:
@@ -165,7 +165,7 @@ class Engine:
         size = min(minibatch_size or self._minibatch_size, self._minibatch_size)
         job = Job(next(self._numbers), len(items), self.card.dim, size)
         timer = timeout and asyncio.get_running_loop().call_later(timeout, self._expire, job)
-        self.metrics.open_items += len(items)
+        self.metrics.in_flight_items += len(items)
         try:
             if items:
                 self._admit(job, items)
@@ -177,7 +177,7 @@ class Engine:
                 job.done.exception()  # it ended in the same moment, and was counted so
             raise
         finally:
-            self.metrics.open_items -= len(items)
+            self.metrics.in_flight_items -= len(items)
             self.metrics.failed_items += len(job.errors)
             self.metrics.truncated_texts += job.truncated
             if job.is_open():
@@ -199,7 +199,7 @@ class Engine:
 
     def _refuse_if_full(self, count: int) -> None:
         self.metrics.requests += 1
-        under_way = self.metrics.open_items
+        under_way = self.metrics.in_flight_items
         # One that is larger than the bound is taken by an idle engine.
         if under_way and under_way + count > self._max_queued_items:
             self.metrics.refused_requests += 1
@@ -233,7 +233,7 @@ class Engine:
         fingerprint = _fingerprint(item)
         entry = self._under_way.get(fingerprint)
         if entry is not None and entry.item == item:
-            self.metrics.duplicate_items += 1
+            self.metrics.deduplicated_items += 1
             entry.add(job, index)
             return
         entry = self._under_way[fingerprint] = Entry(item, job, index)
@@ -373,14 +373,14 @@ class Engine:
         metrics = self.metrics
         metrics.batches += 1
         metrics.batched_items += len(batch)
-        metrics.express_batches += lane is self._express and not lane.bulk
+        metrics.priority_batches += lane is self._express and not lane.bulk
         if _is_of_pictures(batch):
             metrics.images += len(batch)
         else:
             metrics.texts += len(batch)
 
     @property
-    def halved_batches(self) -> int:
+    def oom_splits(self) -> int:
         """Batches that the device had no memory for, and that were computed in halves."""
         return self._encode_image.count + self._encode_text.count
 
@@ -399,7 +399,7 @@ class Engine:
             return None
         seconds = time.perf_counter() - started
         self._pace.note(batch, seconds)
-        self.metrics.device_seconds += seconds
+        self.metrics.inference_seconds += seconds
         return embeddings
 
 

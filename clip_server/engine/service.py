@@ -132,7 +132,7 @@ class Service:
         engine = self.engine
         return {
             **asdict(engine.metrics),
-            "halved_batches": engine.halved_batches,
+            "oom_splits": engine.oom_splits,
             "cache_hits": engine.cache.hits,
             "cache_misses": engine.cache.misses,
             "cache_bytes": engine.cache.bytes,

@@ -31,7 +31,7 @@ class _Replica:
     def __init__(self, address: str) -> None:
         self.address = Address.parse(f"grpc://{address.split('://')[-1]}")
         self.transport = open_transport(self.address, {})
-        self.open_items = 0
+        self.in_flight_items = 0
 
 
 class Encoder:
@@ -131,8 +131,8 @@ class Encoder:
 
     async def _call(self, request: pb.Request) -> pb.Response:
         items = len(request.encode.items) + len(request.rank.candidates) + 1
-        for replica in sorted(self._replicas, key=lambda each: each.open_items):
-            replica.open_items += items
+        for replica in sorted(self._replicas, key=lambda each: each.in_flight_items):
+            replica.in_flight_items += items
             try:
                 sent = replica.transport.send(request)
                 return await (asyncio.wait_for(sent, self._timeout) if self._timeout else sent)
@@ -142,7 +142,7 @@ class Encoder:
                 log.error("a call to the encoder failed: %s", error)
                 raise RequestError(FAILED, "INTERNAL") from None
             finally:
-                replica.open_items -= items
+                replica.in_flight_items -= items
         raise RequestError("no encoder is ready: try again in a moment", "UNAVAILABLE")
 
     async def close(self) -> None:

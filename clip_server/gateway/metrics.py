@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 # What goes down as well as up; all others only count.
-_GAUGES = {"open_items", "cache_bytes"}
+_GAUGES = {"in_flight_items", "cache_bytes"}
 
 
 class _Replicas(Collector):
