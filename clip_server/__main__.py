@@ -274,20 +274,19 @@ def _welcome(spec: dict[str, Any], flow: Any, seconds: float) -> None:
 
 
 async def _describe(flow: Any) -> list[str]:
-    """What encodes, by its own word."""
-    from clip_client.proto import clip_pb2 as pb
-    from clip_server.gateway.encoder import Encoder, replica_addresses
+    """A line for each executor that encodes."""
+    from clip_server.gateway.router import replica_pools
 
     deployments = json.loads(flow._deployment_nodes["gateway"].args.deployments_addresses)
-    encoder = Encoder(replica_addresses(deployments), timeout=10.0)
-    try:
-        await encoder.find(asyncio.Event())
-        info = (await encoder.call(pb.Request(info=pb.InfoRequest()))).info
-    except ConfigurationError:
-        return []
-    finally:
-        await encoder.close()
-    return [f"{info.model}, {info.dim} dimensions, on {info.runtime} ({info.device}, {info.dtype})"]
+    lines = []
+    for pool in replica_pools(deployments, timeout=10.0):
+        if info := await pool.find_info(asyncio.Event()):
+            lines.append(
+                f"{info.model}, {info.dim} dimensions, on {info.runtime} "
+                f"({info.device}, {info.dtype})"
+            )
+        await pool.close()
+    return lines
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from clip_server.launch.process_setup import follow_parent
 from clip_server.models import zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.rpc.grpc_service import clip_handlers
-from clip_server.rpc.multiplexing import Streams
+from clip_server.rpc.multiplexing import StreamServer
 from clip_server.rpc.request_parameters import RequestParameters
 from clip_server.runtimes.protocol import Runtime
 
@@ -164,7 +164,7 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
 
     def __init__(self, service: Service) -> None:
         # Only the gateway comes this way, and bounds what it lets in.
-        self._handlers = clip_handlers(service.handle, Streams(service.handle, sys.maxsize))
+        self._handlers = clip_handlers(service.handle, StreamServer(service.handle, sys.maxsize))
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """The handler of a call."""

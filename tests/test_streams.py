@@ -9,7 +9,7 @@ import pytest
 
 from clip_client.envelope import MESSAGE_BYTES, enveloped
 from clip_client.proto import clip_pb2 as pb
-from clip_server.rpc.multiplexing import Streams
+from clip_server.rpc.multiplexing import StreamServer
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 127, 128, 129, 16_384, 300_000])
@@ -48,6 +48,6 @@ def test_requests_that_came_before_the_end_are_answered() -> None:
         yield pb.Requests(requests=requests).SerializeToString()
         await asyncio.Event().wait()
 
-    streams = Streams(call, in_flight=100)
-    asyncio.run(asyncio.wait_for(streams.answer(messages(), send), 10))
+    streams = StreamServer(call, max_in_flight=100)
+    asyncio.run(asyncio.wait_for(streams.serve(messages(), send), 10))
     assert sorted(each.id for each in answered) == [*range(1, 9)]

@@ -1,4 +1,4 @@
-"""The gateway's process: finds the encoder, opens the ports, drains and closes them."""
+"""The gateway's process: finds the executors, opens the ports, drains and closes them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from jina.serve.runtimes.servers import BaseServer
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError
-from clip_server.gateway.encoder import Encoder, replica_addresses
 from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
-from clip_server.gateway.listener import Listener, Tls
+from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.listener import Listener, ListenerOptions, Tls
+from clip_server.gateway.router import Router, replica_pools
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.launch.process_setup import follow_parent
 
@@ -30,7 +31,7 @@ class ClipGateway(BaseServer, BaseGateway):
     """Serves clip.v1 on every protocol and port that the flow names.
 
     max_request_bytes: of one message or HTTP body.
-    max_queued_bytes: of requests under way; while there are so many, more are refused.
+    max_queued_bytes: of requests in flight; beyond it, more are refused.
     """
 
     def __init__(
@@ -43,20 +44,16 @@ class ClipGateway(BaseServer, BaseGateway):
         follow_parent()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
-        deployments = replica_addresses(json.loads(args.deployments_addresses))
-        self.encoder = Encoder(deployments, timeout, max_queued_bytes)
+        pools = replica_pools(json.loads(args.deployments_addresses), timeout)
+        self.router = Router(pools, max_queued_bytes)
         self._max_request_bytes = max_request_bytes
+        jina = JinaRequestHandler(self._request_handler, args.prefetch)
+        options = ListenerOptions(
+            max_request_bytes, bool(args.cors), args.grpc_server_options or {}, _tls(args)
+        )
         self.listeners = [
             LISTENERS[str(protocol).lower()](
-                host=self.host,
-                port=port,
-                call=self._call,
-                metrics=self.encoder.metrics,
-                jina=self._request_handler,
-                max_request_bytes=max_request_bytes,
-                max_request_items=lambda: self.encoder.max_request_items,
-                args=args,
-                tls=_tls(args),
+                self.host, port, self._call, self.router, jina, options
             )
             for protocol, port in zip(self.protocols, self.ports, strict=True)
         ]
@@ -64,14 +61,14 @@ class ClipGateway(BaseServer, BaseGateway):
         self._closed = asyncio.Event()
 
     async def _call(self, request: pb.Request) -> pb.Response:
-        response = await self.encoder.call(request)
+        response = await self.router.call(request)
         if response.HasField("info"):
             response.info.max_request_bytes = self._max_request_bytes
         return response
 
     async def setup_server(self) -> None:
-        """Opens the ports once the encoder answers."""
-        await self.encoder.find(self.is_cancel)
+        """Opens the ports once the executors answer."""
+        await self.router.discover(self.is_cancel)
         if self.is_cancel.is_set():
             return
         # A Jina client learns the endpoints from here.
@@ -85,12 +82,12 @@ class ClipGateway(BaseServer, BaseGateway):
         await self._closed.wait()
 
     async def shutdown(self) -> None:
-        """Lets what is under way finish, and closes everything. Jina calls it twice."""
+        """Lets requests in flight finish, and closes everything. Jina calls it twice."""
         if self._closed.is_set():
             return
         opened, self._opened = self._opened, []
         await asyncio.gather(*(listener.stop() for listener in opened))
-        await self.encoder.close()
+        await self.router.close()
         await self._request_handler.close()
         await super().shutdown()
         self._closed.set()

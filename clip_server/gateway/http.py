@@ -46,10 +46,11 @@ _MOST_HEAD_BYTES = 64 << 10
 
 
 class HttpListener(Listener):
-    """Serves HTTP. See Listener."""
+    """Serves HTTP."""
 
     async def start(self) -> None:
-        """See Listener."""
+        """Opens the port."""
+        tls = self.options.tls
         config = uvicorn.Config(
             self._app(),
             self.hosts,
@@ -61,8 +62,8 @@ class HttpListener(Listener):
             lifespan="off",
             ws="none",
             server_header=False,
-            ssl_keyfile=str(self.tls.key) if self.tls else None,
-            ssl_certfile=str(self.tls.certificate) if self.tls else None,
+            ssl_keyfile=str(tls.key) if tls else None,
+            ssl_certfile=str(tls.certificate) if tls else None,
             timeout_graceful_shutdown=int(GRACE_SECONDS),
         )
         self._server = uvicorn.Server(config)
@@ -73,7 +74,7 @@ class HttpListener(Listener):
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
-        """See Listener."""
+        """Accepts nothing new, lets requests in flight finish, and closes the port."""
         self._server.should_exit = True
         await self._serving
 
@@ -89,7 +90,7 @@ class HttpListener(Listener):
             Route("/readyz", self._ready),
         ]
         cors = [Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"],
-                           allow_headers=["*"])] if self.args.cors else []  # fmt: skip
+                           allow_headers=["*"])] if self.options.cors else []  # fmt: skip
         return Starlette(
             routes=routes,
             middleware=cors,
@@ -116,7 +117,7 @@ class HttpListener(Listener):
         return _json({"status": "ready"})
 
     async def _metrics(self, _: Request) -> Response:
-        text = exposition(await self.metrics())
+        text = exposition(await self.router.metrics())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _info(self, request: Request) -> Response:
@@ -148,7 +149,7 @@ class HttpListener(Listener):
         raise RequestError(f"execEndpoint {endpoint!r}: the allowed are /, /encode and /rank")
 
     async def _body(self, request: Request) -> bytes:
-        most = self.max_request_bytes
+        most = self.options.max_request_bytes
         chunks: list[bytes] = []
         size = int(request.headers.get("content-length") or 0)
         if size <= most:
@@ -196,7 +197,7 @@ class HttpListener(Listener):
     async def _encode_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
         docs = _docs(body)
         # Before any of them is looked at, which takes time that others wait.
-        check_count(len(docs), self.max_request_items())
+        check_count(len(docs), self.router.max_request_items)
         parameters = _parameters(body)
         options = pb.Options(
             normalize=parameters.normalize, minibatch_size=parameters.minibatch_size
@@ -223,7 +224,7 @@ class HttpListener(Listener):
     async def _rank_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
         _parameters(body)
         docs = _docs(body)
-        check_count(len(docs), self.max_request_items())
+        check_count(len(docs), self.router.max_request_items)
         ranked = await asyncio.gather(*(self._rank_doc(doc, asked_in) for doc in docs))
         return _json({"data": ranked})
 
@@ -233,7 +234,7 @@ class HttpListener(Listener):
             raise RequestError(
                 'to rank, each entry of data has "matches", a list of what to rank for it'
             )
-        check_count(len(matches) + 1, self.max_request_items())
+        check_count(len(matches) + 1, self.router.max_request_items)
         if query_unfit := _unfit(doc):
             return {**_echo(doc, drop_content=False), "error": query_unfit}
         unfit = _unfit_entries(matches)

@@ -1,19 +1,20 @@
-"""What the three protocols share: where they listen and what they answer with."""
+"""What the three protocols share: where they listen and what answers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import Namespace
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.router import Router
 from clip_server.rpc.multiplexing import Call
 
-# What is under way when the server is told to end has this long to finish.
+# Requests in flight have this long to finish when the server is told to end.
 GRACE_SECONDS = 8.0
-# Requests of one connection that may be under way before more are read.
+# Requests of one connection that may be in flight before more are read.
 IN_FLIGHT = 64
 
 
@@ -25,37 +26,47 @@ class Tls:
     certificate: Path
 
 
+@dataclass(frozen=True)
+class ListenerOptions:
+    """Settings of a flow's gateway that its listeners read.
+
+    max_request_bytes: of one message or HTTP body.
+    cors: whether pages of other origins may read HTTP responses.
+    grpc_options: of the gRPC server, which override ours.
+    tls: None: connections are not encrypted.
+    """
+
+    max_request_bytes: int
+    cors: bool = False
+    grpc_options: Mapping[str, Any] = field(default_factory=dict)
+    tls: Tls | None = None
+
+
 @dataclass
 class Listener(ABC):
     """One protocol on one port.
 
-    call: answers a clip.v1 request; what goes wrong is in the response.
-    metrics: what each replica of the encoder has done.
-    jina: Jina's own handler of requests.
-    max_request_bytes: of one message or HTTP body.
-    max_request_items: of one request, as the encoder says.
-    args: the gateway's arguments as Jina parsed them.
+    call: answers a clip.v1 request; an error is in the response.
+    router: the executors of the flow.
+    jina: answers the requests of Jina's clients.
     """
 
     host: str
     port: int
     call: Call
-    metrics: Callable[[], Awaitable[dict[str, dict[str, float]]]]
-    jina: Any
-    max_request_bytes: int
-    max_request_items: Callable[[], int]
-    args: Namespace
-    tls: Tls | None = None
+    router: Router
+    jina: JinaRequestHandler
+    options: ListenerOptions
 
     @property
     def hosts(self) -> Any:  # uvicorn and websockets hand it to asyncio, but name it a str
-        """What asyncio listens on, to which `::` is IPv6 alone; gRPC takes it for IPv4 as well."""
+        """Addresses for asyncio, to which `::` is IPv6 alone; gRPC takes it for IPv4 as well."""
         return ["::", "0.0.0.0"] if self.host == "::" else [self.host]
 
     @abstractmethod
     async def start(self) -> None:
-        """Returns when the port is open."""
+        """Opens the port."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Takes nothing new, lets what is under way finish, and closes the port."""
+        """Accepts nothing new, lets requests in flight finish, and closes the port."""

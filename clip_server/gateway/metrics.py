@@ -1,4 +1,4 @@
-"""What the encoders have done, in Prometheus's text format."""
+"""Metrics of the executors in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-# What goes down as well as up; all others only count.
+# Metrics that go down as well as up; all others only count.
 _GAUGES = {"in_flight_items", "cache_bytes"}
 
 
 class _Replicas(Collector):
-    """A collector over what the replicas have told."""
+    """A collector of the metrics that replicas report."""
 
     def __init__(self, values: Mapping[str, Mapping[str, float]]) -> None:
         self._values = values
 
     def collect(self) -> Iterator[Metric]:
-        """A family for each name, a sample for each replica."""
+        """Yields a family for each name, with a sample for each replica."""
         names = sorted({name for values in self._values.values() for name in values})
         for name in names:
             kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily

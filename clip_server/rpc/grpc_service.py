@@ -1,4 +1,4 @@
-"""clip.v1 as a gRPC service, the same at the gateway and at each encoder."""
+"""clip.v1 as a gRPC service, the same at the gateway and at each executor."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import grpc
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.rpc.multiplexing import Call, Streams
+from clip_server.rpc.multiplexing import Call, StreamServer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
 
 
-def clip_handlers(call: Call, streams: Streams) -> grpc.GenericRpcHandler:
+def clip_handlers(call: Call, streams: StreamServer) -> grpc.GenericRpcHandler:
     """The service's methods: unary ones answered by `call`, the stream by `streams`."""
 
     def unary(kind: str) -> grpc.RpcMethodHandler[Any, Any]:
@@ -35,7 +35,7 @@ def clip_handlers(call: Call, streams: Streams) -> grpc.GenericRpcHandler:
     async def stream(
         messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        await streams.answer(messages, context.write)
+        await streams.serve(messages, context.write)
 
     return grpc.method_handlers_generic_handler(
         SERVICE,

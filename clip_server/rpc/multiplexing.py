@@ -1,8 +1,8 @@
-"""The server's side of clip.v1's `Stream`: many requests under way on one connection.
+"""The server's side of clip.v1's `Stream`: many requests in flight on one connection.
 
-Gateway and encoder both serve it, on gRPC streams and WebSockets. Messages carry whatever
-requests or responses were ready to go when the one before had gone: without a timer, the more
-there is to do, the less each costs.
+Gateway and executors both serve it, on gRPC streams and WebSockets. Each message carries all
+requests or responses that became ready while the previous one was being sent: without a timer,
+the higher the load, the less each costs.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from clip_server.rpc.errors import error_response
 
 Call = Callable[[pb.Request], Awaitable[pb.Response]]
 Send = Callable[[bytes], Awaitable[None]]
-# Items that are begun before what is ready is sent. Large requests would else go through client,
-# gateway and encoder all together, each of which would wait for the others.
-_BEGUN_AT_ONCE = 128
+# Items started before responses that are ready are sent. Otherwise client, gateway and executor
+# would handle large requests one after the other, each waiting for the others.
+_MAX_STARTED_BEFORE_FLUSH = 128
 
 
-class Streams:
-    """The connections of one listener that carry many requests at once.
+class StreamServer:
+    """Serves clip.v1's `Stream` on the connections of one listener.
 
-    call: answers a request; what goes wrong is in the response.
-    in_flight: requests of one connection that may be under way before the next message is
+    call: answers a request; an error is in the response.
+    max_in_flight: requests of one connection that may be in flight before its next message is
         read.
     """
 
-    def __init__(self, call: Call, in_flight: int) -> None:
+    def __init__(self, call: Call, max_in_flight: int) -> None:
         self._call = call
-        self._in_flight = in_flight
+        self._max_in_flight = max_in_flight
         self._readers: set[asyncio.Task[None]] = set()
 
     def drain(self) -> None:
-        """Reads no further requests; what is under way is still answered."""
+        """Reads no further requests; those in flight are still answered."""
         for reader in self._readers:
             reader.cancel()
 
-    async def answer(self, messages: AsyncIterator[bytes], send: Send) -> None:
+    async def serve(self, messages: AsyncIterator[bytes], send: Send) -> None:
         """Answers serialized `Requests` as they come, each request as soon as it is ready.
 
-        Cancelling, or a connection that breaks, cancels what is under way.
+        Cancelling, or a connection that breaks, cancels the requests in flight.
         """
-        connection = _Connection(self._call, self._in_flight)
+        connection = _Connection(self._call, self._max_in_flight)
         reader = asyncio.create_task(connection.read(messages))
         writer = asyncio.create_task(connection.write(send))
         self._readers.add(reader)
@@ -66,11 +66,11 @@ class Streams:
 
 
 class _Connection:
-    def __init__(self, call: Call, in_flight: int) -> None:
+    def __init__(self, call: Call, max_in_flight: int) -> None:
         self._call = call
-        self._in_flight = in_flight
+        self._max_in_flight = max_in_flight
         self._answered = asyncio.Event()
-        self._under_way: dict[int, asyncio.Task[None]] = {}
+        self._in_flight: dict[int, asyncio.Task[None]] = {}
         self._unnumbered = 0
         self._outbox: deque[pb.Response] = deque()
         self._waiting = asyncio.Event()
@@ -84,7 +84,7 @@ class _Connection:
             finally:  # none is lost at the end
                 for request in requests:
                     self._begin(request)
-            while len(self._under_way) >= self._in_flight:
+            while len(self._in_flight) >= self._max_in_flight:
                 self._answered.clear()
                 await self._answered.wait()
 
@@ -93,7 +93,7 @@ class _Connection:
         for request in requests:
             self._begin(request)
             begun += 1 + len(request.encode.items) + len(request.rank.candidates)
-            if begun >= _BEGUN_AT_ONCE:
+            if begun >= _MAX_STARTED_BEFORE_FLUSH:
                 begun = 0
                 await asyncio.sleep(0)
 
@@ -111,20 +111,20 @@ class _Connection:
             self._give_up(request.id)
             return
         key = request.id
-        if not key or key in self._under_way:  # it cannot be given up by its id
+        if not key or key in self._in_flight:  # it cannot be given up by its id
             self._unnumbered -= 1
             key = self._unnumbered
-        self._under_way[key] = asyncio.create_task(self._answer(key, request))
+        self._in_flight[key] = asyncio.create_task(self._answer(key, request))
 
     async def _answer(self, key: int, request: pb.Request) -> None:
         try:
             self._put(await self._call(request))
         finally:
-            del self._under_way[key]
+            del self._in_flight[key]
             self._answered.set()
 
     def _give_up(self, request_id: int) -> None:
-        if task := self._under_way.get(request_id):
+        if task := self._in_flight.get(request_id):
             task.cancel()
 
     def _put(self, response: pb.Response) -> None:
@@ -132,7 +132,7 @@ class _Connection:
         self._waiting.set()
 
     async def write(self, send: Send) -> None:
-        """Sends what is put in the outbox until finished."""
+        """Sends the outbox until finished."""
         while not self._finished or self._outbox:
             await self._waiting.wait()
             self._waiting.clear()
@@ -144,14 +144,14 @@ class _Connection:
             yield self._outbox.popleft()
 
     async def finish(self) -> None:
-        """Waits for what is under way; then the writer ends when all is sent."""
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        """Waits for the requests in flight; then the writer ends when all is sent."""
+        await asyncio.gather(*self._in_flight.values(), return_exceptions=True)
         self._finished = True
         self._waiting.set()
 
     async def cancel(self, *others: asyncio.Task[None]) -> None:
         """Ends everything."""
-        tasks = [*others, *self._under_way.values()]
+        tasks = [*others, *self._in_flight.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
