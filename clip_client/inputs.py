@@ -16,6 +16,7 @@ A dict may have `id` and `tags` too, and other kinds of content that are empty.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -24,7 +25,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import url2pathname
@@ -59,6 +60,8 @@ _PATH = re.compile(r"~/|\.{1,2}[\\/]|/[^/\s]+/|[a-z]:[\\/]|\\\\\w", re.IGNORECAS
 _SEPARATORS = ("/", "\\") if os.name == "nt" else ("/",)
 # A longer str names no file.
 _MAX_PATH = 4096
+# Entries of the current folder that texts are compared with.
+_MAX_LISTED = 10_000
 _AS_TEXT = " (to mean the text itself, pass {'text': ...})"
 _IMAGES = "a path, a URL, the bytes of an image, a PIL image, a uint8 ndarray"
 _ALLOWED = (
@@ -117,11 +120,20 @@ class FileNames:
 
     def check(self, thing: Any) -> None:
         """Counts `thing`, which is taken for a text, if it is a str that names a file."""
-        if not isinstance(thing, str) or len(thing) > _MAX_PATH:
-            return
-        if os.path.isfile(thing.strip()):  # noqa: PTH113 - every text pays for it
+        if isinstance(thing, str) and thing.strip() in self._files:
             self._first = self._first or thing
             self._count += 1
+
+    @cached_property
+    def _files(self) -> frozenset[str]:
+        # Listed once: asking the system about each text takes longer than sending it. It is only
+        # for a warning, so a folder of any size costs no more than this.
+        try:
+            with os.scandir() as entries:
+                some = itertools.islice(entries, _MAX_LISTED)
+                return frozenset(entry.name for entry in some if entry.is_file())
+        except OSError:
+            return frozenset()
 
     def warn(self) -> None:
         """Warns once, if there are any."""
