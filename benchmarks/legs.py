@@ -27,7 +27,7 @@ from benchmarks.peers import (
 )
 from benchmarks.processes import Driver
 from benchmarks.report import Figures, Goal, Leg
-from clip_server.engine import scores
+from clip_client import scores
 from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.onnx import OnnxRuntime
 

@@ -21,7 +21,8 @@ from clip_client.pipeline import Encoding, Things, iterate
 from clip_client.profiling import latencies, show
 from clip_client.proto import clip_pb2
 from clip_client.ranking import order_matches
-from clip_client.results import Info, Label, Latency, Ranking, cosines, probabilities
+from clip_client.results import Info, Label, Latency, Ranking
+from clip_client.scores import cosines, probabilities
 from clip_client.steps import Flow
 
 T = TypeVar("T")

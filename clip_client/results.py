@@ -87,24 +87,3 @@ class Latency(NamedTuple):
     milliseconds: float
     # Of the line above it in the tree.
     percent: float
-
-
-def cosines(queries: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[Q, D] and [T, D] -> [Q, T]; NaN where a row is NaN."""
-    product: NDArray[np.float64] = _unit(queries) @ _unit(targets).T
-    return product
-
-
-def probabilities(cosine: NDArray[np.float64], logit_scale: float) -> NDArray[np.float64]:
-    """[Q, T] cosines -> [Q, T] softmax over each row's targets."""
-    logits = logit_scale * cosine
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    scores: NDArray[np.float64] = raised / raised.sum(axis=1, keepdims=True)
-    return scores
-
-
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    rows64 = rows.astype(np.float64)
-    lengths = np.linalg.norm(rows64, axis=1, keepdims=True)
-    unit: NDArray[np.float64] = rows64 / np.where(lengths == 0, 1.0, lengths)
-    return unit

@@ -15,9 +15,9 @@ from docarray import DocList
 from jina import Executor, requests
 from jina.serve.runtimes.servers.grpc import GRPCServer
 
+from clip_client import scores
 from clip_client.proto import clip_pb2 as pb
 from clip_server import runtimes
-from clip_server.engine import scores
 from clip_server.engine.engine import Engine, Item
 from clip_server.engine.service import Limits, Service
 from clip_server.errors import ConfigurationError, ItemError, RequestError

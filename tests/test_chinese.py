@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from clip_client import Client
-from clip_server.engine.scores import normalize
+from clip_client.scores import normalize
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.model_card import Precision, TextSpec
 from clip_server.models import weights, zoo

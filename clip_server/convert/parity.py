@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_client.scores import normalize
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models.converted import Tower
 
@@ -31,7 +32,8 @@ class Parity:
     def of(cls, found: NDArray[np.float32], expected: NDArray[np.float32]) -> Parity:
         """found, expected: the same items' embeddings, [B, D]."""
         largest = np.abs(expected).max()
-        cosines = (_unit(found) * _unit(expected)).sum(axis=1)
+        units = (normalize(rows.astype(np.float64)) for rows in (found, expected))
+        cosines = np.multiply(*units).sum(axis=1)
         return cls(float(cosines.min()), float(np.abs(found - expected).max() / largest))
 
     def suffices(self, precision: Precision) -> bool:
@@ -54,9 +56,3 @@ def samples(card: ModelCard, tower: Tower) -> NDArray[Any]:
         row[:length] = rng.integers(text.pad_id + 1, end - 1, length)
         row[0], row[length - 1] = end - 1, end
     return tokens
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    exact = vectors.astype(np.float64)
-    norms: NDArray[np.float64] = np.linalg.norm(exact, axis=1, keepdims=True)
-    return exact / norms

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from clip_client import scores
 from clip_client.data_uri import has_scheme, read_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server import __version__
-from clip_server.engine import scores
 from clip_server.engine.engine import Encoded, Engine, Item
 from clip_server.errors import ItemError, RequestError
 from clip_server.rpc.errors import FAILED, check_count, error_response
@@ -107,12 +107,13 @@ class Service:
         if 0 in encoded.errors:
             raise RequestError(f"the query cannot be encoded: {encoded.errors[0]}")
         good = [i for i in range(len(candidates)) if i + 1 not in encoded.errors]
-        cosines = scores.cosine(encoded.embeddings[0], encoded.embeddings[[i + 1 for i in good]])
-        probabilities = scores.softmax(cosines, self.engine.card.logit_scale)
+        query_embedding, embeddings = encoded.embeddings[:1], encoded.embeddings[1:][good]
+        cosines = scores.cosines(query_embedding, embeddings)
+        probabilities = scores.probabilities(cosines, self.engine.card.logit_scale)[0]
         return Ranked(
             matches=[
-                pb.Match(index=good[i], probability=probabilities[i], cosine=cosines[i])
-                for i in np.argsort(-cosines, kind="stable")
+                pb.Match(index=good[i], probability=probabilities[i], cosine=cosines[0, i])
+                for i in np.argsort(-cosines[0], kind="stable")
             ],
             errors={index - 1: why for index, why in encoded.errors.items()},
             encoded=encoded,

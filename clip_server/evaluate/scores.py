@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.engine.scores import normalize
+from clip_client.scores import normalize
 
 # Cosines nearer than this are equal. Equal embeddings, in float64, differ by 1e-16 or so with
 # their place in a matrix product; different ones, in float32, by 1e-8 at least.
