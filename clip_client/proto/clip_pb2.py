@@ -12,9 +12,10 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63lip_client/proto/clip.proto\x12\x07\x63lip.v1\"A\n\x04Item\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x03 \x01(\tH\x00\x42\t\n\x07\x63ontent\"4\n\x07Options\x12\x11\n\tnormalize\x18\x01 \x01(\x08\x12\x16\n\x0eminibatch_size\x18\x02 \x01(\r\"P\n\rEncodeRequest\x12\x1c\n\x05items\x18\x01 \x03(\x0b\x32\r.clip.v1.Item\x12!\n\x07options\x18\x02 \x01(\x0b\x32\x10.clip.v1.Options\"\x9a\x01\n\x0e\x45ncodeResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x0c\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\"\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x12.clip.v1.ItemError\x12!\n\x07timings\x18\x05 \x01(\x0b\x32\x10.clip.v1.Timings\x12\x11\n\ttruncated\x18\x06 \x01(\r\"N\n\x0bRankRequest\x12\x1c\n\x05query\x18\x01 \x01(\x0b\x32\r.clip.v1.Item\x12!\n\ncandidates\x18\x02 \x03(\x0b\x32\r.clip.v1.Item\"v\n\x0cRankResponse\x12\x1f\n\x07matches\x18\x01 \x03(\x0b\x32\x0e.clip.v1.Match\x12\"\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x12.clip.v1.ItemError\x12!\n\x07timings\x18\x03 \x01(\x0b\x32\x10.clip.v1.Timings\";\n\x05Match\x12\r\n\x05index\x18\x01 \x01(\r\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\x0e\n\x06\x63osine\x18\x03 \x01(\x02\"+\n\tItemError\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"P\n\x07Timings\x12\r\n\x05total\x18\x01 \x01(\x01\x12\x12\n\npreprocess\x18\x02 \x01(\x01\x12\x11\n\tinference\x18\x03 \x01(\x01\x12\x0f\n\x07gateway\x18\x04 \x01(\x01\"\r\n\x0bInfoRequest\"\xfa\x01\n\x0cInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07runtime\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0b\n\x03\x64im\x18\x05 \x01(\r\x12\x12\n\nimage_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x13\n\x0blogit_scale\x18\x08 \x01(\x02\x12\x0f\n\x07version\x18\t \x01(\t\x12\x16\n\x0emax_item_bytes\x18\n \x01(\x04\x12\x19\n\x11max_request_bytes\x18\x0b \x01(\x04\x12\x19\n\x11max_request_items\x18\x0c \x01(\r\"\x10\n\x0eMetricsRequest\"v\n\x0fMetricsResponse\x12\x34\n\x06values\x18\x01 \x03(\x0b\x32$.clip.v1.MetricsResponse.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xdf\x01\n\x05\x45rror\x12!\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x13.clip.v1.Error.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\r\"\x8c\x01\n\x04\x43ode\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x14\n\x10INVALID_ARGUMENT\x10\x01\x12\x13\n\x0fUNAUTHENTICATED\x10\x02\x12\x16\n\x12RESOURCE_EXHAUSTED\x10\x03\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x04\x12\x0f\n\x0bUNAVAILABLE\x10\x05\x12\x0c\n\x08INTERNAL\x10\x06\"\x08\n\x06\x43\x61ncel\"\xf3\x01\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x16.clip.v1.EncodeRequestH\x00\x12$\n\x04rank\x18\x03 \x01(\x0b\x32\x14.clip.v1.RankRequestH\x00\x12$\n\x04info\x18\x04 \x01(\x0b\x32\x14.clip.v1.InfoRequestH\x00\x12!\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x0f.clip.v1.CancelH\x00\x12*\n\x07metrics\x18\x07 \x01(\x0b\x32\x17.clip.v1.MetricsRequestH\x00\x12\x0f\n\x07timeout\x18\x06 \x01(\rB\x06\n\x04\x62ody\"\xe5\x01\n\x08Response\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x17.clip.v1.EncodeResponseH\x00\x12%\n\x04rank\x18\x03 \x01(\x0b\x32\x15.clip.v1.RankResponseH\x00\x12%\n\x04info\x18\x04 \x01(\x0b\x32\x15.clip.v1.InfoResponseH\x00\x12\x1f\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0e.clip.v1.ErrorH\x00\x12+\n\x07metrics\x18\x06 \x01(\x0b\x32\x18.clip.v1.MetricsResponseH\x00\x42\x06\n\x04\x62ody\".\n\x08Requests\x12\"\n\x08requests\x18\x01 \x03(\x0b\x32\x10.clip.v1.Request\"1\n\tResponses\x12$\n\tresponses\x18\x01 \x03(\x0b\x32\x11.clip.v1.Response2\xe0\x01\n\x04\x43lip\x12\x39\n\x06\x45ncode\x12\x16.clip.v1.EncodeRequest\x1a\x17.clip.v1.EncodeResponse\x12\x33\n\x04Rank\x12\x14.clip.v1.RankRequest\x1a\x15.clip.v1.RankResponse\x12\x33\n\x04Info\x12\x14.clip.v1.InfoRequest\x1a\x15.clip.v1.InfoResponse\x12\x33\n\x06Stream\x12\x11.clip.v1.Requests\x1a\x12.clip.v1.Responses(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63lip_client/proto/clip.proto\x12\x07\x63lip.v1\x1a\x1cgoogle/protobuf/struct.proto\"t\n\x04Item\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x03 \x01(\tH\x00\x12\n\n\x02id\x18\x04 \x01(\t\x12%\n\x04tags\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructB\t\n\x07\x63ontent\"4\n\x07Options\x12\x11\n\tnormalize\x18\x01 \x01(\x08\x12\x16\n\x0eminibatch_size\x18\x02 \x01(\r\"_\n\rEncodeRequest\x12\x1c\n\x05items\x18\x01 \x03(\x0b\x32\r.clip.v1.Item\x12!\n\x07options\x18\x02 \x01(\x0b\x32\x10.clip.v1.Options\x12\r\n\x05model\x18\x03 \x01(\t\"\x9a\x01\n\x0e\x45ncodeResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x0c\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\"\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x12.clip.v1.ItemError\x12!\n\x07timings\x18\x05 \x01(\x0b\x32\x10.clip.v1.Timings\x12\x11\n\ttruncated\x18\x06 \x01(\r\"]\n\x0bRankRequest\x12\x1c\n\x05query\x18\x01 \x01(\x0b\x32\r.clip.v1.Item\x12!\n\ncandidates\x18\x02 \x03(\x0b\x32\r.clip.v1.Item\x12\r\n\x05model\x18\x03 \x01(\t\"v\n\x0cRankResponse\x12\x1f\n\x07matches\x18\x01 \x03(\x0b\x32\x0e.clip.v1.Match\x12\"\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x12.clip.v1.ItemError\x12!\n\x07timings\x18\x03 \x01(\x0b\x32\x10.clip.v1.Timings\";\n\x05Match\x12\r\n\x05index\x18\x01 \x01(\r\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\x0e\n\x06\x63osine\x18\x03 \x01(\x02\"+\n\tItemError\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"P\n\x07Timings\x12\r\n\x05total\x18\x01 \x01(\x01\x12\x12\n\npreprocess\x18\x02 \x01(\x01\x12\x11\n\tinference\x18\x03 \x01(\x01\x12\x0f\n\x07gateway\x18\x04 \x01(\x01\"\x1c\n\x0bInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xfa\x01\n\x0cInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07runtime\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0b\n\x03\x64im\x18\x05 \x01(\r\x12\x12\n\nimage_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x13\n\x0blogit_scale\x18\x08 \x01(\x02\x12\x0f\n\x07version\x18\t \x01(\t\x12\x16\n\x0emax_item_bytes\x18\n \x01(\x04\x12\x19\n\x11max_request_bytes\x18\x0b \x01(\x04\x12\x19\n\x11max_request_items\x18\x0c \x01(\r\"\x10\n\x0eMetricsRequest\"v\n\x0fMetricsResponse\x12\x34\n\x06values\x18\x01 \x03(\x0b\x32$.clip.v1.MetricsResponse.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xdf\x01\n\x05\x45rror\x12!\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x13.clip.v1.Error.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\r\"\x8c\x01\n\x04\x43ode\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x14\n\x10INVALID_ARGUMENT\x10\x01\x12\x13\n\x0fUNAUTHENTICATED\x10\x02\x12\x16\n\x12RESOURCE_EXHAUSTED\x10\x03\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x04\x12\x0f\n\x0bUNAVAILABLE\x10\x05\x12\x0c\n\x08INTERNAL\x10\x06\"\x08\n\x06\x43\x61ncel\"\xf3\x01\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x16.clip.v1.EncodeRequestH\x00\x12$\n\x04rank\x18\x03 \x01(\x0b\x32\x14.clip.v1.RankRequestH\x00\x12$\n\x04info\x18\x04 \x01(\x0b\x32\x14.clip.v1.InfoRequestH\x00\x12!\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x0f.clip.v1.CancelH\x00\x12*\n\x07metrics\x18\x07 \x01(\x0b\x32\x17.clip.v1.MetricsRequestH\x00\x12\x0f\n\x07timeout\x18\x06 \x01(\rB\x06\n\x04\x62ody\"\xe5\x01\n\x08Response\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x17.clip.v1.EncodeResponseH\x00\x12%\n\x04rank\x18\x03 \x01(\x0b\x32\x15.clip.v1.RankResponseH\x00\x12%\n\x04info\x18\x04 \x01(\x0b\x32\x15.clip.v1.InfoResponseH\x00\x12\x1f\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0e.clip.v1.ErrorH\x00\x12+\n\x07metrics\x18\x06 \x01(\x0b\x32\x18.clip.v1.MetricsResponseH\x00\x42\x06\n\x04\x62ody\".\n\x08Requests\x12\"\n\x08requests\x18\x01 \x03(\x0b\x32\x10.clip.v1.Request\"1\n\tResponses\x12$\n\tresponses\x18\x01 \x03(\x0b\x32\x11.clip.v1.Response2\xe0\x01\n\x04\x43lip\x12\x39\n\x06\x45ncode\x12\x16.clip.v1.EncodeRequest\x1a\x17.clip.v1.EncodeResponse\x12\x33\n\x04Rank\x12\x14.clip.v1.RankRequest\x1a\x15.clip.v1.RankResponse\x12\x33\n\x04Info\x12\x14.clip.v1.InfoRequest\x1a\x15.clip.v1.InfoResponse\x12\x33\n\x06Stream\x12\x11.clip.v1.Requests\x1a\x12.clip.v1.Responses(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -23,48 +24,48 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_METRICSRESPONSE_VALUESENTRY']._options = None
   _globals['_METRICSRESPONSE_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_ITEM']._serialized_start=41
-  _globals['_ITEM']._serialized_end=106
-  _globals['_OPTIONS']._serialized_start=108
-  _globals['_OPTIONS']._serialized_end=160
-  _globals['_ENCODEREQUEST']._serialized_start=162
-  _globals['_ENCODEREQUEST']._serialized_end=242
-  _globals['_ENCODERESPONSE']._serialized_start=245
-  _globals['_ENCODERESPONSE']._serialized_end=399
-  _globals['_RANKREQUEST']._serialized_start=401
-  _globals['_RANKREQUEST']._serialized_end=479
-  _globals['_RANKRESPONSE']._serialized_start=481
-  _globals['_RANKRESPONSE']._serialized_end=599
-  _globals['_MATCH']._serialized_start=601
-  _globals['_MATCH']._serialized_end=660
-  _globals['_ITEMERROR']._serialized_start=662
-  _globals['_ITEMERROR']._serialized_end=705
-  _globals['_TIMINGS']._serialized_start=707
-  _globals['_TIMINGS']._serialized_end=787
-  _globals['_INFOREQUEST']._serialized_start=789
-  _globals['_INFOREQUEST']._serialized_end=802
-  _globals['_INFORESPONSE']._serialized_start=805
-  _globals['_INFORESPONSE']._serialized_end=1055
-  _globals['_METRICSREQUEST']._serialized_start=1057
-  _globals['_METRICSREQUEST']._serialized_end=1073
-  _globals['_METRICSRESPONSE']._serialized_start=1075
-  _globals['_METRICSRESPONSE']._serialized_end=1193
-  _globals['_METRICSRESPONSE_VALUESENTRY']._serialized_start=1148
-  _globals['_METRICSRESPONSE_VALUESENTRY']._serialized_end=1193
-  _globals['_ERROR']._serialized_start=1196
-  _globals['_ERROR']._serialized_end=1419
-  _globals['_ERROR_CODE']._serialized_start=1279
-  _globals['_ERROR_CODE']._serialized_end=1419
-  _globals['_CANCEL']._serialized_start=1421
-  _globals['_CANCEL']._serialized_end=1429
-  _globals['_REQUEST']._serialized_start=1432
-  _globals['_REQUEST']._serialized_end=1675
-  _globals['_RESPONSE']._serialized_start=1678
-  _globals['_RESPONSE']._serialized_end=1907
-  _globals['_REQUESTS']._serialized_start=1909
-  _globals['_REQUESTS']._serialized_end=1955
-  _globals['_RESPONSES']._serialized_start=1957
-  _globals['_RESPONSES']._serialized_end=2006
-  _globals['_CLIP']._serialized_start=2009
-  _globals['_CLIP']._serialized_end=2233
+  _globals['_ITEM']._serialized_start=71
+  _globals['_ITEM']._serialized_end=187
+  _globals['_OPTIONS']._serialized_start=189
+  _globals['_OPTIONS']._serialized_end=241
+  _globals['_ENCODEREQUEST']._serialized_start=243
+  _globals['_ENCODEREQUEST']._serialized_end=338
+  _globals['_ENCODERESPONSE']._serialized_start=341
+  _globals['_ENCODERESPONSE']._serialized_end=495
+  _globals['_RANKREQUEST']._serialized_start=497
+  _globals['_RANKREQUEST']._serialized_end=590
+  _globals['_RANKRESPONSE']._serialized_start=592
+  _globals['_RANKRESPONSE']._serialized_end=710
+  _globals['_MATCH']._serialized_start=712
+  _globals['_MATCH']._serialized_end=771
+  _globals['_ITEMERROR']._serialized_start=773
+  _globals['_ITEMERROR']._serialized_end=816
+  _globals['_TIMINGS']._serialized_start=818
+  _globals['_TIMINGS']._serialized_end=898
+  _globals['_INFOREQUEST']._serialized_start=900
+  _globals['_INFOREQUEST']._serialized_end=928
+  _globals['_INFORESPONSE']._serialized_start=931
+  _globals['_INFORESPONSE']._serialized_end=1181
+  _globals['_METRICSREQUEST']._serialized_start=1183
+  _globals['_METRICSREQUEST']._serialized_end=1199
+  _globals['_METRICSRESPONSE']._serialized_start=1201
+  _globals['_METRICSRESPONSE']._serialized_end=1319
+  _globals['_METRICSRESPONSE_VALUESENTRY']._serialized_start=1274
+  _globals['_METRICSRESPONSE_VALUESENTRY']._serialized_end=1319
+  _globals['_ERROR']._serialized_start=1322
+  _globals['_ERROR']._serialized_end=1545
+  _globals['_ERROR_CODE']._serialized_start=1405
+  _globals['_ERROR_CODE']._serialized_end=1545
+  _globals['_CANCEL']._serialized_start=1547
+  _globals['_CANCEL']._serialized_end=1555
+  _globals['_REQUEST']._serialized_start=1558
+  _globals['_REQUEST']._serialized_end=1801
+  _globals['_RESPONSE']._serialized_start=1804
+  _globals['_RESPONSE']._serialized_end=2033
+  _globals['_REQUESTS']._serialized_start=2035
+  _globals['_REQUESTS']._serialized_end=2081
+  _globals['_RESPONSES']._serialized_start=2083
+  _globals['_RESPONSES']._serialized_end=2132
+  _globals['_CLIP']._serialized_start=2135
+  _globals['_CLIP']._serialized_end=2359
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 # mypy: disable-error-code="type-arg"
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -8,14 +9,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Item(_message.Message):
-    __slots__ = ("text", "image", "uri")
+    __slots__ = ("text", "image", "uri", "id", "tags")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: bytes
     uri: str
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., uri: _Optional[str] = ...) -> None: ...
+    id: str
+    tags: _struct_pb2.Struct
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., uri: _Optional[str] = ..., id: _Optional[str] = ..., tags: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class Options(_message.Message):
     __slots__ = ("normalize", "minibatch_size")
@@ -26,12 +31,14 @@ class Options(_message.Message):
     def __init__(self, normalize: bool = ..., minibatch_size: _Optional[int] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("items", "options")
+    __slots__ = ("items", "options", "model")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[Item]
     options: Options
-    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., options: _Optional[_Union[Options, _Mapping]] = ...) -> None: ...
+    model: str
+    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., options: _Optional[_Union[Options, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("embeddings", "count", "dim", "errors", "timings", "truncated")
@@ -50,12 +57,14 @@ class EncodeResponse(_message.Message):
     def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dim: _Optional[int] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
 
 class RankRequest(_message.Message):
-    __slots__ = ("query", "candidates")
+    __slots__ = ("query", "candidates", "model")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     query: Item
     candidates: _containers.RepeatedCompositeFieldContainer[Item]
-    def __init__(self, query: _Optional[_Union[Item, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
+    model: str
+    def __init__(self, query: _Optional[_Union[Item, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class RankResponse(_message.Message):
     __slots__ = ("matches", "errors", "timings")
@@ -98,8 +107,10 @@ class Timings(_message.Message):
     def __init__(self, total: _Optional[float] = ..., preprocess: _Optional[float] = ..., inference: _Optional[float] = ..., gateway: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
     __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items")
