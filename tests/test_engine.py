@@ -22,7 +22,7 @@ from clip_server.preprocess.tokenizer import tokenizer_for
 
 
 class CountingRuntime:
-    """Embeds a text as its tokens' sum, a picture as its mean; keeps the shapes it was given.
+    """Embeds a text as the sum of its tokens, an image as its mean; keeps the shapes it was given.
 
     seconds: that a batch takes, by `clock`: no test waits for it, and a busy machine adds nothing.
     fails: no image can be encoded.
@@ -96,7 +96,7 @@ class CountingRuntime:
         return np.repeat(values[:, None], self.card.dim, 1).astype(np.float32)
 
 
-def picture(grey: int) -> bytes:
+def image(grey: int) -> bytes:
     buffer = BytesIO()
     Image.new("RGB", (64, 64), (grey, grey, grey)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -125,7 +125,7 @@ def run(
 def test_order_and_errors() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         tokenizer = tokenizer_for(runtime.card.text)
-        items = [picture(i) if i % 3 else f"text {i}" for i in range(90)]
+        items = [image(i) if i % 3 else f"text {i}" for i in range(90)]
         items[7] = b"nonsense"
         items[8] = ItemError("found unfit before")
         encoded = await engine.encode(items)
@@ -225,7 +225,7 @@ def numbered(count: int, word: str = "number") -> list[str]:
 
 async def all_ready(engine: Engine) -> None:
     """Returns when whatever has been admitted waits for the device."""
-    while engine._texts or engine._pictures or engine._preparing:
+    while engine._texts or engine._images or engine._preprocess_tasks:
         await asyncio.sleep(0.001)
 
 
@@ -240,7 +240,7 @@ def test_a_small_request_does_not_wait_for_large_ones(requests: int) -> None:
         await runtime.batch_waits()
         await all_ready(engine)
         quick = asyncio.create_task(engine.encode(["quick"]))
-        # The one under way, perhaps one of the oldest's, and its own.
+        # The one in flight, perhaps one of the oldest's, and its own.
         assert await runtime.batches_until(quick) <= 3
         assert not any(task.done() for task in large)
         runtime.let_all_go()
@@ -270,10 +270,10 @@ def test_the_oldest_request_does_not_wait_for_small_ones_for_ever() -> None:
 def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         runtime.held = True
-        large = asyncio.create_task(engine.encode([picture(i) for i in range(64)]))
+        large = asyncio.create_task(engine.encode([image(i) for i in range(64)]))
         await runtime.batch_waits()
         runtime.held = False
-        quick = await engine.encode(["quick", picture(77)])
+        quick = await engine.encode(["quick", image(77)])
         assert not quick.errors
         assert engine.metrics.priority_batches == 2
         assert [shape[0] for shape in runtime.images] == [1]  # the large one's batch is held yet
@@ -302,9 +302,9 @@ def test_the_next_full_batch_is_copied_while_one_is_computed(overlaps: bool) -> 
     run(work, concurrent=True, overlaps=overlaps, minibatch_size=8)
 
 
-def test_what_is_under_way_is_not_computed_again() -> None:
+def test_what_is_in_flight_is_not_computed_again() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        same = [*numbered(40), *numbered(40), picture(3), picture(3)]
+        same = [*numbered(40), *numbered(40), image(3), image(3)]
         runtime.held = True
         tasks = [asyncio.create_task(engine.encode(same)) for _ in range(5)]
         await runtime.batch_waits()
@@ -316,8 +316,8 @@ def test_what_is_under_way_is_not_computed_again() -> None:
         for result in results:
             assert np.array_equal(result.embeddings, results[0].embeddings)
             assert np.array_equal(result.embeddings[:40], result.embeddings[40:80])
-        # Pictures of one length and with one end, but not the same.
-        first, second = picture(10), picture(11)
+        # Different images of the same length and with the same end.
+        first, second = image(10), image(11)
         encoded = await engine.encode([first + b"0" * 300, second + b"0" * 300])
         assert encoded.embeddings[0][0] == 10
         assert encoded.embeddings[1][0] == 11
@@ -341,7 +341,7 @@ def test_a_shared_item_outlives_the_request_that_came_first() -> None:
         assert np.isfinite(encoded.embeddings).all()
         computed = sum(shape[0] for shape in runtime.texts)
         assert computed <= 32 + 50
-        assert not engine._under_way
+        assert not engine._in_flight
 
     run(work)
 
@@ -372,7 +372,7 @@ def test_a_bad_item_that_is_shared_fails_everywhere() -> None:
 def test_what_is_too_late_is_given_up() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         runtime.held = True
-        with pytest.raises(RequestError, match="time was over") as raised:
+        with pytest.raises(RequestError, match="timed out") as raised:
             await engine.encode(numbered(4000), timeout=0.1)
         assert raised.value.code == "DEADLINE_EXCEEDED"
         await runtime.batch_waits()
@@ -389,14 +389,14 @@ def test_what_is_too_much_is_refused() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         runtime.held = True
         # An idle engine takes any request.
-        under_way = asyncio.create_task(engine.encode(numbered(150)))
+        in_flight = asyncio.create_task(engine.encode(numbered(150)))
         await runtime.batch_waits()
         with pytest.raises(RequestError, match="server is full: 150 items") as raised:
             await engine.encode(["one more"])
         assert raised.value.code == "RESOURCE_EXHAUSTED"
         assert raised.value.retry_after > 0
         runtime.let_all_go()
-        assert not (await under_way).errors
+        assert not (await in_flight).errors
         assert not (await engine.encode(["one more"])).errors
 
     run(work, max_queued_items=100)
@@ -404,7 +404,7 @@ def test_what_is_too_much_is_refused() -> None:
 
 def test_cache() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
-        items = [*numbered(20), picture(5)]
+        items = [*numbered(20), image(5)]
         first = await engine.encode(items)
         again = await engine.encode(items)
         assert np.array_equal(first.embeddings, again.embeddings)
@@ -424,7 +424,7 @@ def test_truncated_texts_are_counted(cache_bytes: int) -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         del runtime
         fits, long = "cat " * 75, "cat " * 76
-        items = [fits, long, picture(5), long, f"{long} \u732b", ItemError("unfit")]
+        items = [fits, long, image(5), long, f"{long} \u732b", ItemError("unfit")]
         for _ in range(2):  # the second time from the cache, if there is one
             assert (await engine.encode(items)).truncated == 3
         assert engine.metrics.truncated_texts == 6
@@ -458,15 +458,15 @@ def test_what_is_cancelled_is_not_computed() -> None:
     run(work)
 
 
-def test_decoded_pictures_waiting_are_bounded() -> None:
+def test_decoded_images_waiting_are_bounded() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         runtime.held = True
-        task = asyncio.create_task(engine.encode([picture(i % 256) for i in range(256)]))
+        task = asyncio.create_task(engine.encode([image(i % 256) for i in range(256)]))
         await runtime.batch_waits()
-        while engine._preparing:
+        while engine._preprocess_tasks:
             await asyncio.sleep(0.001)
-        assert 0 < len(engine._ready_pictures) <= 4 * 8 + 4
-        assert engine._pictures
+        assert 0 < len(engine._ready_images) <= 4 * 8 + 4
+        assert engine._images
         runtime.let_all_go()
         assert not (await task).errors
 
@@ -476,7 +476,7 @@ def test_decoded_pictures_waiting_are_bounded() -> None:
 def test_a_runtime_that_fails() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         runtime.fails = True
-        encoded = await engine.encode([picture(1), "text", picture(2)])
+        encoded = await engine.encode([image(1), "text", image(2)])
         assert set(encoded.errors) == {0, 2}
         assert "0x7f" not in encoded.errors[0]
         assert np.isfinite(encoded.embeddings[1]).all()

@@ -389,7 +389,7 @@ def test_a_batch_with_no_memory_for_it_is_halved(gpu: fake_tensorrt.FakeGpu, sma
     halving = Halving(runtime.encode_image)
     found = halving(pixels)
     assert seeded.relative(found, expected.encode_image(pixels)) < 1e-4
-    assert halving.count == 3  # 16, and twice 8
+    assert halving.splits == 3  # 16, and twice 8
     tokens = seeded.random_tokens(seeded.SMALL_VIT, 2, 9)
     gpu.capacity = 10
     with pytest.raises(OutOfMemoryError, match="out of memory"):
@@ -434,7 +434,7 @@ def test_halving_ends_at_one() -> None:
     batch = np.arange(10).reshape(5, 2)
     assert (halving(batch) == batch).all()
     assert tried == [5, 2, 3, 1, 2]
-    assert halving.count == 2
+    assert halving.splits == 2
 
 
 # --- several GPUs

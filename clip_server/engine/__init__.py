@@ -1,1 +1,1 @@
-"""From the items of requests to embeddings: scheduling, batching, caching, on one runtime."""
+"""Scheduling, batching and caching on one runtime: from the items of requests to embeddings."""

@@ -1,14 +1,14 @@
-"""The engine: texts and images in, embeddings out, one batch at a time.
+"""The engine: takes texts and images of many requests, and computes their embeddings in batches.
 
-    admission -> preprocessing pool -> ready entries -> batch -> embeddings
+    admission -> preprocessing threads -> ready items -> batch -> embeddings
 
-Texts are tokenized and pictures decoded as soon as they arrive. A batch is formed only when
-the device is free ("late binding"): whatever is ready by then, of all requests together, goes
-into it; a device that takes next to no time for a batch gets several. There is no timer, so an
-idle engine adds no wait. Requests take turns, so a large one does not keep a small one waiting,
-and on a device that can do two things at once a small one need not wait at all. An item that
-cannot be encoded fails alone; one that is under way already is not computed again; what no one
-waits for any more is not computed.
+Texts are tokenized and images decoded as soon as they arrive. A batch is formed only when the
+device is free ("late binding"), from whatever is ready by then, of all requests together; a device
+that computes a batch in next to no time gets several. There is no timer, so an idle engine adds no
+delay. Batches alternate between the smallest and the oldest request, so a large one does not keep
+a small one waiting, and on a device that runs two batches concurrently a small request does not
+wait at all. An item that cannot be encoded fails alone; an item that is already in flight is not
+computed twice; what no request waits for any more is not computed.
 
 The engine knows model cards and a runtime; of Jina it knows nothing.
 """
@@ -28,9 +28,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.engine.cache import Cache
+from clip_server.engine.cache import EmbeddingCache
 from clip_server.engine.halving import Halving
-from clip_server.engine.scheduler import Entry, Job, Queue, TextQueue, Turns, by_size
+from clip_server.engine.scheduler import (
+    FairScheduler,
+    PendingItem,
+    PendingRequest,
+    Queue,
+    TextQueue,
+    by_size,
+)
 from clip_server.engine.workers import Workers
 from clip_server.errors import ItemError, RequestError
 from clip_server.models import tokenizer_files
@@ -40,35 +47,35 @@ from clip_server.runtimes.protocol import Runtime
 
 log = logging.getLogger(__name__)
 
-# A text, an encoded picture, or an item already found unfit.
+# A text, an encoded image, or an item already found to be invalid.
 Item: TypeAlias = str | bytes | ItemError
-# What the device takes at once: texts, or pictures.
-Batch: TypeAlias = list[Entry]
+# The texts, or the images, of one call to the runtime.
+Batch: TypeAlias = list[PendingItem]
 
-# Texts tokenized in one call to the pool: about a millisecond of work.
+# Texts tokenized per task of a thread: about a millisecond of work.
 TOKENIZE_CHUNK = 128
-# A request of so many texts at most, each of ASCII and so many characters, is tokenized as it
-# arrives: handing the texts to the pool would cost more than the work, which is a millisecond.
-QUICK_TEXTS, QUICK_LENGTH = 128, 1024
-# Batches' worth of decoded pictures that may wait for the device: enough to keep it busy, and
-# a bound on memory however large a request is.
-DECODED_AHEAD = 4
-# Items of a request that may use the express lane.
-SMALL = 4
-# Batches go to the device together while they take it less than this: handing something over and
-# back costs a third of a millisecond, in which a GPU would have nothing to do.
-HAND_OVER_SECONDS = 0.002
+# Texts of small requests are tokenized as they arrive if they are ASCII and no longer than this:
+# handing them to a thread would cost more than the work, which is a millisecond.
+INLINE_TEXTS, INLINE_CHARACTERS = 128, 1024
+# Batches of decoded images that may wait for the device: enough to keep it busy, and a bound on
+# memory however large a request is.
+MAX_DECODED_BATCHES = 4
+# Items of a request that counts as small, and may use the priority slot.
+SMALL_REQUEST = 4
+# Batches are submitted together while the device is expected to take less than this for them:
+# handing work to its thread and back takes a third of a millisecond, in which a GPU would idle.
+MIN_SUBMISSION_SECONDS = 0.002
 MAX_QUEUED_ITEMS = 16_384
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a request's items.
+    """The result of one request.
 
-    embeddings: [N, D]; the row of an item that failed is NaN.
-    errors: why, by the item's index.
-    truncated: texts that were longer than the model's context, and embedded without their end.
-    preprocess_seconds, total_seconds: until the last item was ready for the device, and
+    embeddings: [N, D] float32; NaN in the rows of items that failed.
+    errors: messages by index, for the items that failed.
+    truncated: number of texts longer than the model's context, whose end was dropped.
+    preprocess_seconds, total_seconds: time until the last item was ready for the device, and
         until the answer.
     """
 
@@ -81,7 +88,7 @@ class Encoded:
 
 @dataclass
 class Metrics:
-    """What an engine has done since it started, and how much waits now (`in_flight_items`)."""
+    """Counters since the engine started, and the number of items in flight now."""
 
     texts: int = 0
     images: int = 0
@@ -99,8 +106,11 @@ class Metrics:
     inference_seconds: float = 0.0
 
 
-class _Lane:
-    """What is on the device at a time. `bulk`: it is of requests that are not small."""
+class _DeviceSlot:
+    """One of the submissions that the device works on concurrently.
+
+    bulk: whether it holds items of requests that are not small.
+    """
 
     def __init__(self) -> None:
         self.busy = self.bulk = False
@@ -109,11 +119,11 @@ class _Lane:
 class Engine:
     """Encodes texts and images with a runtime. Use it from one event loop.
 
-    minibatch_size: items the runtime takes at once, at most.
+    minibatch_size: largest batch for the runtime.
     num_worker_preprocess: threads that tokenize and decode.
-    transform: how pictures are decoded; None: the card's own way with scaled decoding.
-    max_queued_items: while so many are under way, further requests are refused.
-    cache_bytes: of embeddings kept to answer the same items again; 0: none.
+    transform: how images are decoded; None: as the model card says, with scaled decoding.
+    max_queued_items: further requests are refused while this many items are in flight.
+    cache_bytes: size of the embedding cache; 0: no cache.
     """
 
     def __init__(
@@ -129,266 +139,248 @@ class Engine:
         self.runtime = runtime
         self.card = runtime.card
         self.metrics = Metrics()
+        self.cache = EmbeddingCache(cache_bytes)
         self._encode_image = Halving(runtime.encode_image)
         self._encode_text = Halving(runtime.encode_text)
         self._minibatch_size = minibatch_size
         self._max_queued_items = max_queued_items
         self._tokenizer = tokenizer_for(tokenizer_files.located(self.card.text))
         self._transform = transform or ImageTransform(self.card.image)
-        self.cache = Cache(cache_bytes)
-        self._workers = num_worker_preprocess
-        self._pool = Workers(num_worker_preprocess, "preprocess")
-        # Some frameworks want to be called from one and the same thread.
-        self._device = Workers(2 if runtime.concurrent else 1, "device")
-        self._pace = _Pace()
-        self._numbers = itertools.count()
-        self._under_way: dict[Any, Entry] = {}  # by fingerprint
-        self._texts, self._pictures = Queue(), Queue()  # waiting for the pool
-        self._ready_texts, self._ready_pictures = TextQueue(), Queue()  # waiting for the device
-        self._pool_turns, self._device_turns = Turns(), Turns()
-        self._preparing = 0
-        self._main, self._express = _Lane(), _Lane()
+        self._preprocess_workers = Workers(num_worker_preprocess, "preprocess")
+        # One thread unless the runtime allows two: some frameworks must always be called from the
+        # same thread.
+        self._device_workers = Workers(2 if runtime.concurrent else 1, "device")
+        self._latency = _LatencyEstimate()
+        self._request_numbers = itertools.count()
+        self._in_flight: dict[Any, PendingItem] = {}  # by fingerprint
+        self._texts, self._images = Queue(), Queue()  # waiting for a preprocessing thread
+        self._ready_texts, self._ready_images = TextQueue(), Queue()  # waiting for the device
+        self._preprocess_scheduler, self._device_scheduler = FairScheduler(), FairScheduler()
+        self._preprocess_tasks = 0
+        self._main_slot, self._priority_slot = _DeviceSlot(), _DeviceSlot()
 
     async def encode(
         self, items: Sequence[Item], *, minibatch_size: int = 0, timeout: float | None = None
     ) -> Encoded:
-        """Embeddings of `items`, in their order. Cancelling drops what has not been begun.
+        """Encodes `items`, in their order. Cancelling drops the items that are not yet computed.
 
-        minibatch_size: a batch led by one of these holds at most so many; 0, or more than the
+        minibatch_size: largest batch formed around one of these items; 0, or more than the
             engine's own: the engine's own.
-        timeout: seconds until it is given up, which drops the same; None: never.
+        timeout: seconds after which the request is given up, as if cancelled; None: no timeout.
 
         Raises:
-            RequestError: RESOURCE_EXHAUSTED while too much is under way; DEADLINE_EXCEEDED.
+            RequestError: RESOURCE_EXHAUSTED if too many items are in flight; DEADLINE_EXCEEDED.
         """
         self._refuse_if_full(len(items))
         size = min(minibatch_size or self._minibatch_size, self._minibatch_size)
-        job = Job(next(self._numbers), len(items), self.card.dim, size)
-        timer = timeout and asyncio.get_running_loop().call_later(timeout, self._expire, job)
+        request = PendingRequest(next(self._request_numbers), len(items), self.card.dim, size)
+        timer = timeout and asyncio.get_running_loop().call_later(timeout, self._expire, request)
         self.metrics.in_flight_items += len(items)
         try:
             if items:
-                self._admit(job, items)
-                await job.done
+                self._admit(request, items)
+                await request.done
         except asyncio.CancelledError:
-            if job.done.cancelled():
+            if request.done.cancelled():
                 self.metrics.cancelled_requests += 1
             else:
-                job.done.exception()  # it ended in the same moment, and was counted so
+                request.done.exception()  # it ended in the same moment, and was counted so
             raise
         finally:
             self.metrics.in_flight_items -= len(items)
-            self.metrics.failed_items += len(job.errors)
-            self.metrics.truncated_texts += job.truncated
-            if job.is_open():
-                self._drop(job)
+            self.metrics.failed_items += len(request.errors)
+            self.metrics.truncated_texts += request.truncated
+            if request.is_open():
+                self._drop(request)
             if timer:
                 timer.cancel()
         return Encoded(
-            embeddings=job.embeddings,
-            errors=dict(sorted(job.errors.items())),
-            truncated=job.truncated,
-            preprocess_seconds=job.prepared - job.started,
-            total_seconds=time.perf_counter() - job.started,
+            embeddings=request.embeddings,
+            errors=dict(sorted(request.errors.items())),
+            truncated=request.truncated,
+            preprocess_seconds=request.prepared - request.started,
+            total_seconds=time.perf_counter() - request.started,
         )
 
+    @property
+    def oom_splits(self) -> int:
+        """Number of batches that did not fit into the device's memory and were halved."""
+        return self._encode_image.splits + self._encode_text.splits
+
     def close(self) -> None:
-        """Ends the threads, after what they have begun."""
-        self._pool.close()
-        self._device.close()
+        """Stops the threads, after the work that they have started."""
+        self._preprocess_workers.close()
+        self._device_workers.close()
 
     def _refuse_if_full(self, count: int) -> None:
         self.metrics.requests += 1
-        under_way = self.metrics.in_flight_items
-        # One that is larger than the bound is taken by an idle engine.
-        if under_way and under_way + count > self._max_queued_items:
+        in_flight = self.metrics.in_flight_items
+        # An idle engine accepts any request, even one larger than the bound.
+        if in_flight and in_flight + count > self._max_queued_items:
             self.metrics.refused_requests += 1
             raise RequestError(
-                f"the server is full: {under_way:,} items are under way, and it takes "
+                f"the server is full: {in_flight:,} items are in flight, and it accepts "
                 f"{self._max_queued_items:,} at most; try again in a moment",
                 "RESOURCE_EXHAUSTED",
                 retry_after=1.0,
             )
 
-    def _expire(self, job: Job) -> None:
-        if not job.done.done():
+    def _expire(self, request: PendingRequest) -> None:
+        if not request.done.done():
             self.metrics.expired_requests += 1
-            job.done.set_exception(
-                RequestError("the request's time was over before its answer", "DEADLINE_EXCEEDED")
+            request.done.set_exception(
+                RequestError("the request timed out before its answer", "DEADLINE_EXCEEDED")
             )
 
-    def _admit(self, job: Job, items: Sequence[Item]) -> None:
+    def _admit(self, request: PendingRequest, items: Sequence[Item]) -> None:
         for index, item in enumerate(items):
             if isinstance(item, ItemError):
-                job.close_preparation()
-                job.fail(index, str(item))
-            elif (known := self.cache.get(item)) is not None:
-                job.close_preparation()
-                job.succeed(index, *known)
+                request.count_prepared()
+                request.fail(index, str(item))
+            elif (cached := self.cache.get(item)) is not None:
+                request.count_prepared()
+                request.succeed(index, *cached)
             else:
-                self._place(item, job, index)
+                self._enqueue(item, request, index)
         self._advance()
 
-    def _place(self, item: str | bytes, job: Job, index: int) -> None:
+    def _enqueue(self, item: str | bytes, request: PendingRequest, index: int) -> None:
         fingerprint = _fingerprint(item)
-        entry = self._under_way.get(fingerprint)
-        if entry is not None and entry.item == item:
+        pending = self._in_flight.get(fingerprint)
+        if pending is not None and pending.source == item:
             self.metrics.deduplicated_items += 1
-            entry.add(job, index)
+            pending.add(request, index)
             return
-        entry = self._under_way[fingerprint] = Entry(item, job, index)
+        pending = self._in_flight[fingerprint] = PendingItem(item, request, index)
         if isinstance(item, bytes):
-            self._pictures.push(entry)
-        elif job.size <= QUICK_TEXTS and len(item) <= QUICK_LENGTH and item.isascii():
-            entry.content, entry.truncated = self._tokenizer.tokenize(item)
-            job.close_preparation()
-            self._ready_texts.push(entry)
+            self._images.push(pending)
+        elif request.size <= INLINE_TEXTS and len(item) <= INLINE_CHARACTERS and item.isascii():
+            pending.content, pending.truncated = self._tokenizer.tokenize(item)
+            request.count_prepared()
+            self._ready_texts.push(pending)
         else:
-            self._texts.push(entry)
+            self._texts.push(pending)
 
-    def _drop(self, job: Job) -> None:
-        for queue in (self._texts, self._pictures, self._ready_texts, self._ready_pictures):
-            for entry in queue.discard(job):
-                self._forget(entry)
+    def _drop(self, request: PendingRequest) -> None:
+        for queue in (self._texts, self._images, self._ready_texts, self._ready_images):
+            for pending in queue.discard(request):
+                self._forget(pending)
         self._advance()
 
-    def _forget(self, entry: Entry) -> None:
-        fingerprint = _fingerprint(entry.item)
-        if self._under_way.get(fingerprint) is entry:
-            del self._under_way[fingerprint]
+    def _forget(self, pending: PendingItem) -> None:
+        fingerprint = _fingerprint(pending.source)
+        if self._in_flight.get(fingerprint) is pending:
+            del self._in_flight[fingerprint]
 
     def _advance(self) -> None:
-        """Starts whatever can be started now; called after every change."""
-        while self._preparing < self._workers:
-            if self._texts:  # all of them: tokens are small, and a late one is not held up
-                leader = self._pool_turns.next(self._texts.jobs())
+        """Starts all work that can start now; called after every change."""
+        while self._preprocess_tasks < self._preprocess_workers.count:
+            if self._texts:  # without a bound: tokens are small
+                leader = self._preprocess_scheduler.next(self._texts.requests())
                 self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenizer.tokenize)
-            elif (job := self._next_to_decode()) is not None:
-                self._prepare(self._pictures, 1, job, self._decode)
+            elif (request := self._next_to_decode()) is not None:
+                self._prepare(self._images, 1, request, self._decode)
             else:
                 break
-        ready = self._ready_texts or self._ready_pictures
-        if ready and not self._main.busy:
-            self._infer(self._main, self._next_batches())
-        if ready and self._main.busy and not self._express.busy and self.runtime.concurrent:
-            self._infer(self._express, self._next_beside())
+        ready = self._ready_texts or self._ready_images
+        if ready and not self._main_slot.busy:
+            self._infer(self._main_slot, self._next_batches())
+        if ready and self._may_run_concurrently():
+            self._infer(self._priority_slot, self._next_concurrent_batch())
 
-    def _next_to_decode(self) -> Job | None:
-        """Whose picture is decoded next; for small requests there is always room."""
-        jobs = self._pictures.jobs()
-        if jobs and len(self._ready_pictures) < DECODED_AHEAD * self._minibatch_size:
-            return self._pool_turns.next(jobs)
-        smallest = min(jobs, key=by_size, default=None)
-        return smallest if smallest and smallest.size <= SMALL else None
+    def _may_run_concurrently(self) -> bool:
+        concurrent = self.runtime.concurrent
+        return concurrent and self._main_slot.busy and not self._priority_slot.busy
+
+    def _next_to_decode(self) -> PendingRequest | None:
+        """The request whose image is decoded next. Those of small requests are always decoded."""
+        requests = self._images.requests()
+        if requests and len(self._ready_images) < MAX_DECODED_BATCHES * self._minibatch_size:
+            return self._preprocess_scheduler.next(requests)
+        smallest = min(requests, key=by_size, default=None)
+        return smallest if smallest and smallest.size <= SMALL_REQUEST else None
 
     def _prepare(
-        self, queue: Queue, count: int, leader: Job, prepare: Callable[[Any], Any]
+        self, queue: Queue, count: int, leader: PendingRequest, prepare: Callable[[Any], Any]
     ) -> None:
-        """Tokenizes or decodes the next entries of `queue` in the pool."""
-        ready = self._ready_texts if queue is self._texts else self._ready_pictures
-        entries = queue.take(count, leader)
-        self._preparing += 1
+        """Tokenizes or decodes the next items of `queue` in a thread."""
+        ready = self._ready_texts if queue is self._texts else self._ready_images
+        taken = queue.take(count, leader)
+        self._preprocess_tasks += 1
 
         def finish(contents: list[Any]) -> None:
-            self._preparing -= 1
-            for entry, content in zip(entries, contents, strict=True):
+            self._preprocess_tasks -= 1
+            for pending, content in zip(taken, contents, strict=True):
                 if isinstance(content, ItemError):
-                    entry.fail(str(content))
-                elif entry.prepare(*content):
-                    ready.push(entry)
+                    pending.fail(str(content))
+                elif pending.prepare(*content):
+                    ready.push(pending)
                     continue
-                self._forget(entry)
+                self._forget(pending)
             self._advance()
 
-        items = [entry.item for entry in entries]
-        self._pool.submit(lambda: [_attempt(prepare, item) for item in items], finish)
+        sources = [pending.source for pending in taken]
+        self._preprocess_workers.submit(
+            lambda: [_attempt(prepare, each) for each in sources], finish
+        )
 
     def _decode(self, image: bytes) -> tuple[NDArray[np.uint8], bool]:
-        """An image as the device takes it. False, as with tokens: it is not truncated."""
+        """Pixels, [3, S, S], and False: as with tokens, whether they are truncated."""
         return self._transform(image), False
 
     def _next_batches(self) -> list[Batch]:
-        """A batch, and those behind it that the device is done with in next to no time."""
+        """The next batch, and more while the device is expected to be done in next to no time."""
         batches, seconds = [], 0.0
-        while seconds < HAND_OVER_SECONDS and (self._ready_texts or self._ready_pictures):
+        while seconds < MIN_SUBMISSION_SECONDS and (self._ready_texts or self._ready_images):
             batches.append(self._next_batch())
-            seconds += self._pace.expected(batches[-1])
+            seconds += self._latency.of(batches[-1])
         return batches
 
     def _next_batch(self) -> Batch:
-        texts, pictures = self._ready_texts, self._ready_pictures
-        leader = self._device_turns.next([*texts.jobs(), *pictures.jobs()])
-        queue = texts if leader in texts.jobs() else pictures
+        texts, images = self._ready_texts, self._ready_images
+        leader = self._device_scheduler.next([*texts.requests(), *images.requests()])
+        queue = texts if leader in texts.requests() else images
         return queue.take(leader.minibatch_size, leader)
 
-    def _next_beside(self) -> list[Batch]:
-        """What goes to the device beside a batch: the next full one, where that is copied while
-        the first is computed; else a small request beside bulk."""
-        ready = max(len(self._ready_texts), len(self._ready_pictures))
+    def _next_concurrent_batch(self) -> list[Batch]:
+        """The batch to run concurrently with the main slot's, if any: a full one where the runtime
+        copies it while the first is computed, else a small request during a bulk one."""
+        ready = max(len(self._ready_texts), len(self._ready_images))
         if self.runtime.overlaps and ready >= self._minibatch_size:
             return [self._next_batch()]
-        small = self._next_small_batch() if self._main.bulk else []
+        small = self._next_small_batch() if self._main_slot.bulk else []
         return [small] if small else []
 
     def _next_small_batch(self) -> Batch:
-        """What is ready of the smallest request, if it is a small one."""
-        texts, pictures = self._ready_texts, self._ready_pictures
-        job = min([*texts.jobs(), *pictures.jobs()], key=by_size, default=None)
-        if job is None or job.size > SMALL:
+        """The ready items of the smallest request, if it is a small one."""
+        texts, images = self._ready_texts, self._ready_images
+        request = min([*texts.requests(), *images.requests()], key=by_size, default=None)
+        if request is None or request.size > SMALL_REQUEST:
             return []
-        return texts.take_of(job, SMALL) or pictures.take_of(job, SMALL)
+        return texts.take_from(request, SMALL_REQUEST) or images.take_from(request, SMALL_REQUEST)
 
-    def _infer(self, lane: _Lane, batches: list[Batch]) -> None:
-        """Hands batches, each of texts or of pictures, to the device."""
+    def _infer(self, slot: _DeviceSlot, batches: list[Batch]) -> None:
+        """Submits batches, each of texts or of images, to the device."""
         if not batches:
             return
-        lane.busy = True
-        lane.bulk = any(
-            job.size > SMALL for batch in batches for entry in batch for job, _ in entry.places
-        )
+        slot.busy = True
+        slot.bulk = any(map(_is_bulk, itertools.chain.from_iterable(batches)))
         for batch in batches:
-            self._count(lane, batch)
+            self._count_batch(slot, batch)
 
         def finish(results: list[NDArray[np.float32] | None]) -> None:
-            lane.busy = lane.bulk = False
+            slot.busy = slot.bulk = False
             for batch, embeddings in zip(batches, results, strict=True):
-                self._end(batch, embeddings)
+                self._finish_batch(batch, embeddings)
             self._advance()
 
-        self._device.submit(lambda: [self._computed(batch) for batch in batches], finish)
+        self._device_workers.submit(lambda: [self._compute(batch) for batch in batches], finish)
 
-    def _end(self, batch: Batch, embeddings: NDArray[np.float32] | None) -> None:
-        """Hands out a batch's embeddings, [B, D], or None where the model failed."""
-        for entry in batch:
-            self._forget(entry)
-        if embeddings is None:
-            for entry in batch:
-                entry.fail("the model failed on the batch with this item")
-            return
-        for entry, embedding in zip(batch, embeddings, strict=True):
-            entry.succeed(embedding)
-            self.cache.put(entry.item, embedding, entry.truncated)
-
-    def _count(self, lane: _Lane, batch: Batch) -> None:
-        metrics = self.metrics
-        metrics.batches += 1
-        metrics.batched_items += len(batch)
-        metrics.priority_batches += lane is self._express and not lane.bulk
-        if _is_of_pictures(batch):
-            metrics.images += len(batch)
-        else:
-            metrics.texts += len(batch)
-
-    @property
-    def oom_splits(self) -> int:
-        """Batches that the device had no memory for, and that were computed in halves."""
-        return self._encode_image.count + self._encode_text.count
-
-    def _computed(self, batch: Batch) -> NDArray[np.float32] | None:
-        """A batch's embeddings, [B, D]; None where the model fails. In a thread of the device."""
-        contents: list[Any] = [entry.content for entry in batch]
+    def _compute(self, batch: Batch) -> NDArray[np.float32] | None:
+        """Computes a batch's embeddings, [B, D], in a device thread; None if the model fails."""
+        contents: list[Any] = [pending.content for pending in batch]
         try:
-            if _is_of_pictures(batch):
+            if batch[0].is_image:
                 encode = partial(self._encode_image, np.stack(contents))
             else:
                 encode = partial(self._encode_text, pad(contents, self._tokenizer.spec))
@@ -398,43 +390,65 @@ class Engine:
             log.exception("a batch of %d failed", len(batch))
             return None
         seconds = time.perf_counter() - started
-        self._pace.note(batch, seconds)
+        self._latency.record(batch, seconds)
         self.metrics.inference_seconds += seconds
         return embeddings
 
+    def _finish_batch(self, batch: Batch, embeddings: NDArray[np.float32] | None) -> None:
+        """Hands out a batch's embeddings, [B, D], or an error where the model failed."""
+        for pending in batch:
+            self._forget(pending)
+        if embeddings is None:
+            for pending in batch:
+                pending.fail("the model failed on the batch with this item")
+            return
+        for pending, embedding in zip(batch, embeddings, strict=True):
+            pending.succeed(embedding)
+            self.cache.put(pending.source, embedding, pending.truncated)
 
-class _Pace:
-    """How long the device takes for an item: by the quickest batches of late, since waiting for a
-    core has nothing to do with the device."""
+    def _count_batch(self, slot: _DeviceSlot, batch: Batch) -> None:
+        metrics = self.metrics
+        metrics.batches += 1
+        metrics.batched_items += len(batch)
+        metrics.priority_batches += slot is self._priority_slot and not slot.bulk
+        if batch[0].is_image:
+            metrics.images += len(batch)
+        else:
+            metrics.texts += len(batch)
+
+
+class _LatencyEstimate:
+    """Estimates seconds per item, separately for texts and images, from the fastest recent batches:
+    slower ones waited for a core."""
 
     def __init__(self) -> None:
         self._seconds = {False: math.inf, True: math.inf}
 
-    def note(self, batch: Batch, seconds: float) -> None:
-        """Takes account of a batch."""
-        kind = _is_of_pictures(batch)
+    def record(self, batch: Batch, seconds: float) -> None:
+        """Takes a computed batch into account."""
+        kind = batch[0].is_image
         self._seconds[kind] = min(1.1 * self._seconds[kind], seconds / len(batch))
 
-    def expected(self, batch: Batch) -> float:
-        """Seconds that a batch will take; endless before the first."""
-        return len(batch) * self._seconds[_is_of_pictures(batch)]
+    def of(self, batch: Batch) -> float:
+        """Seconds that a batch is expected to take; infinite before the first of its kind."""
+        return len(batch) * self._seconds[batch[0].is_image]
 
 
-def _is_of_pictures(batch: Batch) -> bool:
-    return isinstance(batch[0].item, bytes)
+def _is_bulk(pending: PendingItem) -> bool:
+    return any(request.size > SMALL_REQUEST for request, _ in pending.recipients)
 
 
 def _fingerprint(item: str | bytes) -> Any:
-    """What tells two items apart at once; equal for some that are not the same picture.
+    """A cheap key for deduplication; different images may share one.
 
-    Hashing all of a picture would cost the event loop a millisecond."""
+    Hashing a whole image would block the event loop for a millisecond."""
     return item if isinstance(item, str) else (len(item), item[-256:])
 
 
-def _attempt(prepare: Callable[[Any], Any], content: Any) -> Any:
-    """What `prepare` gives, or the ItemError that tells why not."""
+def _attempt(prepare: Callable[[Any], Any], source: Any) -> Any:
+    """The result of `prepare`, or the ItemError that it raised."""
     try:
-        return prepare(content)
+        return prepare(source)
     except ItemError as error:
         return error
     except Exception:

@@ -1,4 +1,4 @@
-"""Batches that a device has no memory for."""
+"""Halves batches that do not fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ log = logging.getLogger(__name__)
 
 
 class Halving:
-    """Runs batches; one that the device has no memory for is halved, and both halves are run.
+    """Runs batches; one that does not fit into memory is halved, and both halves are run.
 
-    run: a batch [B, ...] to embeddings [B, D]; raises OutOfMemoryError for want of memory.
-    count: batches that were halved.
+    run: computes embeddings [B, D] of a batch [B, ...]; raises OutOfMemoryError.
+    splits: number of batches that were halved.
     """
 
     def __init__(self, run: Callable[[NDArray[Any]], NDArray[np.float32]]) -> None:
         self._run = run
-        self.count = 0
+        self.splits = 0
 
     def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """The embeddings of a batch. Raises OutOfMemoryError if one item alone does not fit."""
+        """Computes a batch's embeddings, [B, D].
+
+        Raises:
+            OutOfMemoryError: one item alone does not fit.
+        """
         try:
             return self._run(batch)
         except OutOfMemoryError as error:
             if len(batch) == 1:
                 raise
-            log.warning("no memory for a batch of %d, which is halved: %s", len(batch), error)
+            log.warning("out of memory for a batch of %d, which is halved: %s", len(batch), error)
         # Outside the handler, whose exception keeps alive what the failed attempt allocated.
-        self.count += 1
+        self.splits += 1
         half = len(batch) // 2
         return np.concatenate([self(batch[:half]), self(batch[half:])])

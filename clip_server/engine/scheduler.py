@@ -1,7 +1,7 @@
-"""What waits in the engine: requests' items, in queues that are fair to requests.
+"""Queues of the engine that are fair to requests: each request has a line of its own.
 
-An item that several requests hold is one entry, computed once. It stands in each one's line,
-and leaves the queue with whichever line comes first.
+An item that several requests sent is one pending item, computed once. It is in the line of each of
+these requests, and leaves the queue with whichever line is served first.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Tokens of padding that cost less than a batch of their own.
-SHORT = 8
-# Token counts that are taken as one length.
-_STEP = 4
+_CHEAP_PADDING = 8
+# Texts whose token counts differ by less are queued as if they were equally long.
+_LENGTH_STEP = 4
 
 
-class Job:
-    """One request under way.
+class PendingRequest:
+    """One request in flight.
 
-    size: items of it.
-    minibatch_size: a batch led by one of them holds at most so many.
-    embeddings: [size, D]; NaN until an item's is there.
-    errors: why an item has none, by its index.
-    truncated: texts that were longer than the model's context.
-    done: set when each item has the one or the other.
-    prepared: when the last item was ready for the device, as of `time.perf_counter`.
+    size: number of its items.
+    minibatch_size: the largest batch that may be formed around one of its items.
+    embeddings: [size, D] float32; NaN until an item's is computed.
+    errors: messages by index, for the items that failed.
+    truncated: number of texts longer than the model's context.
+    done: set when every item has an embedding or an error.
+    prepared: time at which the last item was ready for the device, by `time.perf_counter`.
     """
 
     __slots__ = (
@@ -48,25 +48,25 @@ class Job:
         self.prepared = self.started
         self._open = self._unprepared = size
 
-    def close_preparation(self) -> None:
-        """Notes that one more item is prepared."""
+    def count_prepared(self) -> None:
+        """Notes that one more item is prepared, or failed before it was."""
         self._unprepared -= 1
         if not self._unprepared:
             self.prepared = time.perf_counter()
 
     def fail(self, index: int, message: str) -> None:
-        """Ends an item without an embedding."""
+        """Ends an item with an error."""
         self.errors[index] = message
         self._close_item()
 
     def succeed(self, index: int, embedding: NDArray[np.float32], truncated: bool) -> None:
-        """Ends an item with its embedding, [D]. truncated: it is of a text that was cut."""
+        """Ends an item with its embedding, [D]. truncated: its text was longer than the context."""
         self.embeddings[index] = embedding
         self.truncated += truncated
         self._close_item()
 
     def is_open(self) -> bool:
-        """Whether an item has neither yet."""
+        """Whether any item has neither an embedding nor an error."""
         return self._open > 0
 
     def _close_item(self) -> None:
@@ -75,142 +75,151 @@ class Job:
             self.done.set_result(None)
 
 
-class Entry:
-    """A text or picture under way, and every place of a request that its embedding goes to.
+class PendingItem:
+    """A text or image in flight.
 
-    item: as the client sent it. content: what the device takes, None until it is prepared.
+    source: the text, or the encoded image, as the client sent it.
+    content: its tokens or pixels; None until it is prepared.
     truncated: whether it is a text longer than the model's context.
+    recipients: the requests that wait for its embedding, each with the item's index in it.
     """
 
-    __slots__ = ("content", "item", "places", "queue", "truncated")
+    __slots__ = ("content", "queue", "recipients", "source", "truncated")
 
-    def __init__(self, item: str | bytes, job: Job, index: int) -> None:
-        self.item = item
+    def __init__(self, source: str | bytes, request: PendingRequest, index: int) -> None:
+        self.source = source
         self.content: NDArray[Any] | None = None
         self.truncated = False
-        self.places = [(job, index)]
-        self.queue: Queue | None = None  # where it waits
+        self.recipients = [(request, index)]
+        self.queue: Queue | None = None  # the one it waits in
 
-    def add(self, job: Job, index: int) -> None:
-        """Adds a place, and the entry to that job's line if it waits."""
-        if self.queue is not None and job not in self.jobs():
-            self.queue.line_up(job, self)
-        self.places.append((job, index))
+    @property
+    def is_image(self) -> bool:
+        """Whether it is an image; else a text."""
+        return isinstance(self.source, bytes)
+
+    def add(self, request: PendingRequest, index: int) -> None:
+        """Adds a recipient, and puts the item into that request's line if it waits in a queue."""
+        if self.queue is not None and request not in self.requests():
+            self.queue.enqueue_for(request, self)
+        self.recipients.append((request, index))
         if self.content is not None:
-            job.close_preparation()
+            request.count_prepared()
 
-    def jobs(self) -> Collection[Job]:
-        """The jobs that hold it."""
-        if len(self.places) == 1:  # nearly always
-            return (self.places[0][0],)
-        return dict.fromkeys(job for job, _ in self.places)
+    def requests(self) -> Collection[PendingRequest]:
+        """The requests among the recipients, each once."""
+        if len(self.recipients) == 1:  # nearly always
+            return (self.recipients[0][0],)
+        return dict.fromkeys(request for request, _ in self.recipients)
 
-    def leave(self, job: Job) -> bool:
-        """Takes a job's places away. Whether any are left."""
-        self.places = [place for place in self.places if place[0] is not job]
-        return bool(self.places)
+    def remove(self, request: PendingRequest) -> bool:
+        """Removes a request from the recipients. Returns whether any are left."""
+        self.recipients = [each for each in self.recipients if each[0] is not request]
+        return bool(self.recipients)
 
     def prepare(self, content: NDArray[Any], truncated: bool) -> bool:
-        """Takes what the device takes. Whether anyone still waits for it."""
+        """Stores tokens or pixels. Returns whether any request still waits for the item."""
         self.content, self.truncated = content, truncated
-        self.places = [place for place in self.places if not place[0].done.done()]
-        for job, _ in self.places:
-            job.close_preparation()
-        return bool(self.places)
+        self.recipients = [each for each in self.recipients if not each[0].done.done()]
+        for request, _ in self.recipients:
+            request.count_prepared()
+        return bool(self.recipients)
 
     def succeed(self, embedding: NDArray[np.float32]) -> None:
-        """Ends it with its embedding, [D]."""
-        for job, index in self.places:
-            job.succeed(index, embedding, self.truncated)
+        """Ends it with its embedding, [D], for all recipients."""
+        for request, index in self.recipients:
+            request.succeed(index, embedding, self.truncated)
 
     def fail(self, message: str) -> None:
-        """Ends it without one."""
-        for job, index in self.places:
+        """Ends it with an error, for all recipients."""
+        for request, index in self.recipients:
             if self.content is None:
-                job.close_preparation()
-            job.fail(index, message)
+                request.count_prepared()
+            request.fail(index, message)
 
 
-class Turns:
-    """Whose turn it is: the smallest request's, so that it does not wait for large ones, and
-    every second time the oldest's, so that it does not wait for ever."""
+class FairScheduler:
+    """Alternates between the smallest request and the oldest.
+
+    The smallest need not wait behind large ones, and the oldest does not starve.
+    """
 
     def __init__(self) -> None:
         self._oldest = True
 
-    def next(self, jobs: Iterable[Job]) -> Job:
-        """One of `jobs`."""
+    def next(self, requests: Iterable[PendingRequest]) -> PendingRequest:
+        """Chooses one of `requests`, of which there is at least one."""
         self._oldest = not self._oldest
-        return min(jobs, key=by_age if self._oldest else by_size)
+        return min(requests, key=by_age if self._oldest else by_size)
 
 
-def by_age(job: Job) -> int:
-    """Sorts the oldest first."""
-    return job.number
+def by_age(request: PendingRequest) -> int:
+    """Sort key: the oldest first."""
+    return request.number
 
 
-def by_size(job: Job) -> tuple[int, int]:
-    """Sorts the smallest first."""
-    return job.size, job.number
+def by_size(request: PendingRequest) -> tuple[int, int]:
+    """Sort key: the smallest first, the older of two equal ones."""
+    return request.size, request.number
 
 
 class Queue:
-    """Entries of many jobs."""
+    """Pending items, in one line per request."""
 
     def __init__(self) -> None:
-        self._lines: dict[Job, deque[Entry]] = {}
+        self._lines: dict[PendingRequest, deque[PendingItem]] = {}
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def jobs(self) -> Collection[Job]:
-        """Those with a line."""
+    def requests(self) -> Collection[PendingRequest]:
+        """The requests that have a line."""
         return self._lines.keys()
 
-    def push(self, entry: Entry) -> None:
-        """Puts an entry at the end of the line of each job that holds it."""
-        entry.queue = self
+    def push(self, pending: PendingItem) -> None:
+        """Adds an item to the line of each request that waits for it."""
+        pending.queue = self
         self._length += 1
-        for job in entry.jobs():
-            self.line_up(job, entry)
+        for request in pending.requests():
+            self.enqueue_for(request, pending)
 
-    def line_up(self, job: Job, entry: Entry) -> None:
-        """Puts an entry that waits here in one more job's line."""
-        line = self._lines.get(job)
+    def enqueue_for(self, request: PendingRequest, pending: PendingItem) -> None:
+        """Puts an item of this queue into one more request's line."""
+        line = self._lines.get(request)
         if line is None:
-            line = self._lines[job] = deque()
-        line.append(entry)
+            line = self._lines[request] = deque()
+        line.append(pending)
 
-    def take(self, count: int, leader: Job) -> list[Entry]:
-        """Up to `count` entries: the leader's, then one of each other job in turn."""
-        taken = self.take_of(leader, count)
+    def take(self, count: int, leader: PendingRequest) -> list[PendingItem]:
+        """Removes up to `count` items: the leader's, then one of each other request in turn."""
+        taken = self.take_from(leader, count)
         while self._length and len(taken) < count:
-            job = next(iter(self._lines))
-            taken += self.take_of(job, 1)  # which puts it at the end
+            request = next(iter(self._lines))
+            taken += self.take_from(request, 1)  # which moves its line to the end
         return taken
 
-    def take_of(self, job: Job, count: int) -> list[Entry]:
-        """Up to `count` entries of one job."""
-        line = self._lines.pop(job, None) or deque()
-        taken: list[Entry] = []
+    def take_from(self, request: PendingRequest, count: int) -> list[PendingItem]:
+        """Removes up to `count` items of one request."""
+        line = self._lines.pop(request, None) or deque()
+        taken: list[PendingItem] = []
         while line and len(taken) < count:
-            entry = line.popleft()
-            if entry.queue is self:  # else taken with another job's line
-                entry.queue = None
-                taken.append(entry)
+            pending = line.popleft()
+            if pending.queue is self:  # else taken with another request's line
+                pending.queue = None
+                taken.append(pending)
         if line:
-            self._lines[job] = line
+            self._lines[request] = line
         self._shorten(len(taken))
         return taken
 
-    def discard(self, job: Job) -> list[Entry]:
-        """Drops a job. Gives the entries that no other job holds."""
+    def discard(self, request: PendingRequest) -> list[PendingItem]:
+        """Drops a request. Returns the items that no other request waits for."""
         dropped = []
-        for entry in self._lines.pop(job, ()):
-            if entry.queue is self and not entry.leave(job):
-                entry.queue = None
-                dropped.append(entry)
+        for pending in self._lines.pop(request, ()):
+            if pending.queue is self and not pending.remove(request):
+                pending.queue = None
+                dropped.append(pending)
         self._shorten(len(dropped))
         return dropped
 
@@ -221,56 +230,58 @@ class Queue:
 
 
 class TextQueue:
-    """Tokenized texts, taken in batches of like lengths.
+    """Tokenized texts, taken in batches of similar length.
 
-    A batch is as long as its longest text, so unlike ones would pay for each other's padding.
+    A batch is padded to its longest text, so short texts would pay for a long one among them.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[int, Queue] = {}  # by length, in steps
+        self._queues: dict[int, Queue] = {}  # by length in steps
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    def jobs(self) -> Collection[Job]:
-        """Those with a text here."""
-        return set().union(*(queue.jobs() for queue in self._queues.values()))
+    def requests(self) -> Collection[PendingRequest]:
+        """The requests that have a text here."""
+        return set().union(*(queue.requests() for queue in self._queues.values()))
 
-    def push(self, entry: Entry) -> None:
+    def push(self, pending: PendingItem) -> None:
         """Adds a text whose content is its tokens."""
-        assert entry.content is not None
-        step = -(-len(entry.content) // _STEP)
+        assert pending.content is not None
+        step = -(-len(pending.content) // _LENGTH_STEP)
         queue = self._queues.get(step)
         if queue is None:
             queue = self._queues[step] = Queue()
-        queue.push(entry)
+        queue.push(pending)
 
-    def take(self, count: int, leader: Job) -> list[Entry]:
-        """Up to `count` texts: as long as one of the leader's, then of the lengths next to it."""
-        longest = next(step for step, queue in self._queues.items() if leader in queue.jobs())
-        taken: list[Entry] = []
-        for step in sorted(self._queues, key=lambda step: abs(step - longest)):
-            if len(taken) < count and _are_alike(step * _STEP, longest * _STEP):
+    def take(self, count: int, leader: PendingRequest) -> list[PendingItem]:
+        """Removes up to `count` texts: as long as one of the leader's, then the next lengths."""
+        target = next(step for step, queue in self._queues.items() if leader in queue.requests())
+        taken: list[PendingItem] = []
+        for step in sorted(self._queues, key=lambda step: abs(step - target)):
+            if len(taken) < count and _fit_one_batch(step * _LENGTH_STEP, target * _LENGTH_STEP):
                 taken += self._queues[step].take(count - len(taken), leader)
-        return self._without_empty(taken)
+        self._remove_empty()
+        return taken
 
-    def take_of(self, job: Job, count: int) -> list[Entry]:
-        """Up to `count` texts of one job."""
-        taken: list[Entry] = []
+    def take_from(self, request: PendingRequest, count: int) -> list[PendingItem]:
+        """Removes up to `count` texts of one request."""
+        taken: list[PendingItem] = []
         for queue in self._queues.values():
-            taken += queue.take_of(job, count - len(taken))
-        return self._without_empty(taken)
+            taken += queue.take_from(request, count - len(taken))
+        self._remove_empty()
+        return taken
 
-    def discard(self, job: Job) -> list[Entry]:
-        """See Queue."""
-        dropped = [entry for queue in self._queues.values() for entry in queue.discard(job)]
-        return self._without_empty(dropped)
+    def discard(self, request: PendingRequest) -> list[PendingItem]:
+        """Drops a request. Returns the texts that no other request waits for."""
+        dropped = [each for queue in self._queues.values() for each in queue.discard(request)]
+        self._remove_empty()
+        return dropped
 
-    def _without_empty(self, result: list[Entry]) -> list[Entry]:
+    def _remove_empty(self) -> None:
         self._queues = {step: queue for step, queue in self._queues.items() if queue}
-        return result
 
 
-def _are_alike(a: int, b: int) -> bool:
-    """Whether two lengths belong in one batch: a batch more costs less than such padding."""
-    return max(a, b) <= 2 * min(a, b) + SHORT
+def _fit_one_batch(a: int, b: int) -> bool:
+    """Whether padding two lengths to the longer costs less than a batch for each."""
+    return max(a, b) <= 2 * min(a, b) + _CHEAP_PADDING

@@ -18,15 +18,13 @@ from clip_server.rpc.errors import FAILED, check_count, error_response
 
 log = logging.getLogger(__name__)
 
-# All that a client is told of a fault that is not its own.
-
 
 @dataclass(frozen=True)
 class Limits:
-    """The most a request may bring. The bytes of a whole message are the gateway's to bound.
+    """Limits on a request. The gateway limits the bytes of a whole message.
 
-    max_item_bytes: of one text or encoded picture.
-    max_request_items: of one message or HTTP body.
+    max_item_bytes: size of one text or encoded image.
+    max_request_items: items of one message or HTTP body.
     """
 
     max_item_bytes: int = 32 << 20
@@ -35,11 +33,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Candidates by how well they go with a query.
+    """Candidates sorted by their score against a query.
 
-    matches: best first, without those that failed.
-    errors: why these did, by the candidate's index.
-    encoded: the query and the candidates.
+    matches: sorted by descending score, without the candidates that failed.
+    errors: messages by index, for the candidates that failed.
+    encoded: the result for the query and the candidates.
     """
 
     matches: list[pb.Match]
@@ -55,8 +53,7 @@ class Service:
         self.limits = limits or Limits()
 
     async def handle(self, request: pb.Request) -> pb.Response:
-        """The response to `request`. Never raises for what a client can cause; what went
-        wrong is in the response."""
+        """Answers `request`. Errors are in the response: none that a client can cause is raised."""
         response = pb.Response(id=request.id)
         try:
             kind = request.WhichOneof("body")
@@ -101,7 +98,8 @@ class Service:
     ) -> Ranked:
         """Scores each candidate against the query.
 
-        Raises RequestError where the query fails, or as `Engine.encode`.
+        Raises:
+            RequestError: the query failed; or as `Engine.encode` does.
         """
         encoded = await self.engine.encode([query, *candidates], timeout=timeout)
         if 0 in encoded.errors:
@@ -156,7 +154,7 @@ class Service:
         )
 
     def to_item(self, item: pb.Item) -> Item:
-        """The engine's item for the wire's; an ItemError where it is unfit."""
+        """Converts an item of a message to one of the engine; an ItemError if it is invalid."""
         kind = item.WhichOneof("content")
         if kind is None:
             return ItemError("an empty item: it holds one of text, image or uri")
@@ -167,22 +165,23 @@ class Service:
         return self.check(content)
 
     def check(self, content: str | bytes) -> Item:
-        """`content`, or an ItemError where it is empty or too large."""
+        """Returns `content`, or an ItemError if it is empty or too large."""
         if not content or (isinstance(content, str) and not content.strip()):
             what = "text" if isinstance(content, str) else "image"
             return ItemError(f"an empty {what} has no embedding")
         if len(content) > self.limits.max_item_bytes:
             return ItemError(
                 f"the item has {len(content) / 2**20:.1f} MiB; the server takes at most "
-                f"{self.limits.max_item_bytes / 2**20:.0f} MiB: scale the picture down first"
+                f"{self.limits.max_item_bytes / 2**20:.0f} MiB: scale the image down first"
             )
         return content
 
 
 def read_uri(uri: str) -> str | bytes:
-    """The content of a `data:` URI (RFC 2397): a text where it says text/*, else an image.
+    """Reads a `data:` URI (RFC 2397): a text if its media type is text/*, else an image.
 
-    Raises ItemError for anything else: the server opens no file and fetches no address.
+    Raises:
+        ItemError: any other URI; the server opens no files and fetches no addresses.
     """
     if not has_scheme(uri):
         scheme = uri.partition(":")[0] if ":" in uri[:20] else "a path"

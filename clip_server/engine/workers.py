@@ -1,4 +1,4 @@
-"""Threads that do an event loop's slow work."""
+"""Threads for the work that would block an event loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ _Task: TypeAlias = tuple[asyncio.AbstractEventLoop, Callable[[], Any], Callable[
 
 
 class Workers:
-    """A few threads, and one queue of work for them.
+    """A fixed number of threads with one task queue.
 
-    `concurrent.futures` has the same with two futures for each piece of work, which cost the
-    engine a fifth of all it does for a text.
+    `concurrent.futures` does the same with two futures per task, which took a fifth of the
+    engine's time for a text.
     """
 
     def __init__(self, count: int, name: str) -> None:
+        self.count = count
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
@@ -29,12 +30,12 @@ class Workers:
             thread.start()
 
     def submit(self, work: Callable[[], Any], finish: Callable[[Any], None]) -> None:
-        """Does `work`, which must not raise, in a thread, then calls `finish` with its result in
+        """Runs `work`, which must not raise, in a thread, then calls `finish` with its result in
         the running event loop."""
         self._tasks.put((asyncio.get_running_loop(), work, finish))
 
     def close(self) -> None:
-        """Ends the threads, after what they have begun."""
+        """Drops the tasks that no thread has started, and waits for the others."""
         with contextlib.suppress(Empty):
             while True:
                 self._tasks.get_nowait()
