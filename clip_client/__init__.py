@@ -3,7 +3,7 @@
 from clip_client import Client
 
 client = Client("grpc://127.0.0.1:51000")
-vectors = client.encode(["a photo of a cat", "cat.jpg"])
+embeddings = client.encode(["a photo of a cat", "cat.jpg"])
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Where the server is: `scheme://host:port`."""
+"""Parses the server's address, `scheme://host:port`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from urllib.parse import urlsplit
 from clip_client.errors import ConnectionFailedError, InvalidInputError
 from clip_client.proxies import through
 
-# The port where none is written.
+# The default port of each scheme.
 SCHEMES = {"grpc": 51000, "grpcs": 443, "http": 80, "https": 443, "ws": 80, "wss": 443}
-# As clip-as-service names them.
+# clip-as-service's names.
 _ALIASES = {"websocket": "ws", "websockets": "wss"}
 
 
 @dataclass(frozen=True)
 class Address:
-    """One server, and the protocol it is spoken to in."""
+    """A server and its protocol."""
 
     scheme: str
     host: str
@@ -60,7 +60,7 @@ class Address:
         return f"{self.scheme}://{self.target}{self.path}"
 
     def unreachable(self, reason: object, proxy: str | None = None) -> ConnectionFailedError:
-        """The error for a server that could not be reached, with what to look at."""
+        """The error for a server that could not be reached, with advice."""
         detail = str(reason).strip() or type(reason).__name__
         if isinstance(reason, ConnectionError) and reason.errno:
             detail = os.strerror(reason.errno)

@@ -28,7 +28,7 @@ class _LoopThread:
         self.loop.set_exception_handler(_on_exception)
         thread = threading.Thread(target=_run, args=(self.loop,), name="clip-client", daemon=True)
         thread.start()
-        # At the interpreter's end. Finalizers run last in, first out: connections close before.
+        # At the interpreter's exit. Finalizers run last in, first out: connections close before.
         weakref.finalize(self, _stop, self.pid, self.loop, thread)
 
 
@@ -42,7 +42,7 @@ def submit(work: Coroutine[Any, Any, T]) -> Future[T]:
 
 
 async def _watched(work: Coroutine[Any, Any, T]) -> T:
-    # asyncio would log the error of what its caller has given up.
+    # asyncio would log the error of a task whose caller has given up.
     task = asyncio.current_task()
     assert task is not None
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -51,7 +51,7 @@ async def _watched(work: Coroutine[Any, Any, T]) -> T:
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
-    # Connections that are closing get a moment, requests that still run are given up.
+    # Closing connections get a moment; requests still in flight are cancelled.
     loop.run_until_complete(_settle(1.0))
     loop.close()
 
@@ -72,7 +72,7 @@ def _stop(pid: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -
 
 
 def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # Where a process has several loops, grpcio 1.67 wakes them all for what is there for one.
+    # If a process has several loops, grpcio 1.67 wakes all of them for an event of one.
     if not isinstance(context.get("exception"), BlockingIOError):
         loop.default_exception_handler(context)
 

@@ -1,4 +1,4 @@
-"""The calls of the Client, each written once as a flow (see flow.py)."""
+"""The calls of the Client, each written once as a generator (see sansio.py)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import inputs
-from clip_client.collector import Callback, Gathered, progress
+from clip_client.collector import Callback, ResultCollector, progress
 from clip_client.connection import Connection
 from clip_client.errors import InvalidInputError, ItemFailure, ItemsError, TruncationWarning
-from clip_client.pipeline import Encoding, Things, iterate
+from clip_client.pipeline import Encoding, Inputs, iterate
 from clip_client.profiling import latencies, show
 from clip_client.proto import clip_pb2
 from clip_client.ranking import order_matches
 from clip_client.results import Info, Label, Latency, Ranking
+from clip_client.sansio import CallGenerator
 from clip_client.scores import cosines, probabilities
-from clip_client.steps import Flow
 
 T = TypeVar("T")
 
 TIMEOUT = 300.0
 PREFETCH = 8
-# What users of clip-as-service may still pass: another name of a parameter, and one that asks
-# for what is always so, that an image's content does not come back.
+# Parameters of clip-as-service that are still accepted: aliases, and those that change nothing.
 _PARAMETER_ALIASES = {"batch_size": "minibatch_size"}
 _IGNORED_PARAMETERS = {"drop_image_content"}
 
@@ -62,30 +61,30 @@ def encode(
     on_error: Callback | None = None,
     on_always: Callback | None = None,
     timeout: float | None = TIMEOUT,
-) -> Flow[Any]:
+) -> CallGenerator[Any]:
     """`Client.encode`."""
     _check_item_error(on_item_error)
-    things = iterate(items)
+    raw_items = iterate(items)
     with progress(show_progress, items) as advance:
-        gathered = Gathered(on_done, on_error, on_always, advance)
+        collector = ResultCollector(on_done, on_error, on_always, advance)
         options = _options(parameters or {}, normalize)
-        encoding = _encoding(server, gathered, batch_size, prefetch, options, timeout)
+        encoding = _encoding(server, collector, batch_size, prefetch, options, timeout)
         try:
-            yield from encoding.run(things)
-            dim = gathered.dim
-            if gathered.keeps and not dim:
+            yield from encoding.run(raw_items)
+            dim = collector.dim
+            if collector.keeps and not dim:
                 dim = (yield from info(server, timeout)).dim
         except Exception as error:
-            if gathered.keeps:
+            if collector.keeps:
                 # Of an exception of the user's own too, such as a generator's.
-                error.__dict__["embeddings"] = gathered.computed(items)
+                error.__dict__["embeddings"] = collector.computed(items)
             raise
-    embeddings = gathered.embeddings(dim) if gathered.keeps else None
+    embeddings = collector.embeddings(dim) if collector.keeps else None
     result: Any = embeddings
-    if gathered.keeps and gathered.documents is not None:
-        result = gathered.documents if things is items else items
-    _warn(gathered.truncated)
-    return _finish(result, gathered.failures, gathered.total, on_item_error, embeddings)
+    if collector.keeps and collector.documents is not None:
+        result = collector.documents if raw_items is items else items
+    _warn(collector.truncated)
+    return _finish(result, collector.failures, collector.total, on_item_error, embeddings)
 
 
 def rank(
@@ -95,7 +94,7 @@ def rank(
     *,
     on_item_error: str,
     timeout: float | None,
-) -> Flow[Any]:
+) -> CallGenerator[Any]:
     """`Client.rank`."""
     _check_item_error(on_item_error)
     documents = _listed(query) if candidates is None else []
@@ -121,21 +120,21 @@ def classify(
     prompt: str,
     on_item_error: str,
     timeout: float | None,
-) -> Flow[Any]:
+) -> CallGenerator[Any]:
     """`Client.classify`."""
     _check_item_error(on_item_error)
     if isinstance(labels, str) or not labels:
         raise InvalidInputError("labels is a list of at least one str")
     if "{}" not in prompt:
         raise InvalidInputError(f"the prompt {prompt!r} has no {{}} for the label to go")
-    pictures = _as_pictures(iterate(images, "classify"))
+    images = _as_images(iterate(images, "classify"))
     prompts = [{"text": prompt.replace("{}", label)} for label in labels]
-    targets, gathered, scale = yield from _embedded(server, iter(prompts), timeout)
-    for failure in gathered.failures:
+    targets, collector, scale = yield from _embedded(server, iter(prompts), timeout)
+    for failure in collector.failures:
         raise InvalidInputError(f"label {labels[failure.index]!r}: {failure.message}")
-    truncated = gathered.truncated
-    queries, gathered, _ = yield from _embedded(server, pictures, timeout)
-    failed = {failure.index for failure in gathered.failures}
+    truncated = collector.truncated
+    queries, collector, _ = yield from _embedded(server, images, timeout)
+    failed = {failure.index for failure in collector.failures}
     cosine = cosines(queries, targets)
     scores = probabilities(cosine, scale)
     results = [
@@ -148,10 +147,12 @@ def classify(
         for row in range(len(queries))
     ]
     _warn(truncated)
-    return _finish(results, gathered.failures, len(results), on_item_error)
+    return _finish(results, collector.failures, len(results), on_item_error)
 
 
-def profile(server: Connection, text: str, timeout: float | None) -> Flow[dict[str, Latency]]:
+def profile(
+    server: Connection, text: str, timeout: float | None
+) -> CallGenerator[dict[str, Latency]]:
     """`Client.profile`."""
     items = [clip_pb2.Item(text=text)]
     for _ in range(2):
@@ -164,7 +165,7 @@ def profile(server: Connection, text: str, timeout: float | None) -> Flow[dict[s
     return lines
 
 
-def info(server: Connection, timeout: float | None) -> Flow[Info]:
+def info(server: Connection, timeout: float | None) -> CallGenerator[Info]:
     """`Client.info`."""
     response: clip_pb2.Response = yield server.send(_info_request(), timeout)
     return Info.of(response.info)
@@ -172,7 +173,7 @@ def info(server: Connection, timeout: float | None) -> Flow[Info]:
 
 def _encoding(
     server: Connection,
-    gathered: Gathered,
+    collector: ResultCollector,
     batch_size: SupportsIndex | None = None,
     prefetch: SupportsIndex = PREFETCH,
     options: clip_pb2.Options | None = None,
@@ -184,7 +185,7 @@ def _encoding(
     return Encoding(
         send,
         server.read,
-        gathered,
+        collector,
         batch_size=None if batch_size is None else _positive("batch_size", batch_size),
         prefetch=_positive("prefetch", prefetch),
         options=options or clip_pb2.Options(),
@@ -227,26 +228,26 @@ def _options(parameters: Mapping[str, Any], normalize: bool | None) -> clip_pb2.
 
 
 def _embedded(
-    server: Connection, things: Things, timeout: float | None
-) -> Flow[tuple[NDArray[np.float32], Gathered, float]]:
-    """The embeddings [N, D] of items, what else was gathered, and the model's logit scale."""
-    gathered = Gathered(into_documents=False)
+    server: Connection, raw_items: Inputs, timeout: float | None
+) -> CallGenerator[tuple[NDArray[np.float32], ResultCollector, float]]:
+    """The embeddings [N, D] of items, what else was collected, and the model's logit scale."""
+    collector = ResultCollector(into_documents=False)
     asked = server.send(_info_request(), timeout)
-    yield from _encoding(server, gathered, timeout=timeout).run(things)
+    yield from _encoding(server, collector, timeout=timeout).run(raw_items)
     model = (yield asked).info
-    return gathered.embeddings(model.dim), gathered, model.logit_scale
+    return collector.embeddings(model.dim), collector, model.logit_scale
 
 
 def _ranked(
     server: Connection, groups: Sequence[tuple[Any, Sequence[Any]]], timeout: float | None
-) -> Flow[tuple[list[list[Ranking]], list[ItemFailure], int]]:
+) -> CallGenerator[tuple[list[list[Ranking]], list[ItemFailure], int]]:
     """The rankings of each query and its candidates, the candidates that failed, and texts cut.
 
     The place of a failure counts the candidates of all groups.
     """
-    things = [thing for query, candidates in groups for thing in (query, *candidates)]
-    rows, gathered, scale = yield from _embedded(server, iter(things), timeout)
-    failed = {failure.index: failure for failure in gathered.failures}
+    raw_items = [raw_item for query, candidates in groups for raw_item in (query, *candidates)]
+    rows, collector, scale = yield from _embedded(server, iter(raw_items), timeout)
+    failed = {failure.index: failure for failure in collector.failures}
     rankings, failures, start = [], [], 0
     for number, (_, candidates) in enumerate(groups):
         if start in failed:
@@ -261,7 +262,7 @@ def _ranked(
         rankings.append(
             [
                 Ranking(
-                    good[best] - places.start, things[good[best]], score, float(cosine[0, best])
+                    good[best] - places.start, raw_items[good[best]], score, float(cosine[0, best])
                 )
                 for best, score in _best_first(scores[0])
             ]
@@ -270,17 +271,17 @@ def _ranked(
             replace(failed[place], index=place - number - 1) for place in places if place in failed
         ]
         start = places.stop
-    return rankings, failures, gathered.truncated
+    return rankings, failures, collector.truncated
 
 
-def _as_pictures(things: Things) -> Things:
-    if isinstance(things, Iterator):
-        return map(inputs.as_picture, things)
-    return (inputs.as_picture(thing) async for thing in things)
+def _as_images(raw_items: Inputs) -> Inputs:
+    if isinstance(raw_items, Iterator):
+        return map(inputs.as_image, raw_items)
+    return (inputs.as_image(raw_item) async for raw_item in raw_items)
 
 
-def _listed(things: Any) -> list[Any]:
-    items = iterate(things, "rank")
+def _listed(raw_items: Any) -> list[Any]:
+    items = iterate(raw_items, "rank")
     if isinstance(items, Iterator):
         return list(items)
     raise TypeError("rank compares items with each other: pass a list, not an async generator")

@@ -17,7 +17,7 @@ from clip_client.collector import Callback
 from clip_client.connection import Connection, check_seconds
 from clip_client.errors import InvalidInputError, ItemFailure
 from clip_client.results import Info, Label, Latency, Ranking
-from clip_client.steps import arun, run
+from clip_client.sansio import drive_async, drive_sync
 from clip_client.tls import Trust
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Client:
         call, where texts were longer than the model reads.
         """
         _refuse_async(items, "encode")
-        return run(
+        return drive_sync(
             calls.encode(
                 self._connection,
                 items,
@@ -290,7 +290,7 @@ class Client:
         on_always: Callback | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
-        return await arun(
+        return await drive_async(
             calls.encode(
                 self._connection,
                 items,
@@ -366,7 +366,7 @@ class Client:
             `(rankings, failures)`. A query that failed raises InvalidInputError in any case.
         timeout: seconds that one request may take; None: no limit.
         """
-        return run(
+        return drive_sync(
             calls.rank(
                 self._connection, query, candidates, on_item_error=on_item_error, timeout=timeout
             )
@@ -420,7 +420,7 @@ class Client:
         on_item_error: OnItemError = "raise",
         timeout: float | None = TIMEOUT,
     ) -> Any:
-        return await arun(
+        return await drive_async(
             calls.rank(
                 self._connection, query, candidates, on_item_error=on_item_error, timeout=timeout
             )
@@ -466,7 +466,7 @@ class Client:
         timeout: seconds that one request may take; None: no limit.
         """
         _refuse_async(images, "classify")
-        return run(
+        return drive_sync(
             calls.classify(
                 self._connection,
                 images,
@@ -508,7 +508,7 @@ class Client:
         on_item_error: OnItemError = "raise",
         timeout: float | None = TIMEOUT,
     ) -> Any:
-        return await arun(
+        return await drive_async(
             calls.classify(
                 self._connection,
                 images,
@@ -528,19 +528,19 @@ class Client:
         first request of a Client also opens the connection, so one goes ahead that is not
         counted.
         """
-        return run(calls.profile(self._connection, text, timeout))
+        return drive_sync(calls.profile(self._connection, text, timeout))
 
     async def aprofile(
         self, text: str = "a text", *, timeout: float | None = TIMEOUT
     ) -> dict[str, Latency]:
-        return await arun(calls.profile(self._connection, text, timeout))
+        return await drive_async(calls.profile(self._connection, text, timeout))
 
     def info(self, timeout: float | None = TIMEOUT) -> Info:
         """The server's model, runtime, device, `dim`, `logit_scale`, version and limits."""
-        return run(calls.info(self._connection, timeout))
+        return drive_sync(calls.info(self._connection, timeout))
 
     async def ainfo(self, timeout: float | None = TIMEOUT) -> Info:
-        return await arun(calls.info(self._connection, timeout))
+        return await drive_async(calls.info(self._connection, timeout))
 
     def close(self) -> None:
         """Closes the connection. Requests still in flight in other threads fail."""

@@ -1,4 +1,4 @@
-"""What becomes of the batches of one call: Documents, callbacks, the progress bar, the result."""
+"""Collects batch results: Documents, callbacks, the progress bar, the output array."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Callback = Callable[[Batch], Any]
 Advance = Callable[[int], None]
 
 
-# Room is made for so much at a time, or for an eighth of what there is: some systems copy it.
+# The buffer grows by this, or by an eighth of its size: some systems copy it to grow it.
 _ROOM_BYTES = 16 * 2**20
 
 
-class Rows:
-    """Embeddings, one batch after the other, in one array that grows where it lies.
+class EmbeddingBuffer:
+    """Appends batches of embeddings to one array that grows in place.
 
-    Batches put together in the end would take the memory twice, and new memory is most of what
-    it costs to receive an embedding: the system has to clear it.
+    Concatenating the batches at the end would need the memory twice, and new memory is most of
+    the cost of receiving an embedding, since the system has to clear it.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Rows:
         return self._array.shape[1]
 
     def add(self, rows: NDArray[np.float32]) -> None:
-        """Takes [n, D], or [n, 0] where D is not known, which become NaN."""
+        """Appends [n, D]; rows of [n, 0], where D is not known, become NaN."""
         total = self._count + len(rows)
         if dim := self.dim or rows.shape[1]:
             self._make_room(total, dim)
@@ -48,7 +48,7 @@ class Rows:
         self._count = total
 
     def take(self, dim: int, count: int = 0) -> NDArray[np.float32]:
-        """All of them, [N, D], which are let go; NaN in rows to make them at least `count`."""
+        """Empties the buffer and returns its rows, [N, D], with NaN rows up to at least `count`."""
         self.add(np.empty((max(count - self._count, 0), 0), np.float32))
         self._make_room(self._count, dim)
         array, self._array = self._array, np.empty((0, 0), np.float32)
@@ -60,14 +60,14 @@ class Rows:
             self._array = np.full((self._count, dim), np.nan, np.float32)
         room = len(self._array)
         if room < total:
-            # At most as many as there are already, so that a few take no more than they need.
+            # At most doubled, so that a small result does not reserve much more than it needs.
             more = max(min(room, _ROOM_BYTES // (4 * dim)), room // 8)
-            # No one else has seen it. Linux moves a large one by its pages, without a copy.
+            # No other reference exists. Linux remaps the pages of a large one without a copy.
             self._array.resize(max(total, room + more), dim, refcheck=False)
 
 
-class Gathered:
-    """Takes the batches in order, and holds the embeddings unless `on_done` took them."""
+class ResultCollector:
+    """Takes the batches in order, and keeps their embeddings unless `on_done` takes them."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Gathered:
     ) -> None:
         self.failures: list[ItemFailure] = []
         self.total = 0
-        # Texts that were cut at the model's context length.
+        # Texts that were truncated to the model's context length.
         self.truncated = 0
         self.keeps = on_done is None
         self._on_done = on_done
@@ -87,23 +87,23 @@ class Gathered:
         self._on_always = on_always
         self._advance = advance
         self._into_documents = into_documents
-        self._rows = Rows()
+        self._rows = EmbeddingBuffer()
         self._documents: dict[int, Any] = {}
 
-    def begin(self, index: int, thing: Any) -> None:
-        """Notes an item before it is read."""
-        if self._into_documents and inputs.is_document(thing):
-            self._documents[index] = thing
+    def begin(self, index: int, raw_item: Any) -> None:
+        """Registers an item before it is read."""
+        if self._into_documents and inputs.is_document(raw_item):
+            self._documents[index] = raw_item
 
     def add(self, batch: Batch, truncated: int = 0) -> None:
-        """Takes the next batch, and calls back."""
+        """Adds the next batch, and calls back."""
         self.truncated += truncated
         self.keep(batch)
         self._call_back(batch)
         self._advance(len(batch.indices))
 
     def keep(self, batch: Batch) -> None:
-        """Takes the next batch."""
+        """Adds the next batch."""
         self.total += len(batch.indices)
         self.failures.extend(batch.errors)
         if self.keeps:
@@ -117,7 +117,7 @@ class Gathered:
 
     @property
     def documents(self) -> Sequence[Any] | None:
-        """The items, where every one was a Document."""
+        """The items, if every one was a Document; else None."""
         return list(self._documents.values()) if 0 < self.total == len(self._documents) else None
 
     def embeddings(self, dim: int) -> NDArray[np.float32]:
@@ -132,7 +132,7 @@ class Gathered:
         if self._on_done and (done := _embedded(batch)) is not None:
             self._on_done(done)
         called = [self._on_error if batch.exception or batch.errors else None, self._on_always]
-        if any(called):  # they may write to what they get, and not to a message
+        if any(called):  # callbacks may write to the array, and a message is read-only
             batch = replace(batch, embeddings=batch.embeddings.copy())
         for callback in filter(None, called):
             callback(batch)
@@ -149,7 +149,7 @@ class Gathered:
 
 
 def _note_failure(document: Any, message: str | None) -> None:
-    """Writes into a Document why it has no embedding, where it has room: `.error` or `.tags`."""
+    """Stores why a Document has no embedding in its `.error` or `.tags`, if it has one."""
     if hasattr(document, "error"):
         document.error = message
     elif isinstance(tags := getattr(document, "tags", None), MutableMapping):
@@ -160,7 +160,7 @@ def _note_failure(document: Any, message: str | None) -> None:
 
 
 def _embedded(batch: Batch) -> Batch | None:
-    """The items of a batch that have an embedding, in a copy; None where there are none."""
+    """A copy of the batch with only the items that have an embedding; None if there are none."""
     failed = {failure.index for failure in batch.errors}
     rows = [row for row, index in enumerate(batch.indices) if index not in failed]
     if batch.exception is not None or not rows:
@@ -171,7 +171,7 @@ def _embedded(batch: Batch) -> Batch | None:
 
 @contextmanager
 def progress(shown: bool, items: Any) -> Iterator[Advance]:
-    """A bar on stderr that counts items, where it is asked for."""
+    """Shows a progress bar on stderr that counts items, if `shown`."""
     if not shown:
         yield lambda _: None
         return
@@ -188,7 +188,7 @@ def progress(shown: bool, items: Any) -> Iterator[Advance]:
         parts.TimeRemainingColumn(),
         parts.TextColumn("left"),
     )
-    # A console of its own: one console draws one bar, and threads may each have theirs.
+    # A console draws one bar at a time, and each thread may have a bar.
     with parts.Progress(*columns, console=Console(stderr=True)) as bar:
         total = len(items) if hasattr(items, "__len__") else None
         task = bar.add_task("", total=total, rate="")

@@ -1,4 +1,4 @@
-"""A Client's way to its server: opened at the first request, kept, and reopened when it broke."""
+"""Keeps a Client's connection to its server open: retries with backoff, and reconnects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clip_client.errors import (
 from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust, explain
-from clip_client.transports import opener
+from clip_client.transports import get_transport_factory
 from clip_client.transports.base import Transport
 
 Failure = ConnectionFailedError | ServerError
@@ -32,16 +32,16 @@ log = logging.getLogger("clip_client")
 
 _READERS = 8
 _MAX_TIMEOUT_MS = 2**32 - 1
-# How often one request is sent while the connection breaks each time: it may be the cause.
+# Attempts per request while the connection drops each time: the request may be the cause.
 _MAX_SENDS, _MAX_FIRST_SENDS = 6, 2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 
 
 class Connection:
-    """Sends requests on the shared event loop and reads images in a few threads.
+    """Sends requests on the shared event loop, and reads images in a few threads.
 
-    A server that cannot be reached is tried again: for `connect_timeout` seconds as long as it
-    has never answered, and then for as long as a request may take.
+    If the server cannot be reached, it retries: for `connect_timeout` seconds while the server
+    has never answered, and afterwards until the request times out.
 
     Thread-safe. A forked child opens its own.
     """
@@ -54,7 +54,7 @@ class Connection:
         self._trust = trust
         self._connect_timeout = connect_timeout
         # Imports its libraries here, in the caller's thread, and not on the event loop.
-        self._open_transport = opener(address.scheme)
+        self._open_transport = get_transport_factory(address.scheme)
         self._pid = 0
         self._closed = False
         self._has_answered = False
@@ -64,20 +64,20 @@ class Connection:
         self._readers = _reader_pool()
 
     def send(self, request: clip_pb2.Request, timeout: float | None) -> Future[clip_pb2.Response]:
-        """The answer, within `timeout` seconds. The future raises the answer's error."""
+        """Returns a future of the answer, which raises its error or the timeout (in seconds)."""
         if self._closed:
             raise ClientClosedError
         check_seconds("timeout", timeout)
         return background.submit(self._exchange(request, timeout))
 
     def read(self, read: inputs.Read) -> Future[clip_pb2.Item]:
-        """The item that `read` gives, read in one of the threads for it."""
+        """Runs `read` in a reader thread."""
         if self._closed:
             raise ClientClosedError
         return self._readers.submit(read)
 
     def close(self) -> Future[None] | None:
-        """Closes what is open; requests in flight fail. The future tells when it is done."""
+        """Closes the connection; requests in flight fail. The future is done when it is closed."""
         self._closed = True
         self._readers.shutdown(wait=False, cancel_futures=True)
         closing: Future[None] | None = self._closer() if self._closer else None
@@ -102,9 +102,9 @@ class Connection:
     async def _persist(
         self, request: clip_pb2.Request, timeout: float | None, failures: list[Failure]
     ) -> clip_pb2.Response:
-        """The answer, tried again while the server is full or cannot be reached.
+        """Sends a request until it is answered, with backoff while the server is full or away.
 
-        failures: gets why each try failed.
+        failures: collects the error of each attempt.
         """
         started, sends, pause = time.monotonic(), 0, _FIRST_PAUSE
         while True:
@@ -116,7 +116,7 @@ class Connection:
                 broke = isinstance(error, ConnectionFailedError) and error.broke
                 sends += broke
                 if broke and sends == 1:
-                    continue  # at once: the server may just have closed an idle connection
+                    continue  # immediately: the server may just have closed an idle connection
                 failure = await self._explained(error)
                 failures.append(failure)
                 patience = timeout if self._has_answered else self._first_patience(timeout)
@@ -134,18 +134,18 @@ class Connection:
             self._has_answered, self._is_away = True, False
             if not response.HasField("error") or not response.error.retry_after:
                 return response
-            # Spread out, or all that were refused at once would be back at once.
+            # With jitter, or all refused requests would return at the same moment.
             await asyncio.sleep(response.error.retry_after / 1000 * random.uniform(0.5, 1.5))
 
     async def _attempt(self, request: clip_pb2.Request) -> clip_pb2.Response:
-        # No request changes anything on the server, so sending one twice does no harm.
+        # No request changes anything on the server, so it is safe to send one twice.
         response = await self._open().send(request)
         if response.error.code == clip_pb2.Error.UNAVAILABLE and not response.error.retry_after:
             raise _error_in(response)
         return response
 
     async def _explained(self, error: Failure) -> Failure:
-        """The error, or a better one where it is TLS that keeps client and server apart."""
+        """Replaces an error by a clearer one if TLS is the reason that no connection was made."""
         if isinstance(error, ServerError) or not error.away or self._closed:
             return error
         if environment_proxy(str(self.address)):
@@ -165,7 +165,7 @@ class Connection:
             log.warning("%s Trying again %s.", error, duration)
 
     def _open(self) -> Transport:
-        # Only ever on the event loop, so no two of them open one.
+        # Runs on the event loop only, so two calls cannot both open a transport.
         if self._closed:
             raise ClientClosedError
         if self._transport is None or self._pid != os.getpid():
@@ -176,14 +176,14 @@ class Connection:
 
 
 def check_seconds(name: str, seconds: float | None) -> None:
-    """Raises InvalidInputError where that is not a time, or no limit (None)."""
+    """Raises InvalidInputError unless `seconds` is positive, or None for no limit."""
     if seconds is None or (isinstance(seconds, Real) and seconds > 0):
         return
     raise InvalidInputError(f"{name} is a number of seconds above 0, or None, not {seconds!r}")
 
 
 def _is_passing(error: Failure) -> bool:
-    """Whether trying again may help."""
+    """Whether a retry may help."""
     return error.code == "UNAVAILABLE" if isinstance(error, ServerError) else error.away
 
 

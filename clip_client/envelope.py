@@ -1,8 +1,8 @@
-"""`Requests` and `Responses`, written from their parts.
+"""Serializes `Requests` and `Responses` from their parts.
 
-Each is one repeated field, and protobuf's encoding lets the elements of such a field follow each
-other. To add a message to an envelope message would copy it, and to ask for its size would
-serialize it once more: for embeddings of 100 kB and more that is most of what a server does.
+Each is one repeated field, whose elements protobuf encodes one after the other. Adding a message
+to an envelope message would copy it, and asking for its size would serialize it once more: for
+embeddings of 100 kB and more that is most of a server's work.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 from google.protobuf.message import Message
 
-# A message is closed once it has so many bytes: larger ones were slower.
+# An envelope is full at this size: larger ones were slower.
 MESSAGE_BYTES = 3_000_000
-# Field 1, of as many bytes as the number behind it says.
+# Field 1, length-delimited.
 _TAG = b"\x0a"
 
 
-def enveloped(messages: Iterator[Message]) -> bytes:
-    """The envelope of as many messages as it takes, of which the first is always one."""
+def serialize_messages(messages: Iterator[Message]) -> bytes:
+    """Serializes messages into one envelope until it is full, and at least one of them."""
     parts: list[bytes] = []
     size = 0
     while size < MESSAGE_BYTES and (message := next(messages, None)) is not None:
@@ -29,7 +29,7 @@ def enveloped(messages: Iterator[Message]) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """In base 128, the lowest digit first, with a bit that says whether another follows."""
+    """Encodes a number as protobuf does: base 128, lowest digit first, with a continuation bit."""
     digits = bytearray()
     while number >= 128:
         digits.append(number % 128 + 128)

@@ -1,4 +1,4 @@
-"""What the client raises.
+"""The client's exceptions and warnings.
 
 ClipError
 ├── InvalidInputError (ValueError)   what was passed cannot be sent at all
@@ -57,7 +57,7 @@ class ItemFailure:
 class ItemsError(ClipError):
     """Some items failed. `.errors` holds them all, in order of their place.
 
-    `.embeddings` holds what the others gave, [N, D] float32 with NaN rows for those that
+    `.embeddings` holds those of the others, [N, D] float32 with NaN rows for those that
     failed, where the call gives embeddings and `on_done` did not take them.
     """
 
@@ -133,8 +133,8 @@ class TruncationWarning(ClipWarning):
 
     def __init__(self, count: int) -> None:
         super().__init__(
-            f"{count:,} {'text was' if count == 1 else 'texts were'} cut: longer than the model's "
-            "context length (`client.info().context_length` tokens)"
+            f"{count:,} {'text was' if count == 1 else 'texts were'} truncated: longer than the "
+            "model's context length (`client.info().context_length` tokens)"
         )
         self.count = count
 

@@ -1,4 +1,4 @@
-"""What a person passes -> Item.
+"""Converts what a caller passes to items.
 
 A str is an image where it is a path, URL or `data:` URI, else a text:
 
@@ -40,11 +40,11 @@ from clip_client.proto.clip_pb2 import Item
 if TYPE_CHECKING:
     import aiohttp
 
-# A file or download above this is no image that anyone wants encoded.
+# The limit of a file or download.
 MAX_BYTES = 64 * 2**20
 FETCH_SECONDS = 30.0
 
-# Of images, also of formats the server does not read: their items' errors say so.
+# Image extensions, also of formats that the server does not read: it says so for the item.
 _SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo"),
     *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
@@ -67,7 +67,7 @@ _IMAGES = "a path, a URL, the bytes of an image, a PIL image, a uint8 ndarray"
 _ALLOWED = (
     f"pass a text, {_IMAGES}, {{'text': ...}}, {{'image': ...}}, {{'uri': ...}} or a Document"
 )
-# In this order: what is there already goes before what must be fetched.
+# In this order: content that is present goes before content to be fetched.
 _DOCUMENT_FIELDS = {
     "blob": "blob",
     "bytes_": "image",
@@ -77,51 +77,51 @@ _DOCUMENT_FIELDS = {
     "url": "uri",
 }
 _KEYS = {"text": "text", "image": "image", "blob": "blob", "tensor": "image", "uri": "uri"}
-# What a dict may hold beside its content, as over HTTP.
+# Keys that a dict may have in addition to its content, as over HTTP.
 _OTHER_KEYS = {"id", "tags"}
 
 Read = Callable[[], Item]
 
 
-def prepare(thing: Any) -> Item | Read:
-    """The item for what a person passed, or, where that takes time, what reads it.
+def to_item(raw_item: Any) -> Item | Read:
+    """Converts what a caller passed to an item, or, if that takes time, returns its reader.
 
-    What `thing` holds is taken or copied before this returns: a generator may close its image
-    or fill its array anew. Both raise InvalidInputError, which says what to pass.
+    The content of `raw_item` is copied before this returns: a generator may close its image or
+    reuse its array. Both raise InvalidInputError, which says what to pass.
     """
-    if isinstance(thing, str):
-        return _string(thing)
-    if isinstance(thing, Mapping):
-        return _mapping(thing)
-    if is_document(thing):
-        return _document(thing)
-    return _picture(thing)
+    if isinstance(raw_item, str):
+        return _string(raw_item)
+    if isinstance(raw_item, Mapping):
+        return _mapping(raw_item)
+    if is_document(raw_item):
+        return _document(raw_item)
+    return _image(raw_item)
 
 
-def as_picture(thing: Any) -> Any:
-    """The same thing as an image alone: no str is a text, no error's advice is to pass one."""
-    if isinstance(thing, (bytes, Mapping)) or is_document(thing):
-        return thing
-    return {"image": thing}
+def as_image(raw_item: Any) -> Any:
+    """Marks an item as an image: then no str is a text, and no error suggests to pass one."""
+    if isinstance(raw_item, (bytes, Mapping)) or is_document(raw_item):
+        return raw_item
+    return {"image": raw_item}
 
 
-def is_document(thing: Any) -> bool:
+def is_document(raw_item: Any) -> bool:
     """Whether it is a Document of docarray, of either version, or as good as one."""
     # `dir` asks no property for its value.
-    return hasattr(thing, "embedding") and not _DOCUMENT_FIELDS.keys().isdisjoint(dir(thing))
+    return hasattr(raw_item, "embedding") and not _DOCUMENT_FIELDS.keys().isdisjoint(dir(raw_item))
 
 
 class FileNames:
-    """Texts of one call that are also names of files in the current folder, as 'cat' may be."""
+    """Counts texts of a call that are also names of files in the current folder, like 'cat'."""
 
     def __init__(self) -> None:
         self._first = ""
         self._count = 0
 
-    def check(self, thing: Any) -> None:
-        """Counts `thing`, which is taken for a text, if it is a str that names a file."""
-        if isinstance(thing, str) and thing.strip() in self._files:
-            self._first = self._first or thing
+    def check(self, raw_item: Any) -> None:
+        """Counts `raw_item`, which is treated as a text, if it is a str that names a file."""
+        if isinstance(raw_item, str) and raw_item.strip() in self._files:
+            self._first = self._first or raw_item
             self._count += 1
 
     @cached_property
@@ -136,7 +136,7 @@ class FileNames:
             return frozenset()
 
     def warn(self) -> None:
-        """Warns once, if there are any."""
+        """Warns once, if any were counted."""
         if not self._count:
             return
         others = f" and {self._count - 1:,} more" if self._count > 1 else ""
@@ -210,7 +210,7 @@ def _location(value: Any, advice: str = "") -> Item | Read:
     """The image at a URL, a path or in a `data:` URI. `advice` ends an error's message."""
     if isinstance(value, os.PathLike):
         return partial(_read_file, os.fspath(value), advice)
-    # As a line of a file has it.
+    # A line of a file ends with a newline.
     value = str(value).strip()
     if has_scheme(value):
         return _uri(value)
@@ -226,18 +226,18 @@ def _location(value: Any, advice: str = "") -> Item | Read:
     return partial(_read_file, value, advice)
 
 
-def _mapping(thing: Mapping[Any, Any]) -> Item | Read:
-    unknown = [key for key in thing if key not in _KEYS and key not in _OTHER_KEYS]
-    contents = [key for key in thing if key in _KEYS]
-    # With a fixed set of columns, those that do not apply are empty.
-    filled = [key for key in contents if not _is_empty(thing[key])] or contents[:1]
+def _mapping(raw_item: Mapping[Any, Any]) -> Item | Read:
+    unknown = [key for key in raw_item if key not in _KEYS and key not in _OTHER_KEYS]
+    contents = [key for key in raw_item if key in _KEYS]
+    # Rows of a table have empty values in the columns that do not apply.
+    filled = [key for key in contents if not _is_empty(raw_item[key])] or contents[:1]
     if unknown or len(filled) != 1:
         names = ", ".join(map(repr, unknown or filled)) or "nothing"
         raise InvalidInputError(
-            "a dict holds one of 'text', 'image' or 'uri', and 'id' and 'tags' beside it; this "
+            "a dict holds one of 'text', 'image' or 'uri', and optionally 'id' and 'tags'; this "
             f"one has {names}"
         )
-    return _of_kind(_KEYS[filled[0]], thing[filled[0]])
+    return _of_kind(_KEYS[filled[0]], raw_item[filled[0]])
 
 
 def _is_empty(value: Any) -> bool:
@@ -259,11 +259,11 @@ def _of_kind(kind: str, value: Any) -> Item | Read:
         return _blob(value)
     if kind == "uri" or isinstance(value, str):
         return _location(value)
-    return _picture(value, f"pass {_IMAGES}")
+    return _image(value, f"pass {_IMAGES}")
 
 
 def _blob(value: str) -> Item | Read:
-    """The image in base64, as over HTTP, or where a str may say that it is."""
+    """The image in base64, as over HTTP, or at a location."""
     if has_scheme(value) or _exists(value.strip()):
         return _location(value)
     try:
@@ -273,17 +273,17 @@ def _blob(value: str) -> Item | Read:
     return _bounded("the blob", content)
 
 
-def _picture(thing: Any, allowed: str = _ALLOWED) -> Item | Read:
-    if isinstance(thing, (bytes, bytearray, memoryview)):
-        return _bounded("the image", bytes(thing))
-    if isinstance(thing, os.PathLike):
-        return _location(thing)
+def _image(raw_item: Any, allowed: str = _ALLOWED) -> Item | Read:
+    if isinstance(raw_item, (bytes, bytearray, memoryview)):
+        return _bounded("the image", bytes(raw_item))
+    if isinstance(raw_item, os.PathLike):
+        return _location(raw_item)
     pillow = sys.modules.get("PIL.Image")
-    if pillow is not None and isinstance(thing, pillow.Image):
-        return _pillow_image(thing)
-    if hasattr(thing, "__array__") or hasattr(thing, "__array_interface__"):
-        return _array(_asarray(thing))
-    raise InvalidInputError(f"{type(thing).__name__} cannot be encoded: {allowed}")
+    if pillow is not None and isinstance(raw_item, pillow.Image):
+        return _pillow_image(raw_item)
+    if hasattr(raw_item, "__array__") or hasattr(raw_item, "__array_interface__"):
+        return _array(_asarray(raw_item))
+    raise InvalidInputError(f"{type(raw_item).__name__} cannot be encoded: {allowed}")
 
 
 def _pillow_image(image: Any) -> Item | Read:
@@ -294,11 +294,11 @@ def _pillow_image(image: Any) -> Item | Read:
         raise InvalidInputError(f"the PIL image cannot be read: {error}") from error
 
 
-def _asarray(thing: Any) -> np.ndarray[Any, Any]:
+def _asarray(raw_item: Any) -> np.ndarray[Any, Any]:
     try:
-        return np.asarray(thing)
+        return np.asarray(raw_item)
     except Exception as error:
-        name = type(thing).__name__
+        name = type(raw_item).__name__
         raise InvalidInputError(f"the {name} cannot be read as an array: {error}") from error
 
 
@@ -366,7 +366,7 @@ def _fetch(url: str, advice: str) -> Item:
 
 @lru_cache(maxsize=1)
 def _http(pid: int) -> aiohttp.ClientSession:
-    """What fetches, on the shared event loop; another one in a forked child."""
+    """The session for downloads, on the shared event loop; a forked child has its own."""
     import aiohttp
 
     from clip_client.sessions import open_session

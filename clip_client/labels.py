@@ -6,45 +6,47 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-# Of a text or path that is shown: its beginning, and its end, where paths differ.
+# Characters of a text or path that are shown: its beginning, and its end, where paths differ.
 _HEAD, _TAIL = 120, 60
-# Of a dict or Document, in this order.
+# Fields of a dict or Document to show, in order of preference.
 _FIELDS = ("text", "uri", "url", "image", "blob", "tensor")
 
 
-def brief(thing: Any) -> Any:
-    """What `label` needs of an item: the item, or a few words in place of a large one."""
-    if isinstance(thing, (str, os.PathLike)) or hasattr(thing, "embedding"):
-        return thing
-    if isinstance(thing, Mapping):
-        value = next((thing[name] for name in _FIELDS if name in thing), "an empty dict")
+def brief(raw_item: Any) -> Any:
+    """Reduces an item to what `label` needs, so that no large one is kept."""
+    if isinstance(raw_item, (str, os.PathLike)) or hasattr(raw_item, "embedding"):
+        return raw_item
+    if isinstance(raw_item, Mapping):
+        value = next((raw_item[name] for name in _FIELDS if name in raw_item), "an empty dict")
         return brief(value)
-    return label(thing)
+    return label(raw_item)
 
 
-def label(thing: Any) -> str:
+def label(raw_item: Any) -> str:
     """One line that names the item."""
     try:
-        words = _words(thing)
-    # A class of the user's may fail in any way; what it is called must not fail the call.
+        words = _words(raw_item)
+    # A user's class may raise anything; its name must not fail the call.
     except Exception:
-        words = type(thing).__name__
+        words = type(raw_item).__name__
     if len(words) > _HEAD + _TAIL:
         words = f"{words[:_HEAD]}…{words[-_TAIL:]}"
     return " ".join(words.split())
 
 
-def _words(thing: Any) -> str:
-    if isinstance(thing, (str, os.PathLike)):
-        return os.fsdecode(thing)
-    if isinstance(thing, (bytes, bytearray, memoryview)):
-        return f"{memoryview(thing).nbytes:,} bytes"
-    name = type(thing).__name__
-    if hasattr(thing, "embedding"):
-        values = (getattr(thing, field, None) for field in (*_FIELDS, "id"))
+def _words(raw_item: Any) -> str:
+    if isinstance(raw_item, (str, os.PathLike)):
+        return os.fsdecode(raw_item)
+    if isinstance(raw_item, (bytes, bytearray, memoryview)):
+        return f"{memoryview(raw_item).nbytes:,} bytes"
+    name = type(raw_item).__name__
+    if hasattr(raw_item, "embedding"):
+        values = (getattr(raw_item, field, None) for field in (*_FIELDS, "id"))
         return f"{name} {next((each for each in values if each and isinstance(each, str)), '')}"
-    if hasattr(thing, "shape") and hasattr(thing, "dtype"):
-        return f"{name} of {thing.dtype} {tuple(thing.shape)}"
-    if hasattr(thing, "mode") and hasattr(thing, "size"):
-        return getattr(thing, "filename", "") or f"{name} of mode {thing.mode} {thing.size}"
-    return f"{name} {thing!r}" if isinstance(thing, (int, float)) else name
+    if hasattr(raw_item, "shape") and hasattr(raw_item, "dtype"):
+        return f"{name} of {raw_item.dtype} {tuple(raw_item.shape)}"
+    if hasattr(raw_item, "mode") and hasattr(raw_item, "size"):
+        return (
+            getattr(raw_item, "filename", "") or f"{name} of mode {raw_item.mode} {raw_item.size}"
+        )
+    return f"{name} {raw_item!r}" if isinstance(raw_item, (int, float)) else name

@@ -1,4 +1,4 @@
-"""One call of encode: items are read ahead, packed into requests, sent and gathered in order."""
+"""Encodes a stream of items: reads ahead, batches, sends, and collects the answers in order."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import inputs
-from clip_client.collector import Gathered
+from clip_client.collector import ResultCollector
 from clip_client.envelope import MESSAGE_BYTES
 from clip_client.errors import InvalidInputError, ItemFailure, ServerError
 from clip_client.labels import brief, label
 from clip_client.proto import clip_pb2
 from clip_client.results import Batch
-from clip_client.steps import Flow
+from clip_client.sansio import CallGenerator
 
-# Pictures being read at once, and read but not yet sent.
+# The most images that are being read, or read and not yet sent.
 READ_AHEAD = 16
-# Items of one request, where the caller does not say.
-TEXTS, PICTURES = 128, 32
+# Items per request by default.
+TEXTS, IMAGES = 128, 32
 
 Send = Callable[[clip_pb2.Request], Future[clip_pb2.Response]]
-Things = Iterator[Any] | AsyncIterator[Any]
+Inputs = Iterator[Any] | AsyncIterator[Any]
 Reading = clip_pb2.Item | ItemFailure | Future[clip_pb2.Item]
 _END = object()
 
 
-class Pack:
-    """The items of one request, and those next to them that could not be read."""
+class RequestBatch:
+    """The items of one request, and those among them that could not be read."""
 
     def __init__(self, batch_size: int | None, options: clip_pb2.Options) -> None:
         self.indices: list[int] = []
         self._names: list[Any] = []
         self.failures: list[ItemFailure] = []
-        # Made where it is sent from: to put a message into another one copies it.
+        # Filled in place: adding a message to another copies it.
         self._request = clip_pb2.Request()
         self._request.encode.options.CopyFrom(options)
         self._batch_size = batch_size
-        self._limit = batch_size or PICTURES
+        self._limit = batch_size or IMAGES
         self._rows: list[int] = []
         self._bytes = 0
 
     def add(self, index: int, item: clip_pb2.Item | ItemFailure, name: Any) -> bool:
-        """Takes an item if there is room; whether there was. An empty pack takes any.
+        """Adds an item if there is room, and returns whether there was; the first always fits.
 
-        name: what `label` makes the item's name of, where it fails.
+        name: passed to `label` to name the item if it fails.
         """
         if len(self.indices) >= self._limit:
             return False
@@ -59,7 +59,7 @@ class Pack:
             if self.indices and self._bytes + size > MESSAGE_BYTES:
                 return False
             if not self._rows:
-                self._limit = self._batch_size or (TEXTS if item.HasField("text") else PICTURES)
+                self._limit = self._batch_size or (TEXTS if item.HasField("text") else IMAGES)
             self._rows.append(len(self.indices))
             self._request.encode.items.append(item)
             self._bytes += size
@@ -68,17 +68,17 @@ class Pack:
         return True
 
     def take_request(self) -> clip_pb2.Request | None:
-        """The request, which is let go, or None where there is nothing to send."""
+        """Returns the request and releases it; None if there is nothing to send."""
         request, self._request = self._request, clip_pb2.Request()
         return request if self._rows else None
 
     def failed(self, error: Exception) -> Batch:
-        """The batch of a request that was not answered."""
+        """The batch for a request that failed as a whole."""
         empty = np.empty((len(self.indices), 0), np.float32)
         return Batch(self.indices, empty, self.failures, error)
 
     def batch(self, response: clip_pb2.EncodeResponse | None) -> Batch:
-        """The answer, each row at its item's place."""
+        """The batch for an answer, each row at the place of its item."""
         if response is None:
             empty = np.empty((len(self.indices), 0), np.float32)
             return Batch(self.indices, empty, self.failures)
@@ -98,16 +98,16 @@ class Pack:
 
 
 class Encoding:
-    """The reading, packing and sending of one call; `gathered` gets each batch, in order.
+    """Reads, batches and sends the items of one call; `collector` gets each batch, in order.
 
-    What is held at once is bounded: `READ_AHEAD` items, and `prefetch` requests.
+    Memory is bounded: at most `READ_AHEAD` items and `prefetch` requests are held.
     """
 
     def __init__(
         self,
         send: Send,
         read: Callable[[inputs.Read], Future[clip_pb2.Item]],
-        gathered: Gathered,
+        collector: ResultCollector,
         *,
         batch_size: int | None,
         prefetch: int,
@@ -115,23 +115,23 @@ class Encoding:
     ) -> None:
         self._send = send
         self._read = read
-        self._gathered = gathered
+        self._collector = collector
         self._batch_size = batch_size
         self._prefetch = prefetch
         self._options = options
         self._reading: deque[tuple[int, Reading, Any]] = deque()
-        self._pack = Pack(batch_size, options)
-        self._in_flight: deque[tuple[Pack, Future[clip_pb2.Response] | None]] = deque()
+        self._filling = RequestBatch(batch_size, options)
+        self._in_flight: deque[tuple[RequestBatch, Future[clip_pb2.Response] | None]] = deque()
         self._file_names = inputs.FileNames()
 
-    def run(self, things: Things) -> Flow[None]:
-        """Encodes all of `things`. What was answered when it ends with an error is kept."""
+    def run(self, raw_items: Inputs) -> CallGenerator[None]:
+        """Encodes all of `raw_items`; if it raises, the answers received so far are kept."""
         index = 0
         try:
-            while (thing := (yield from _pull(things))) is not _END:
-                self._gathered.begin(index, thing)
-                name = brief(thing)
-                if not self._is_packed(index, reading := self._begin(index, thing), name):
+            while (raw_item := (yield from _pull(raw_items))) is not _END:
+                self._collector.begin(index, raw_item)
+                name = brief(raw_item)
+                if not self._is_added(index, reading := self._begin(index, raw_item), name):
                     self._reading.append((index, reading, name))
                     yield from self._advance(READ_AHEAD)
                 if self._in_flight and _is_done(self._in_flight[0][1]):
@@ -147,63 +147,63 @@ class Encoding:
         finally:
             self._cancel()
 
-    def _begin(self, index: int, thing: Any) -> Reading:
+    def _begin(self, index: int, raw_item: Any) -> Reading:
         try:
-            begun = inputs.prepare(thing)
-        # Whatever is wrong with one item, even in the code of its own class, is its own error.
+            begun = inputs.to_item(raw_item)
+        # Any exception, even from an item's own class, fails that item alone.
         except Exception as error:
-            return _failure(index, error, thing)
+            return _failure(index, error, raw_item)
         if not isinstance(begun, clip_pb2.Item):
             return self._read(begun)
         if begun.HasField("text"):
-            self._file_names.check(thing)
+            self._file_names.check(raw_item)
         return begun
 
-    def _is_packed(self, index: int, reading: Reading, name: Any) -> bool:
-        """Packs what is its turn, is read and has room, as nearly every text; whether it was."""
+    def _is_added(self, index: int, reading: Reading, name: Any) -> bool:
+        """Adds an item if it is next, read, and fits, as nearly every text; returns whether."""
         if self._reading or isinstance(reading, Future):
             return False
-        return self._pack.add(index, reading, name)
+        return self._filling.add(index, reading, name)
 
-    def _advance(self, limit: int) -> Flow[None]:
-        """Packs what is read, and waits until at most `limit` are not."""
+    def _advance(self, limit: int) -> CallGenerator[None]:
+        """Adds the items that are read, and waits until at most `limit` are unread."""
         while self._reading and (len(self._reading) > limit or _is_ready(self._reading[0][1])):
             index, reading, name = self._reading.popleft()
             item = yield from _settled(index, reading, name)
-            if not self._pack.add(index, item, name):
+            if not self._filling.add(index, item, name):
                 yield from self._dispatch()
-                self._pack.add(index, item, name)
+                self._filling.add(index, item, name)
 
-    def _dispatch(self) -> Flow[None]:
-        """Sends the pack, as soon as fewer than `prefetch` are under way."""
-        if not self._pack.indices:
+    def _dispatch(self) -> CallGenerator[None]:
+        """Sends the filling request as soon as fewer than `prefetch` are in flight."""
+        if not self._filling.indices:
             return
         yield from self._collect(self._prefetch - 1)
-        request = self._pack.take_request()
-        self._in_flight.append((self._pack, self._send(request) if request else None))
-        self._pack = Pack(self._batch_size, self._options)
+        request = self._filling.take_request()
+        self._in_flight.append((self._filling, self._send(request) if request else None))
+        self._filling = RequestBatch(self._batch_size, self._options)
 
-    def _collect(self, limit: int) -> Flow[None]:
-        """Hands on the answers that are there, and waits until at most `limit` are not."""
+    def _collect(self, limit: int) -> CallGenerator[None]:
+        """Collects the answers that have arrived, and waits until at most `limit` are in flight."""
         while self._in_flight and (len(self._in_flight) > limit or _is_done(self._in_flight[0][1])):
-            pack, answer = self._in_flight.popleft()
+            request_batch, answer = self._in_flight.popleft()
             try:
                 response = (yield answer).encode if answer else None
-                batch = pack.batch(response)
+                batch = request_batch.batch(response)
             except Exception as error:
-                self._gathered.add(pack.failed(error))
+                self._collector.add(request_batch.failed(error))
                 raise
-            self._gathered.add(batch, response.truncated if response else 0)
+            self._collector.add(batch, response.truncated if response else 0)
 
     def _salvage(self) -> None:
-        """Keeps what was answered out of turn when the call ends with an error."""
-        for pack, answer in self._in_flight:
+        """Keeps answers that arrived out of order when the call ends with an error."""
+        for request_batch, answer in self._in_flight:
             try:
                 response = answer.result(0).encode if answer else None
-                batch = pack.batch(response)
+                batch = request_batch.batch(response)
             except Exception as error:
-                batch = pack.failed(error)
-            self._gathered.keep(batch)
+                batch = request_batch.failed(error)
+            self._collector.keep(batch)
 
     def _cancel(self) -> None:
         for _, reading, _ in self._reading:
@@ -214,32 +214,32 @@ class Encoding:
                 answer.cancel()
 
 
-def iterate(things: Any, name: str = "encode") -> Things:
-    """The items of what was passed. Raises TypeError where that is one item, not several."""
-    single = isinstance(things, (str, bytes, bytearray, memoryview, dict))
-    single = single or (isinstance(things, np.ndarray) and things.ndim in (2, 3))
-    single = single or (inputs.is_document(things) and not hasattr(things, "__getitem__"))
+def iterate(raw_items: Any, name: str = "encode") -> Inputs:
+    """Iterates over the items. Raises TypeError for a single item."""
+    single = isinstance(raw_items, (str, bytes, bytearray, memoryview, dict))
+    single = single or (isinstance(raw_items, np.ndarray) and raw_items.ndim in (2, 3))
+    single = single or (inputs.is_document(raw_items) and not hasattr(raw_items, "__getitem__"))
     if not single:
-        if hasattr(things, "__aiter__"):
-            stream: AsyncIterator[Any] = things.__aiter__()
+        if hasattr(raw_items, "__aiter__"):
+            stream: AsyncIterator[Any] = raw_items.__aiter__()
             return stream
-        if isinstance(things, Iterable):
-            return iter(things)
-    shown = repr(things)
+        if isinstance(raw_items, Iterable):
+            return iter(raw_items)
+    shown = repr(raw_items)
     shown = shown if len(shown) <= 40 else "item"
-    raise TypeError(f"pass several items, not one {type(things).__name__}: {name}([{shown}])")
+    raise TypeError(f"pass several items, not one {type(raw_items).__name__}: {name}([{shown}])")
 
 
-def _pull(things: Things) -> Flow[Any]:
-    if isinstance(things, Iterator):
-        return next(things, _END)
+def _pull(raw_items: Inputs) -> CallGenerator[Any]:
+    if isinstance(raw_items, Iterator):
+        return next(raw_items, _END)
     try:
-        return (yield things.__anext__())
+        return (yield raw_items.__anext__())
     except StopAsyncIteration:
         return _END
 
 
-def _settled(index: int, reading: Reading, name: Any) -> Flow[clip_pb2.Item | ItemFailure]:
+def _settled(index: int, reading: Reading, name: Any) -> CallGenerator[clip_pb2.Item | ItemFailure]:
     if not isinstance(reading, Future):
         return reading
     try:
@@ -264,7 +264,7 @@ def _is_done(answer: Future[clip_pb2.Response] | None) -> bool:
 
 
 def _matrix(response: clip_pb2.EncodeResponse, rows: int) -> NDArray[np.float32]:
-    embeddings = response.embeddings  # each look at it makes a copy
+    embeddings = response.embeddings  # every access makes a copy
     in_range = all(error.index < rows for error in response.errors)
     if response.count != rows or len(embeddings) != rows * response.dim * 4 or not in_range:
         raise ServerError(

@@ -1,4 +1,4 @@
-"""Where the time of one request goes."""
+"""Breaks down the latency of one request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from clip_client.results import Latency
 
 ROUNDTRIP = "Roundtrip"
 
-# Each line and the one it is part of; a line comes after the one above it.
+# Each line and its parent; a parent comes before its children.
 _PARTS = {
     "Client-server network": ROUNDTRIP,
     "Server": ROUNDTRIP,

@@ -13,7 +13,7 @@ _PROBABILITY, _COSINE = "clip_score", "clip_score_cosine"
 def order_matches(document: Any, rankings: Sequence[Ranking]) -> None:
     """Writes the scores into the matches and sorts `document.matches`, best first.
 
-    Matches that failed have no ranking; they go last, without scores.
+    Matches that failed have no ranking; they come last, without scores.
     """
     matches = list(document.matches)
     for ranking in rankings:

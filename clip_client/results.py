@@ -1,4 +1,4 @@
-"""What the calls of the Client give."""
+"""Results of the Client's calls."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from clip_client.proto.clip_pb2 import InfoResponse
 
 @dataclass(frozen=True)
 class Batch:
-    """What a callback of `encode` gets: the items of one request, answered or failed.
+    """The argument of a callback of `encode`: the items of one request, answered or failed.
 
     `on_done` gets those that have an embedding; `on_error` and `on_always` get all.
     """
 
     # The items' places in the input.
     indices: Sequence[int]
-    # [n, D] float32, NaN in the rows of items that failed; [n, 0] where no item came through.
+    # [n, D] float32, NaN in the rows of items that failed; [n, 0] if no item succeeded.
     embeddings: NDArray[np.float32]
     # The items that failed, by their places in the input.
     errors: Sequence[ItemFailure]
@@ -63,14 +63,14 @@ class Info:
     dtype: str
     # D, the length of an embedding.
     dim: int
-    # Pixels of an image's side, and tokens of a text, as the model takes them.
+    # The model's input: pixels of an image's side, and tokens of a text.
     image_size: int
     context_length: int
-    # What cosines are multiplied by before the softmax.
+    # The factor of the cosines before the softmax.
     logit_scale: float
     # Of the server.
     version: str
-    # The most the server takes: bytes of an item, bytes of a request, items of a request.
+    # The server's limits: bytes per item, bytes per request, items per request.
     max_item_bytes: int
     max_request_bytes: int
     max_request_items: int

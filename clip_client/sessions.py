@@ -1,4 +1,4 @@
-"""Sessions of aiohttp as the HTTP transport and the fetching of pictures both need them."""
+"""Opens aiohttp sessions, for the HTTP transport and for downloading images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_session(
 
 
 def reason(error: BaseException) -> str:
-    """What to say of an error: aiohttp's own words hold the proxy's password, or half an answer."""
+    """Describes an error; aiohttp's own message may hold a proxy's password, or half an answer."""
     if isinstance(error, aiohttp.ClientResponseError):
         return f"{error.status} {' '.join(error.message.split())}"
     if isinstance(error, aiohttp.ClientConnectorCertificateError):

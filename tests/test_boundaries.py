@@ -145,7 +145,7 @@ def test_the_catalogue_does_without_onnx_and_torch() -> None:
     assert int(done.stdout) > 300
 
 
-@pytest.mark.parametrize("module", ["clip_client", "clip_client.client", "clip_client.steps"])
+@pytest.mark.parametrize("module", ["clip_client", "clip_client.client", "clip_client.sansio"])
 def test_the_client_is_light(module: str) -> None:
     code = (
         f"import sys, {module}\n"

@@ -807,7 +807,7 @@ def test_a_server_may_start_after_its_client(server: FakeServer) -> None:
 
 def test_texts_that_were_cut(server: FakeServer, client: Client) -> None:
     server.truncated = 2
-    with pytest.warns(TruncationWarning, match="6 texts were cut") as caught:
+    with pytest.warns(TruncationWarning, match="6 texts were truncated") as caught:
         client.encode(TEXTS[:30], batch_size=10)
     (one,) = caught
     assert isinstance(one.message, TruncationWarning)

@@ -23,7 +23,7 @@ PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
 
 def item(thing: Any) -> Item:
-    begun = inputs.prepare(thing)
+    begun = inputs.to_item(thing)
     return begun if isinstance(begun, Item) else begun()
 
 
@@ -172,10 +172,10 @@ def test_pil_images(mode: str) -> None:
 
 def test_what_a_generator_reuses_is_copied(picture: Path) -> None:
     array = PIXELS.copy()
-    of_array = inputs.prepare(array)
+    of_array = inputs.to_item(array)
     array[:] = 0
     with Image.open(picture) as image:
-        of_image = inputs.prepare(image)
+        of_image = inputs.to_item(image)
     for read in (of_array, of_image):
         assert callable(read)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(read().image))), PIXELS)
@@ -274,6 +274,6 @@ def test_urls_that_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
             item(url)
 
 
-def test_as_picture_leaves_no_str_a_text() -> None:
-    assert inputs.as_picture("cat") == {"image": "cat"}
-    assert inputs.as_picture(b"JPEG") == b"JPEG"
+def test_as_image_leaves_no_str_a_text() -> None:
+    assert inputs.as_image("cat") == {"image": "cat"}
+    assert inputs.as_image(b"JPEG") == b"JPEG"

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from clip_client.envelope import MESSAGE_BYTES, enveloped
+from clip_client.envelope import MESSAGE_BYTES, serialize_messages
 from clip_client.proto import clip_pb2 as pb
 from clip_server.rpc.multiplexing import StreamServer
 
@@ -19,13 +19,13 @@ def test_an_envelope_is_what_protobuf_writes(length: int) -> None:
         for number in range(3)
     ]
     expected = pb.Requests(requests=requests)
-    assert enveloped(iter(requests)) == expected.SerializeToString()
+    assert serialize_messages(iter(requests)) == expected.SerializeToString()
 
 
 def test_an_envelope_is_closed_when_it_is_large() -> None:
     half = pb.Request(encode=pb.EncodeRequest(items=[pb.Item(image=bytes(MESSAGE_BYTES // 2))]))
     waiting = iter([half] * 5)
-    sizes = [len(pb.Requests.FromString(enveloped(waiting)).requests) for _ in range(3)]
+    sizes = [len(pb.Requests.FromString(serialize_messages(waiting)).requests) for _ in range(3)]
     assert sizes == [2, 2, 1]
 
 

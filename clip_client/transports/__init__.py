@@ -1,4 +1,4 @@
-"""How requests reach the server. Only the libraries of the transport used are loaded."""
+"""Transports by URL scheme. Only the libraries of the one in use are imported."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MODULES = {
 }
 
 
-def opener(scheme: str) -> Callable[[Address, dict[str, str], Trust], Transport]:
-    """What makes the transport for an address with this scheme: headers to send along, and trust.
+def get_transport_factory(scheme: str) -> Callable[[Address, dict[str, str], Trust], Transport]:
+    """The function that opens a transport for a scheme, from address, headers and trust.
 
-    The transport is made on the event loop it lives on. It connects at its first request.
+    Call it on the event loop that the transport lives on. It connects at its first request.
     """
     module = import_module(f"clip_client.transports.{_MODULES[scheme]}")
     open_transport: Callable[[Address, dict[str, str], Trust], Transport] = module.open_transport

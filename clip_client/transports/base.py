@@ -1,4 +1,4 @@
-"""What a transport is: one method, and `close`.
+"""The interface of a transport: `send` and `close`.
 
 A transport carries envelopes and knows nothing of their meaning. It lives on one event loop.
 """
@@ -13,7 +13,7 @@ from clip_client.proxies import through
 
 CONNECT_SECONDS = 10.0
 
-# The code a status stands for when its body does not say: a proxy's answer, mostly.
+# The code for a status whose body does not name one: mostly a proxy's answer.
 _STATUS_CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
@@ -29,7 +29,7 @@ _STATUS_CODES = {
 
 
 class Transport(Protocol):
-    """Sends a request and brings its response; many may be under way at once."""
+    """Sends a request and returns its response; many may be in flight."""
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
         """The server's answer, which may be an error.
@@ -43,13 +43,13 @@ class Transport(Protocol):
 
 
 def broken(error: ConnectionFailedError) -> ConnectionFailedError:
-    """The error for a connection that had worked: sending once more is worth it at once."""
+    """The error for a connection that had worked: sending it again immediately may work."""
     error.broke = True
     return error
 
 
 def status_error(where: str, status: int, body: bytes, proxy: str | None = None) -> ClipError:
-    """The error for an HTTP status whose body is not one of our own errors."""
+    """The error for an HTTP status without a clip.v1 error in its body."""
     detail = body[:200].decode("utf-8", "replace").strip()
     if status == 404:
         detail = f"is this the address of a CLIP server? {detail}"

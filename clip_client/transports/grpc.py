@@ -1,7 +1,7 @@
 """gRPC: one bidirectional stream, `clip.v1.Clip/Stream`, for everything.
 
-Measured against unary calls: 1.2 to 1.4 times the requests a second, and the errors of requests
-come inside it, so a status is always about the connection.
+Measured against unary calls: 1.2 to 1.4 times the requests per second; and since errors of
+requests come inside it, a status is always about the connection.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-# The library logs to stderr what its errors say as well, and remarks on forks.
+# The library logs its errors to stderr in addition to raising them, and warns of forks.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
@@ -34,7 +34,7 @@ _process: int | None = None
 _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # Else channels of one process share a broken connection and its growing back-off.
+    # Else channels of one process share a broken connection and its backoff.
     ("grpc.use_local_subchannel_pool", 1),
 ]
 _TRUST = Trust()
@@ -76,7 +76,7 @@ async def _open_channel(address: Address, proxy: str | None, trust: Trust) -> gr
 
 
 def _refuse_after_fork() -> None:
-    # The library's threads do not come along, and a call in the child would wait for ever.
+    # The library's threads are not copied, and a call in the child would hang.
     global _process
     if _process not in (None, os.getpid()):
         raise ConnectionFailedError(

@@ -19,8 +19,8 @@ from clip_client.tls import Trust
 from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
 
 _PROTOBUF = "application/x-protobuf"
-# Requests, and so connections, at once.
-_AT_ONCE = 32
+# The most requests in flight, and so connections.
+_MAX_IN_FLIGHT = 32
 
 
 def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> HttpTransport:
@@ -41,7 +41,7 @@ class HttpTransport:
             trust if address.secure or self._proxy else Trust(verify=False),
             {**headers, "accept": _PROTOBUF, "content-type": _PROTOBUF},
         )
-        self._free = asyncio.Semaphore(_AT_ONCE)
+        self._free = asyncio.Semaphore(_MAX_IN_FLIGHT)
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
         kind = request.WhichOneof("body")

@@ -1,6 +1,6 @@
-"""Many requests at once on one connection, each answer matched to its request by `id`.
+"""Multiplexes requests on one connection; answers are matched by `id`.
 
-A message carries whatever requests were ready to go when the one before had gone.
+A message carries all requests that were ready when the previous message had been sent.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
-from clip_client.envelope import enveloped
+from clip_client.envelope import serialize_messages
 from clip_client.errors import ClientClosedError, ClipError, server_error
 from clip_client.proto import clip_pb2
 
 
 class Link(Protocol):
-    """An open connection that carries envelopes both ways."""
+    """An open connection that carries envelopes in both directions."""
 
     async def write(self, requests: bytes) -> None: ...
 
@@ -30,7 +30,7 @@ class Link(Protocol):
 
 
 class Multiplexer:
-    """A transport over links: keeps one open, and opens another when it broke."""
+    """A transport over links: keeps one open, and opens another if it drops."""
 
     def __init__(self, open_link: Callable[[], Awaitable[Link]]) -> None:
         self._open_link = open_link
@@ -82,14 +82,14 @@ class _Connection:
         await asyncio.gather(self._reader, return_exceptions=True)
 
     async def _write(self) -> None:
-        # The reader sees the same break, and why.
+        # The reader sees the same break, and its reason.
         with contextlib.suppress(Exception):
             while True:
                 first = await self._outbox.get()
-                await self._link.write(enveloped(self._from(first)))
+                await self._link.write(serialize_messages(self._from(first)))
 
     def _from(self, request: clip_pb2.Request) -> Iterator[clip_pb2.Request]:
-        """A request and those that wait behind it, without those no one waits for any more."""
+        """A request and those queued behind it, without those that were cancelled."""
         while True:
             if request.id in self._pending or request.HasField("cancel"):
                 yield request
@@ -115,7 +115,7 @@ class _Connection:
             code = clip_pb2.Error.Code.Name(response.error.code)
             raise server_error(code, response.error.message)
         answer = self._pending.pop(response.id, None)
-        # No one waits for the answer to a request that was given up.
+        # There is none for a request that was cancelled.
         if answer is not None and not answer.done():
             answer.set_result(response)
 

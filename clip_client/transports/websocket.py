@@ -27,10 +27,10 @@ def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> M
                 max_size=None,
                 ssl=trust.context() if address.secure else None,
                 proxy=proxy,
-                # Pictures and vectors do not compress.
+                # Images and embeddings do not compress.
                 compression=None,
                 open_timeout=CONNECT_SECONDS,
-                # A busy server on a small machine may take its time to answer a ping.
+                # A busy server on a small machine may answer a ping late.
                 ping_timeout=120,
             )
         except InvalidStatus as error:

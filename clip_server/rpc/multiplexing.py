@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from google.protobuf.message import DecodeError
 
-from clip_client.envelope import enveloped
+from clip_client.envelope import serialize_messages
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.rpc.errors import error_response
@@ -137,7 +137,7 @@ class _Connection:
             await self._waiting.wait()
             self._waiting.clear()
             while self._outbox:
-                await send(enveloped(self._drained()))
+                await send(serialize_messages(self._drained()))
 
     def _drained(self) -> Iterator[pb.Response]:
         while self._outbox:

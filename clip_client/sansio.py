@@ -1,8 +1,8 @@
-"""One way of writing a call, two ways of running it.
+"""Drives a call of the Client, which is written once, blocking or awaiting.
 
-A call of the Client is a generator that yields what it waits for and returns its result: a
-flow. `run` waits by blocking, `arun` by awaiting; everything else, generators and callbacks of
-the user included, runs in the caller's own thread or event loop in both.
+A call is a generator that yields what it waits for and returns its result. `drive_sync` waits by
+blocking, `drive_async` by awaiting; in both, everything else, the user's generators and callbacks
+included, runs in the caller's own thread or event loop.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Step = Future[Any] | Awaitable[Any]
-Flow = Generator[Step, Any, T]
+CallGenerator = Generator[Step, Any, T]
 
 
-def run(flow: Flow[T]) -> T:
-    """Runs a flow to its end, blocking at each step."""
+def drive_sync(call: CallGenerator[T]) -> T:
+    """Runs a call to its end, blocking at each step."""
     try:
-        step = next(flow)
+        step = next(call)
         while True:
             try:
                 assert isinstance(step, Future)
                 value = step.result()
             except BaseException as error:
-                step = flow.throw(error)
+                step = call.throw(error)
             else:
-                step = flow.send(value)
+                step = call.send(value)
     except StopIteration as stop:
         result: T = stop.value
         return result
 
 
-async def arun(flow: Flow[T]) -> T:
-    """Runs a flow to its end on the caller's event loop."""
+async def drive_async(call: CallGenerator[T]) -> T:
+    """Runs a call to its end on the caller's event loop."""
     try:
-        step = next(flow)
+        step = next(call)
         while True:
             try:
                 value = await (asyncio.wrap_future(step) if isinstance(step, Future) else step)
             except BaseException as error:
-                step = flow.throw(error)
+                step = call.throw(error)
             else:
-                step = flow.send(value)
+                step = call.send(value)
     except StopIteration as stop:
         result: T = stop.value
         return result
