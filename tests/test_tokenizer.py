@@ -200,7 +200,7 @@ def test_wherever_a_text_is_parted_its_ids_equal_open_clip(monkeypatch: pytest.M
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setattr("clip_server.preprocess.tokenizer._SHORT", 256)
     monkeypatch.setattr("clip_server.preprocess.cleaning._BLOCK", 64)
-    monkeypatch.setattr("clip_server.preprocess.cleaning._mend_elsewhere", cleaning.mend)
+    monkeypatch.setattr("clip_server.preprocess.cleaning._repair_in_subprocess", cleaning.repair)
     rng = random.Random(1)
     parts = [*SNIPPETS, "ab", "a", "\u732b", "\U0001f602", "\n", " ", "!", "1", "<", "&", "\u0301"]
     texts = [

@@ -1,5 +1,4 @@
-"""The clean-up of texts before their tokens are looked up, as open_clip does it; of a long text
-only as much as its first tokens need."""
+"""Cleans texts before tokenization, equal to open_clip; of a long text, only its beginning."""
 
 from __future__ import annotations
 
@@ -12,47 +11,47 @@ from collections.abc import Callable, Iterator
 from clip_server.errors import ItemError
 from clip_server.model_card import Clean
 
-# Whole lines that are mended in one go, in characters. A line that is longer is mended in a
-# process of its own: it takes up to seconds, in which no other thread of this one could run.
+# Characters repaired per step, in whole lines. A longer line is repaired in a process of its own:
+# it takes up to seconds, during which no other thread of this process could run.
 _BLOCK = 2**15
-# ftfy mends each line by itself, and so many characters of one at most.
-_LONGEST_SEGMENT = 1_000_000
+# ftfy repairs each line by itself, and at most this many characters of a line together.
+_MAX_SEGMENT = 1_000_000
 _ASCII_SPACE = " \t\n\r\f"
-_MEND = """
+_REPAIR_SCRIPT = """
 import sys
-from clip_server.preprocess.cleaning import mend
+from clip_server.preprocess.cleaning import repair
 text = sys.stdin.buffer.read().decode()
-sys.stdout.buffer.write(mend(text, sys.argv[1] == "True").encode())
+sys.stdout.buffer.write(repair(text, sys.argv[1] == "True").encode())
 """
 
 
 def is_plain(text: str) -> bool:
-    """Whether the clean-up changes nothing but spaces and case, and no special token is spelled."""
+    """Whether cleaning changes only spaces and case, and the text spells no special token."""
     return text.isascii() and text.isprintable() and "&" not in text and "<" not in text
 
 
-def cleaned(text: str, clean: Clean) -> Iterator[tuple[str, bool]]:
-    """Ever longer beginnings of what becomes of `text`, and whether each is all of it. The last
-    word of one that is not may go on.
+def cleaned_prefixes(text: str, clean: Clean) -> Iterator[tuple[str, bool]]:
+    """Yields longer and longer prefixes of the cleaned text, and whether each is all of it. The
+    last word of a prefix may be incomplete.
 
     Raises:
-        ItemError: the text holds half of a surrogate pair, so it is not Unicode.
+        ItemError: the text holds half of a surrogate pair, so it is not valid Unicode.
     """
     finish = _CLEANERS[clean]
     _check_unicode(text)
     if clean == "none":
         yield text, True
         return
-    mended, size = "", 0
-    for piece, is_last in _mended(text):
-        mended += piece
-        if is_last or len(mended) >= 2 * size:
-            size = len(mended)
-            yield finish(mended), is_last
+    repaired, size = "", 0
+    for piece, is_last in _repaired_pieces(text):
+        repaired += piece
+        if is_last or len(repaired) >= 2 * size:
+            size = len(repaired)
+            yield finish(repaired), is_last
 
 
-def mend(text: str, unescape: bool) -> str:
-    """With a broken encoding repaired and HTML unescaped.
+def repair(text: str, unescape: bool) -> str:
+    """Repairs a broken encoding, and unescapes HTML.
 
     unescape: whether ftfy may unescape HTML too, which it does up to the first `<` of a text.
     """
@@ -65,8 +64,8 @@ def mend(text: str, unescape: bool) -> str:
         raise ItemError("the text holds an HTML entity with more digits than a number") from None
 
 
-def _mended(text: str) -> Iterator[tuple[str, bool]]:
-    """A text as `mend` leaves it, piece by piece, and whether each is the last."""
+def _repaired_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Yields the repaired text piece by piece, and whether each is the last."""
     plain = is_plain(text)
     unescape = True
     start = 0
@@ -75,9 +74,9 @@ def _mended(text: str) -> Iterator[tuple[str, bool]]:
         piece = text[start:end]
         if plain:
             yield piece, end == len(text)
-        elif not piece.isascii() or piece.strip(_ASCII_SPACE):  # not all of it is a gap
-            mended = mend if len(piece) <= _BLOCK else _mend_elsewhere
-            yield mended(piece, unescape), end == len(text)
+        elif not piece.isascii() or piece.strip(_ASCII_SPACE):  # it is not only space
+            repair_piece = repair if len(piece) <= _BLOCK else _repair_in_subprocess
+            yield repair_piece(piece, unescape), end == len(text)
         elif end == len(text):
             yield " ", True
         unescape = unescape and "<" not in piece
@@ -87,22 +86,22 @@ def _mended(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _end_of_piece(text: str, start: int) -> int:
-    """Of the lines that fit into a block, or of a single longer one."""
+    """The end of the lines that fit into a block, or of a single longer line."""
     if len(text) - start <= _BLOCK:
         return len(text)
     end = text.rfind("\n", start, start + _BLOCK) + 1
-    most = start + _LONGEST_SEGMENT
-    return end or text.find("\n", start, most) + 1 or min(most, len(text))
+    limit = start + _MAX_SEGMENT
+    return end or text.find("\n", start, limit) + 1 or min(limit, len(text))
 
 
-def _mend_elsewhere(text: str, unescape: bool) -> str:
-    """`mend`, in a process of its own."""
+def _repair_in_subprocess(text: str, unescape: bool) -> str:
+    """Runs `repair` in a process of its own."""
     if is_plain(text.rstrip("\n")):
         return text
-    command = [sys.executable, "-c", _MEND, str(unescape)]
+    command = [sys.executable, "-c", _REPAIR_SCRIPT, str(unescape)]
     done = subprocess.run(command, input=text.encode(), capture_output=True)
     if done.returncode:
-        return mend(text, unescape)  # which raises what it has to
+        return repair(text, unescape)  # which raises the error
     return done.stdout.decode()
 
 
@@ -117,17 +116,17 @@ def _check_unicode(text: str) -> None:
 
 
 def _lower(text: str) -> str:
-    """With one space for each gap, in lower case."""
+    """Collapses whitespace, and lower-cases."""
     return _whitespace(text).lower()
 
 
 def _whitespace(text: str) -> str:
-    """With one space for each gap."""
+    """Collapses whitespace."""
     return " ".join(text.split())
 
 
 def _canonicalize(text: str) -> str:
-    """As `_lower`, without ASCII's punctuation; the underscore is a gap."""
+    """Like `_lower`, without ASCII punctuation; an underscore counts as a space."""
     bare = text.strip().replace("_", " ").translate(_NO_PUNCTUATION)
     return " ".join(bare.lower().split())
 
@@ -137,7 +136,7 @@ def _unchanged(text: str) -> str:
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# open_clip's clean-ups of a text that is mended.
+# open_clip's clean-ups of a repaired text.
 _CLEANERS: dict[Clean, Callable[[str], str]] = {
     "lower": _lower,
     "whitespace": _whitespace,

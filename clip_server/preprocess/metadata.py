@@ -1,8 +1,8 @@
-"""What a PNG or JPEG carries beside its pixels, removed before it is decoded.
+"""Removes the metadata of PNG and JPEG files before they are decoded.
 
-Texts, comments, previews, EXIF and colour profiles change no pixel of an embedding. Yet Pillow
-inflates and parses them when it opens an image, and gives up on the image where they are larger
-than it allows, or damaged.
+Texts, comments, previews, EXIF and colour profiles do not affect an embedding. But Pillow inflates
+and parses them when it opens an image, and rejects images whose metadata is damaged or larger than
+it allows.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from io import BytesIO
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-# Markers of JPEG: the application's segments and comments go, but for those of JFIF and Adobe,
-# which say how the colours are stored.
+# JPEG markers: application segments and comments are removed, except those of JFIF and Adobe,
+# which say how colours are stored.
 _SEGMENTS = range(0xC0, 0xFF)
 _REMOVED = {*range(0xE1, 0xF0), 0xFE} - {0xEE}
 _START_OF_SCAN = 0xDA
 
 
 def without_metadata(data: bytes) -> bytes:
-    """The image with only what its pixels need. Other formats, and what is cut off, as they are."""
+    """Returns a PNG or JPEG with only what its pixels need; other formats unchanged."""
     if data.startswith(_PNG):
-        removed = _of_png(data)
+        removed = _png_metadata(data)
     elif data.startswith(_JPEG):
-        removed = _of_jpeg(data)
+        removed = _jpeg_metadata(data)
     else:
         return data
-    view, kept, here = memoryview(data), BytesIO(), 0
+    view, kept, position = memoryview(data), BytesIO(), 0
     for start, end in removed:
-        kept.write(view[here:start])
-        here = end
-    kept.write(view[here:])
+        kept.write(view[position:start])
+        position = end
+    kept.write(view[position:])
     return kept.getvalue()
 
 
-def _of_png(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where the chunks are that a reader may skip, but for a palette's transparency."""
+def _png_metadata(data: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of each ancillary chunk, except a palette's transparency."""
     end = len(_PNG)
     while end < len(data):
         start = end
@@ -46,8 +46,8 @@ def _of_png(data: bytes) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def _of_jpeg(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where the removed segments are, among those before the pixels."""
+def _jpeg_metadata(data: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of each segment to remove, among those before the pixels."""
     end = 2
     while end + 4 <= len(data) and data[end] == 0xFF:
         start, marker = end, data[end + 1]

@@ -1,5 +1,5 @@
-"""Text to token ids, in Rust, equal to open_clip's tokenizers: CLIP's own byte-pair encoding, and
-the vocabularies that Hugging Face's `tokenizers` library reads."""
+"""Tokenizers equal to open_clip's, in Rust: CLIP's own byte-pair encoding, and the vocabularies
+that Hugging Face's `tokenizers` library reads."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.model_card import TextSpec, Vocabulary
-from clip_server.preprocess.cleaning import cleaned, is_plain
+from clip_server.preprocess.cleaning import cleaned_prefixes, is_plain
 from clip_server.preprocess.tokens import Tokenizer, Tokens
-from clip_server.preprocess.word_cache import RememberedWords
+from clip_server.preprocess.word_cache import WordTokenCache
 from clip_server.preprocess.wordpiece import WordPieceTokenizer
 
-# Hugging Face's files: all of a tokenizer, and, beside it, what its special tokens are called.
+# Hugging Face's files: the tokenizer itself, and the names of its special tokens.
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SEPARATOR = "[SEP]"
 _VOCABULARY = "data/bpe_simple_vocab_16e6.txt.gz"
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
-# The end-of-word form of a symbol is an entry of its own.
+# Suffix of a symbol that ends its word.
 _END_OF_WORD = "</w>"
-# CLIP matches this pattern ignoring case on lower-cased text. Spelled out, that adds the long
-# s, which folds to s, and takes away U+0345, which folds to a letter but is none.
+# CLIP matches this pattern case-insensitively on lower-cased text. Spelled out, that adds the long
+# s, which folds to s, and removes U+0345, which folds to a letter but is not one.
 _PATTERN = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
 )
-# The longest text of that pattern that is not a run of like characters.
-_LONGEST_LITERAL = len(_SPECIAL[0])
-# The stand-in of a byte that no text holds: nothing is merged with it.
+# The longest literal of that pattern.
+_MAX_LITERAL_LENGTH = len(_SPECIAL[0])
+# The symbol of a byte that no text holds: it is merged with no other.
 _UNUSED_SYMBOL = "\xff"
-# Of a longer text no more is looked at than its first tokens need.
+# Characters of a longer text are read only as far as its first tokens need.
 _SHORT = 2**12
 
 
 def tokenizer_for(spec: TextSpec) -> Tokenizer:
-    """The tokenizer that a model was trained with.
+    """Returns the tokenizer that a model was trained with.
 
-    spec: its `tokenizer`, if any, is a folder: whoever loads a model has its files fetched.
+    spec: its `tokenizer`, if any, is a local folder: the files were fetched with the model.
 
     Raises:
-        WeightsError: the files are not in the folder, or they are damaged.
-        ConfigurationError: the model asks for a vocabulary or a clean-up that we lack.
+        WeightsError: the files are missing or damaged.
+        ConfigurationError: the vocabulary or clean-up is not supported.
     """
     if spec.tokenizer is not None:
         return HuggingFaceTokenizer(spec)
@@ -64,11 +64,11 @@ def tokenizer_for(spec: TextSpec) -> Tokenizer:
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's own tokenizer; see `Tokenizer`. A text that is cut ends in the end token all the
-    same, and the empty text gives start and end.
+    """CLIP's own tokenizer; see `Tokenizer`. A truncated text ends in the end token too, and the
+    empty text is start and end.
 
-    Pairs are never merged across a space, so the ids of what stands between two are remembered,
-    which is ten times as fast as merging it anew.
+    Pairs are never merged across a space, so the ids of each word are cached: a cached word is ten
+    times as fast as merging its symbols again.
     """
 
     def __init__(self, spec: TextSpec) -> None:
@@ -79,33 +79,37 @@ class ClipTokenizer(Tokenizer):
         self._bpe = _byte_pair_encoder(spec.vocab_size)
         self._bare_bpe = RustTokenizer(self._bpe.model)
         self._symbols = _byte_symbols()
-        self._longest = max(len(left + right) for left, right in merges(spec.vocab_size))
-        self._known = RememberedWords(self._merge)
+        self._max_symbol_length = max(len(left + right) for left, right in merges(spec.vocab_size))
+        self._word_ids = WordTokenCache(self._merge)
 
     def tokenize(self, text: str) -> Tokens:
-        """Start token, ids, end token; see `Tokenizer`."""
-        # One more id than there is room for tells that the text was longer. Each word has one.
-        most = self.spec.context_length - 1
+        """Returns start token, ids, end token; see `Tokenizer`."""
+        # One id more than fits shows that the text was longer. Each word has at least one.
+        limit = self.spec.context_length - 1
         beginning = text[:_SHORT]
         if is_plain(beginning):
-            words = beginning.lower().split(None, most)
-            if len(words) > most or len(text) <= _SHORT:
-                return self._framed(self._start, self._known.ids(words[:most]), self._end)
-        found = (self._first_ids(*each, most) for each in cleaned(text, "lower"))
+            words = beginning.lower().split(None, limit)
+            if len(words) > limit or len(text) <= _SHORT:
+                return self._with_special_tokens(
+                    self._start, self._word_ids.ids(words[:limit]), self._end
+                )
+        found = (self._first_ids(*each, limit) for each in cleaned_prefixes(text, "lower"))
         ids = next((ids for ids in found if ids is not None), [])
-        return self._framed(self._start, ids, self._end)
+        return self._with_special_tokens(self._start, ids, self._end)
 
     def _first_ids(self, text: str, is_all: bool, count: int) -> list[int] | None:
-        """The first ids of a clean text, `count` of them or more; fewer only if it has no more.
-        None where they depend on what follows a text that is not all of it."""
+        """The first `count` ids of a clean text, or more; fewer only if it has no more.
+
+        None if the text is incomplete and the ids depend on what follows it.
+        """
         size = _SHORT
         while True:
             part, complete = text[:size], is_all and size >= len(text)
             words = self._words(part)
             if complete:
                 return list(chain.from_iterable(ids for _, _, ids in words))
-            # A match of the pattern that ends before these characters is not changed by others.
-            settled = len(part) - _LONGEST_LITERAL
+            # A match of the pattern that ends before the last few characters is final.
+            settled = len(part) - _MAX_LITERAL_LENGTH
             found = list(chain.from_iterable(ids for _, end, ids in words[:-1] if end <= settled))
             if len(found) < count and words and words[-1][0] < settled:
                 last = part[words[-1][0] : settled]
@@ -117,28 +121,28 @@ class ClipTokenizer(Tokenizer):
             size *= 2
 
     def _first_of_word(self, word: str, count: int) -> list[int]:
-        """The first ids of every word that begins like this one; empty where they differ.
+        """The first ids shared by all words that start like this one; empty if they differ.
 
-        No merge goes across the end of a token, so the tokens up to there are those of the text
-        up to there. One ends somewhere within the length of the longest: if all the ends there
-        could be give the same first tokens, these are right however the word goes on.
+        No merge crosses the end of a token, so the tokens up to an end are those of the text up to
+        it. One token ends within the length of the longest: if all candidate ends give the same
+        first tokens, these are final however the word continues.
         """
         symbols = "".join(map(self._symbols.__getitem__, word.encode()))
         for size in (_SHORT // 4, len(symbols)):
-            ends = range(min(size, len(symbols)) - self._longest, min(size, len(symbols)))
+            ends = range(min(size, len(symbols)) - self._max_symbol_length, min(size, len(symbols)))
             first, *others = (self._merged(symbols[: max(end, 0)])[:count] for end in ends)
             if len(first) == count and all(other == first for other in others):
                 return first
         return []
 
     def _merged(self, symbols: str) -> list[int]:
-        """The ids of symbols that do not end their word."""
+        """The ids of symbols in the middle of a word."""
         ids: list[int] = self._bare_bpe.encode(symbols + _UNUSED_SYMBOL).ids
         return ids[:-1]
 
     def _words(self, text: str) -> list[tuple[int, int, list[int]]]:
-        """Where each match of the pattern begins and ends, and its ids. One that spells a special
-        token has its id, as in open_clip."""
+        """Start, end and ids of each match of the pattern. A match that spells a special token has
+        its id, as in open_clip."""
         specials = dict(zip(_SPECIAL, (self._start, self._end), strict=True))
         encoding = self._bpe.encode(text)
         words = []
@@ -158,11 +162,11 @@ class ClipTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of Hugging Face's, as open_clip's HFTokenizer uses it; see `Tokenizer`."""
+    """A Hugging Face tokenizer, used like open_clip's HFTokenizer; see `Tokenizer`."""
 
     def __init__(self, spec: TextSpec) -> None:
         if spec.tokenizer is None:
-            raise ConfigurationError("the model names no tokenizer of Hugging Face's")
+            raise ConfigurationError("the model names no Hugging Face tokenizer")
         folder = Path(spec.tokenizer)
         config = _config(folder / CONFIG)
         self._encoder = _hugging_face_encoder(folder / FILE)
@@ -173,9 +177,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._separator = self._id_of(config.get("sep_token", _SEPARATOR))
 
     def tokenize(self, text: str) -> Tokens:
-        """The ids as the tokenizer's own template frames them; see `Tokenizer`."""
-        beginnings = cleaned(text, self.spec.clean)
-        found = (self._first(*each) for each in beginnings)
+        """Returns the ids in the tokenizer's own template; see `Tokenizer`."""
+        prefixes = cleaned_prefixes(text, self.spec.clean)
+        found = (self._first(*each) for each in prefixes)
         encoding = next(encoding for encoding in found if encoding is not None)
         ids = np.array(encoding.ids, dtype=np.int32)
         if self.spec.strip_separator and self._separator is not None:
@@ -183,14 +187,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return Tokens(ids, truncated=bool(encoding.overflowing))
 
     def _first(self, text: str, is_all: bool) -> Encoding | None:
-        """What a clean text gives, cut to the context; None where that depends on what follows.
+        """Encodes a clean text, truncated to the context; None if that depends on what follows.
 
-        Tokens of byte pairs and of Unigram up to an end of one are those of the text up to there;
-        see `ClipTokenizer._first_of_word`.
+        The tokens of byte-pair and Unigram models up to the end of one are those of the text up to
+        there; see `ClipTokenizer._first_of_word`.
         """
         size = _SHORT
         while size < len(text):
-            ends = range(size - self._longest, size)
+            ends = range(size - self._max_token_length, size)
             first, *others = (self._encoder.encode(text[:end]) for end in ends)
             if first.overflowing and all(each.ids == first.ids for each in others):
                 return first
@@ -198,12 +202,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._encoder.encode(text) if is_all else None
 
     @cached_property
-    def _longest(self) -> int:
-        """Characters of the longest token."""
+    def _max_token_length(self) -> int:
+        """Number of characters of the longest token."""
         return max(map(len, self._encoder.get_vocab()))
 
     def _id_of(self, token: Any) -> int | None:
-        """The id of a special token as a configuration has it: a string, or a table about one."""
+        """The id of a special token, which a configuration gives as a string or as a table."""
         content = token.get("content") if isinstance(token, dict) else token
         found: int | None = None if content is None else self._encoder.token_to_id(content)
         return found
@@ -219,7 +223,7 @@ def _hugging_face_encoder(file: Path) -> RustTokenizer:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """The configuration of a tokenizer; empty if there is none."""
+    """Reads the configuration of a tokenizer; empty if there is none."""
     if not file.is_file():
         return {}
     try:
@@ -237,9 +241,9 @@ _BUNDLED: dict[Vocabulary, Callable[[TextSpec], Tokenizer]] = {
 
 
 def pad(rows: Sequence[NDArray[np.int32]], spec: TextSpec) -> NDArray[np.int32]:
-    """Encoded texts as one batch, [B, L] int32.
+    """Pads token ids to one batch, [B, L] int32.
 
-    L is the longest row where the model allows trimming, else the context length.
+    L is the length of the longest text if the model allows trimming, else the context length.
     """
     fixed = spec.trim == "fixed"
     length = spec.context_length if fixed else max((len(row) for row in rows), default=0)
@@ -250,7 +254,7 @@ def pad(rows: Sequence[NDArray[np.int32]], spec: TextSpec) -> NDArray[np.int32]:
 
 
 def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
-    """The encoder of the first merges, as many as a vocabulary of `vocab_size` leaves."""
+    """CLIP's encoder with the first merges that fit into a vocabulary of `vocab_size`."""
     alphabet = _byte_symbols().values()
     symbols = [*alphabet, *(symbol + _END_OF_WORD for symbol in alphabet)]
     pairs = merges(vocab_size)
@@ -272,8 +276,8 @@ def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
 
 
 def merges(vocab_size: int) -> list[tuple[str, str]]:
-    """The pairs of symbols that CLIP's own vocabulary merges, commonest first: as many as one of
-    `vocab_size` has room for beside the bytes and the special tokens."""
+    """Pairs of symbols that CLIP merges, commonest first: as many as fit into a vocabulary of
+    `vocab_size`, next to the bytes and the special tokens."""
     count = vocab_size - 2 * 256 - len(_SPECIAL)
     packed = resources.files(__package__).joinpath(_VOCABULARY).read_bytes()
     # The first line is a version; each later one is a pair of symbols, commonest first.
@@ -282,11 +286,11 @@ def merges(vocab_size: int) -> list[tuple[str, str]]:
 
 
 def _byte_symbols() -> dict[int, str]:
-    """The printable stand-ins for the 256 bytes, in the order of CLIP's vocabulary.
+    """The printable symbols of the 256 bytes, in the order of CLIP's vocabulary.
 
-    Bytes that print as themselves come first; the others follow as U+0100 and on.
+    Printable bytes come first, as themselves; the others follow, as U+0100 and up.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [code for code in range(256) if code not in printable]
-    stand_ins = {code: chr(0x100 + n) for n, code in enumerate(others)}
-    return {code: chr(code) for code in printable} | stand_ins
+    symbols = {code: chr(0x100 + n) for n, code in enumerate(others)}
+    return {code: chr(code) for code in printable} | symbols

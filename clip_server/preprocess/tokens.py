@@ -1,4 +1,4 @@
-"""What every tokenizer of the server gives."""
+"""The interface of all tokenizers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from clip_server.model_card import TextSpec
 class Tokens(NamedTuple):
     """A tokenized text.
 
-    ids: its special tokens included; [l] int32, not padded.
-    truncated: whether the text was longer than the context, so that its end is lost.
+    ids: [l] int32, including special tokens, not padded.
+    truncated: whether the text was longer than the context, so that its end was dropped.
     """
 
     ids: NDArray[np.int32]
@@ -25,28 +25,30 @@ class Tokens(NamedTuple):
 class Tokenizer(ABC):
     """The tokenizer of one model. Safe to call from several threads.
 
-    spec: the model's, with the tokenizer's own padding id where it says one.
+    spec: the model's text settings, with the padding id of the tokenizer if it defines one.
     """
 
     spec: TextSpec
 
     @abstractmethod
     def tokenize(self, text: str) -> Tokens:
-        """The tokens of one text, truncated to the context length.
+        """Tokenizes one text, truncated to the context length.
 
         Raises:
-            ItemError: the text holds half of a surrogate pair, so it is not Unicode.
+            ItemError: the text holds half of a surrogate pair, so it is not valid Unicode.
         """
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids alone; see `tokenize`."""
+        """Returns the ids alone, [l] int32; see `tokenize`."""
         return self.tokenize(text).ids
 
-    def _framed(self, start: int, ids: list[int], end: int, truncated: bool = False) -> Tokens:
-        """As many ids as the context has room for, between a start and an end token.
+    def _with_special_tokens(
+        self, start: int, ids: list[int], end: int, truncated: bool = False
+    ) -> Tokens:
+        """Puts ids, truncated to the context length, between a start and an end token.
 
-        truncated: whether the text goes on behind these ids.
+        truncated: whether the text continues after these ids.
         """
-        most = self.spec.context_length - 2
-        framed = np.array([start, *ids[:most], end], dtype=np.int32)
-        return Tokens(framed, truncated or len(ids) > most)
+        limit = self.spec.context_length - 2
+        tokens = np.array([start, *ids[:limit], end], dtype=np.int32)
+        return Tokens(tokens, truncated or len(ids) > limit)
