@@ -32,6 +32,7 @@ ALLOWED = {
     "clip_server.preprocess": GROUND,
     "clip_server.towers": GROUND,
     "clip_server.rpc": ["clip_client.proto", "clip_client.envelope", *GROUND],
+    "clip_server.search": GROUND,
     # Second floor: the catalogue of models.
     "clip_server.models": [*GROUND, "clip_server.towers", "clip_server.preprocess"],
     # Third floor.
@@ -71,6 +72,7 @@ FRAMEWORKS = {
     "onnxruntime": ["clip_server.runtimes.onnx"],
     "onnx": ["clip_server.towers.builder", "clip_server.towers.graph",
              "clip_server.towers.onnx_file", "clip_server.convert"],
+    "faiss": ["clip_server.search.local", "clip_server.search.segments"],
     "pycuda": ["clip_server.runtimes.cuda"],
     "onnxscript": ["clip_server.convert.export"],
 }  # fmt: skip
@@ -183,6 +185,7 @@ IMPORTED_AS = {
     "pyyaml": "yaml",
     "pillow": "PIL",
     "open_clip_torch": "open_clip",
+    "faiss_cpu": "faiss",
 }
 
 
