@@ -23,10 +23,11 @@ from benchmarks.contestants import PEER, Contestant, candidate, named
 from benchmarks.drivers.driver import captions
 from benchmarks.report import Goal, shown
 from clip_server.commands import console
-from clip_server.convert.parity import Parity, samples
+from clip_server.convert.parity import Parity
 from clip_server.errors import ConfigurationError
 from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.loading import load_checkpoint
+from clip_server.runtimes.samples import samples
 
 # The source of truth for vectors, and the cosine that each precision has to reach with it.
 SOURCE = "torch fp32"

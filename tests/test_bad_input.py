@@ -16,6 +16,7 @@ from conftest import SAMPLES, Server, Start, flow
 from clip_client import Client
 from clip_client.errors import ClipError, ItemsError
 from clip_client.proto import clip_pb2 as pb
+from clip_server.models import converted, zoo
 
 INTERNALS = ("Traceback", 'File "', "/work", "site-packages", "Error(", "0x", ".py")
 
@@ -164,6 +165,8 @@ def test_a_model_that_fails_on_a_batch(start: Start, tmp_path: Path) -> None:
 
     graph("visual", TensorProto.UINT8, ["N", 3, 64, 64])
     graph("textual", TensorProto.INT32, ["N", "L"])  # shorter than 256 ids: it fails
+    # Described graphs are not tried out at start.
+    converted.write(tmp_path, zoo.resolve("embedded"), "fp32")
     server = start(flow("onnx", model_path=str(tmp_path)))
     with Client(server.grpc) as client:
         embeddings, errors = client.encode(["a cat", SAMPLES / "cat.png"], on_item_error="return")

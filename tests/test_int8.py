@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec
-from clip_server.models import zoo
+from clip_server.models import converted, zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -108,6 +108,7 @@ def test_what_it_says_of_itself() -> None:
 def test_it_is_for_the_cpu_and_for_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="'int8' runs on the CPU, not on device 'cuda'"):
         OnnxRuntime.load("embedded", precision="int8", device="cuda")
+    converted.write(tmp_path, zoo.resolve("embedded"), "fp32")
     for name in ("visual.onnx", "textual.onnx"):
         (tmp_path / name).write_bytes(b"a graph of one's own")
     with pytest.raises(ConfigurationError, match="'int8' is for checkpoints"):

@@ -242,42 +242,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(
         load(kind, "ViT-B/32", model_path=alone)
 
 
-def test_folders_of_clip_as_service(tmp_path: Path) -> None:
-    """Graphs as clip-as-service exported them: float pixels, and tokens of a fixed length."""
-    write_legacy_graphs(tmp_path)
-    runtime = OnnxRuntime.load("ViT-B/32", model_path=tmp_path)
-    assert runtime.card == zoo.resolve("ViT-B/32")
-    pixels = np.full((2, 3, 224, 224), 128, dtype=np.uint8)
-    mean, std = (np.array(v)[None] for v in (runtime.card.image.mean, runtime.card.image.std))
-    expected = np.repeat((128 / 255 - mean) / std, 2, axis=0)
-    np.testing.assert_allclose(runtime.encode_image(pixels), expected, atol=1e-5)
-    tokens = np.array([[49406, 320, 49407], [49406, 49407, 0]], dtype=np.int32)
-    found = runtime.encode_text(tokens)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found[:, :3], tokens)
-    assert found.shape == (2, 77)
-    assert not found[:, 3:].any()
-
-
-def write_legacy_graphs(folder: Path) -> None:
-    """The mean of each channel, and the tokens themselves."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    def write(name: str, node: Any, kind: int, shape: list[Any], width: int) -> None:
-        source = helper.make_tensor_value_info("input", kind, shape)
-        target = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", width])
-        graph = helper.make_graph([node], name, [source], [target])
-        opset = helper.make_opsetid("", 17)
-        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
-        onnx.save(model, folder / f"{name}.onnx")
-
-    mean = helper.make_node("ReduceMean", ["input"], ["output"], axes=[2, 3], keepdims=0)
-    write("visual", mean, TensorProto.FLOAT, ["batch", 3, 224, 224], 3)
-    cast = helper.make_node("Cast", ["input"], ["output"], to=TensorProto.FLOAT)
-    write("textual", cast, TensorProto.INT64, ["batch", 77], 77)
-
-
 def test_a_damaged_graph_is_an_error(tmp_path: Path) -> None:
     for name in ("visual.onnx", "textual.onnx"):
         (tmp_path / name).write_bytes(b"not a graph")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from clip_server import runtimes
 from clip_server.commands.console import print_table, remark
 from clip_server.convert import chinese_clip
-from clip_server.convert.parity import LEAST_COSINE, Parity, samples
+from clip_server.convert.parity import LEAST_COSINE, Parity
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
 from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
@@ -29,6 +29,7 @@ from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import load_runtime
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.protocol import Runtime
+from clip_server.runtimes.samples import samples
 from clip_server.towers import registry
 
 if TYPE_CHECKING:

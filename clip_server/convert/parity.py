@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_client.scores import normalize
-from clip_server.model_card import ModelCard, Precision
-from clip_server.models.converted import Tower
+from clip_server.model_card import Precision
 
 # What every item's cosine has to reach.
 LEAST_COSINE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.99}
-_IMAGES, _TEXTS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -39,20 +36,3 @@ class Parity:
     def suffices(self, precision: Precision) -> bool:
         """Whether it is as near as its precision allows."""
         return self.cosine >= LEAST_COSINE[precision]
-
-
-def samples(card: ModelCard, tower: Tower) -> NDArray[Any]:
-    """Random pixels [B, 3, S, S] uint8, or texts [B, L] int32; the same each time."""
-    rng = np.random.default_rng(0)
-    if tower == "image":
-        size = card.image.size
-        return rng.integers(0, 256, (_IMAGES, 3, size, size), dtype=np.uint8)
-    text = card.text
-    tokens = np.full((_TEXTS, text.context_length), text.pad_id, dtype=np.int32)
-    # The last two ids of CLIP's vocabulary are the start and the end token.
-    end = text.vocab_size - 1
-    lengths = np.linspace(3, text.context_length, _TEXTS).astype(int)
-    for row, length in zip(tokens, lengths, strict=True):
-        row[:length] = rng.integers(text.pad_id + 1, end - 1, length)
-        row[0], row[length - 1] = end - 1, end
-    return tokens

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server import runtimes
-from clip_server.convert import parity
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
@@ -21,6 +20,7 @@ from clip_server.models.converted import Tower
 from clip_server.runtimes import cuda, tensorrt_engines
 from clip_server.runtimes import onnx as onnx_runtime
 from clip_server.runtimes import tensorrt as tensorrt_runtime
+from clip_server.runtimes.samples import samples
 from clip_server.towers.tower import Target
 
 try:
@@ -82,7 +82,7 @@ class OnnxWriter:
         name = "pixels" if tower == "image" else "tokens"
         trimmed = tower == "text" and self._card.text.trim != "fixed"
         axes = ["batch", "length"] if trimmed else ["batch"]
-        example = parity.samples(self._card, tower)
+        example = samples(self._card, tower)
         return rewrite.rewritten(exported(modules[tower], name, example, axes), self._precision)
 
     @cached_property
@@ -124,7 +124,7 @@ class TorchScriptWriter:
         """See `Writer`."""
         from clip_server.runtimes import torch as torch_runtime
 
-        example = parity.samples(self._card, tower)
+        example = samples(self._card, tower)
         torch_runtime.save_traced(self._modules[tower], example, path)
 
     def open(self, path: Path) -> Encode | None:

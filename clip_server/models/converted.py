@@ -82,21 +82,22 @@ def read(folder: str | Path) -> Converted | None:
         raise ConfigurationError(f"{file} is not the card of a model: {error}") from error
 
 
-def check_precision(folder: str | Path, wanted: str | None) -> str:
+def check_precision(folder: str | Path, wanted: str | None, found: str = "fp32") -> str:
     """The precision of the towers in a folder, which run as they are.
 
-    Those that nobody described, because they are a person's own, pass for fp32.
+    found: that of towers that no `card.json` describes.
 
     Raises:
         ConfigurationError: another one is wanted.
     """
     described = read(folder)
-    found = described.precision if described else "fp32"
-    if wanted not in (None, found):
+    precision = described.precision if described else found
+    if wanted not in (None, precision):
         raise ConfigurationError(
-            f"dtype {wanted!r} is for checkpoints: the towers in {folder} run as they are, {found}"
+            f"dtype {wanted!r} is for checkpoints: the towers in {folder} run as they are, "
+            f"{precision}"
         )
-    return found
+    return precision
 
 
 def refuse(folder: str | Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,13 @@ from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
+from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import cuda
-from clip_server.runtimes.loading import load_checkpoint, normalized
+from clip_server.runtimes.loading import load_checkpoint
+from clip_server.runtimes.onnx_graph import Graph, ImageGraph, TextGraph
 
 _EXTRA = f"the ONNX runtime is not installed: {install_hint('onnx')}"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_DTYPES = {
-    "tensor(uint8)": np.uint8,
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-}
 # onnxruntime's level of logging: what goes wrong reaches us as an exception.
 _LOG_FATAL = 4
 
@@ -40,9 +36,10 @@ class OnnxRuntime:
     overlaps = False
 
     def __init__(
-        self, card: ModelCard, visual: _Tower, textual: _Tower, device: str, precision: str
+        self, card: ModelCard, visual: ImageGraph, textual: TextGraph, device: str, precision: str
     ) -> None:
-        self.card, self.device, self.precision = card, device, precision
+        self.card = replace(card, image=visual.image, text=textual.text)
+        self.device, self.precision = device, precision
         self.concurrent = device == "cpu"
         self._visual, self._textual = visual, textual
 
@@ -60,7 +57,8 @@ class OnnxRuntime:
 
         name: a canonical name or an alias.
         model_path: a checkpoint as in `weights.find`, or a folder with `visual.onnx` and
-            `textual.onnx`, whose card is in its `card.json` or else that of `name`.
+            `textual.onnx`, whose card is in its `card.json`, or else that of `name`; sizes are
+            then those of the graphs.
         device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
         precision: that the graphs of a checkpoint are built in: `fp32`, the default; on a GPU
             `fp16`; on the CPU `int8`: linear layers in integers (see `towers.quantize`).
@@ -70,37 +68,52 @@ class OnnxRuntime:
         Raises:
             ConfigurationError: the extra, the device, the precision or the model is unavailable.
         """
-        graphs: Iterable[Path | bytes]
         files = cls.spec.find_towers(model_path)
         if model_path is not None and files is not None:
-            precision = converted.check_precision(model_path, precision)
-            sessions = _Sessions(device, threads, precision)
-            card = zoo.resolve(name, model_path)
-            graphs = files.values()
-        else:
-            precision = built_in = cls.spec.check_precision(precision)
-            sessions = _Sessions(device, threads, built_in)
-            if built_in == "fp16" and sessions.device == "cpu":
-                # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
-                raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
-            card, graphs = _built(name, model_path, built_in)
-        visual, textual = map(sessions.open, graphs)
-        return cls(card, visual, textual, sessions.device, precision)
+            return cls._load_graphs(name, Path(model_path), files, device, precision, threads)
+        built_in = cls.spec.check_precision(precision)
+        sessions = _Sessions(device, threads, built_in)
+        if built_in == "fp16" and sessions.device == "cpu":
+            # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
+            raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
+        card, graphs = _built(name, model_path, built_in)
+        visual, textual = map(partial(sessions.open, origin=f"a graph of {card.name}"), graphs)
+        image, text = ImageGraph(visual, card.image), TextGraph(textual, card.text)
+        return cls(card, image, text, sessions.device, built_in)
+
+    @classmethod
+    def _load_graphs(
+        cls,
+        name: str,
+        folder: Path,
+        files: Mapping[Tower, Path],
+        device: str | None,
+        precision: str | None,
+        threads: int | None,
+    ) -> OnnxRuntime:
+        """A folder's graphs: ours, which its `card.json` describes, or anyone's."""
+        card, described = zoo.resolve(name, folder), converted.read(folder)
+        if described is not None:
+            converted.check_precision(folder, precision)
+        sessions = _Sessions(device, threads, described.precision if described else "fp32")
+        image, text = (sessions.open(files[tower], str(files[tower])) for tower in TOWERS)
+        visual, textual = ImageGraph(image, card.image), TextGraph(text, card.text)
+        if described is not None:
+            return cls(card, visual, textual, sessions.device, described.precision)
+        found = "fp16" if visual.is_half else "fp32"
+        converted.check_precision(folder, precision, found)
+        card = replace(card, dim=_tried_out(visual, textual, card))
+        return cls(card, visual, textual, sessions.device, found)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
-        if self._visual.dtype == np.uint8:
-            return self._visual.run(pixels)
-        return self._visual.run(normalized(pixels, self.card.image))
+        return self._visual.encode(pixels)
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
-        if isinstance(length := self._textual.shape[1], int):
-            missing = length - tokens.shape[1]
-            tokens = np.pad(tokens, ((0, 0), (0, missing)), constant_values=self.card.text.pad_id)
         # In order, as many neighbours as can be begin alike; see `layout.of_texts`.
         order = np.lexsort(tokens.T[::-1])
-        embeddings = self._textual.run(tokens[order])
+        embeddings = self._textual.encode(tokens[order])
         return embeddings[np.argsort(order)]
 
 
@@ -112,7 +125,24 @@ def open_tower(
     Raises:
         ConfigurationError: the extra is not installed, or the file is not a tower.
     """
-    return _Sessions(device, threads).open(path).run
+    graph = _Sessions(device, threads).open(path, str(path))
+    (name,) = graph.inputs
+    return lambda batch: graph.run({name: batch})
+
+
+def _tried_out(visual: ImageGraph, textual: TextGraph, card: ModelCard) -> int:
+    """The dimensions of both towers' embeddings, after a trial.
+
+    Raises:
+        ConfigurationError: a graph is no tower, or they are not of one model.
+    """
+    image, text = visual.try_out(card), textual.try_out(card)
+    if image != text:
+        raise ConfigurationError(
+            f"visual.onnx gives embeddings of {image} dimensions and textual.onnx of {text}: "
+            "they are not of one model"
+        )
+    return image
 
 
 def _built(
@@ -140,28 +170,6 @@ def _built(
     return card, graphs()
 
 
-class _Tower:
-    """A session of one input and one output, fed and read as numpy arrays.
-
-    dtype, shape: of the input; a dynamic axis of the shape is a name or None.
-    """
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        inputs = session.get_inputs()
-        if len(inputs) != 1 or inputs[0].type not in _DTYPES:
-            found = ", ".join(f"{one.name} {one.type}" for one in inputs)
-            raise ConfigurationError(f"expected an ONNX graph with one numeric input, not {found}")
-        self._input = inputs[0].name
-        self.dtype, self.shape = np.dtype(_DTYPES[inputs[0].type]), inputs[0].shape
-
-    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """A batch, converted to the input's dtype, to embeddings [B, D]."""
-        feed = {self._input: np.ascontiguousarray(batch, dtype=self.dtype)}
-        output: NDArray[Any] = self._session.run(None, feed)[0]
-        return output.astype(np.float32, copy=False)
-
-
 class _Sessions:
     """Opens sessions on one device, never silently on another."""
 
@@ -171,8 +179,8 @@ class _Sessions:
         self._threads = threads or _cores()
         self.device = _device(self._ort, device)
 
-    def open(self, graph: Path | bytes) -> _Tower:
-        """A session of a graph in a file or in memory."""
+    def open(self, graph: Path | bytes, origin: str) -> Graph:
+        """A session of a graph in a file or in memory. origin: as in `Graph`."""
         model = str(graph) if isinstance(graph, Path) else graph
         kind, _, index = self.device.partition(":")
         provider = _PROVIDERS[kind]
@@ -186,7 +194,9 @@ class _Sessions:
         try:
             session = self._ort.InferenceSession(model, options, [(provider, settings)])
         except Exception as error:  # onnxruntime's errors have no class of their own
-            raise ConfigurationError(f"onnxruntime cannot load the model: {error}") from error
+            raise ConfigurationError(
+                f"onnxruntime cannot load the model, {origin}: {error}"
+            ) from error
         if provider not in session.get_providers():
             raise ConfigurationError(
                 f"onnxruntime could not start {provider}: check that the CUDA and cuDNN "
@@ -194,7 +204,7 @@ class _Sessions:
             )
         # onnxruntime keeps the graph, with all its weights, for a retry on another provider.
         session._model_bytes = None
-        return _Tower(session)
+        return Graph(session, origin)
 
 
 def _onnxruntime() -> Any:
