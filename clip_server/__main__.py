@@ -121,6 +121,9 @@ def _import_jina(without_torch: bool) -> None:
         import jina.helper
         import jina.orchestrate.flow.base
         import jina.orchestrate.orchestrator as orchestrator
+        import jina.serve.executors
+
+        from clip_server.rpc.documents import UntypedDoc
     finally:
         Path.mkdir = make_folder  # type: ignore[method-assign]
         if hidden:
@@ -129,6 +132,8 @@ def _import_jina(without_torch: bool) -> None:
     jina.helper._single_port_free = _is_free
     # Jina asks three services on the internet for this machine's public address.
     orchestrator.get_public_ip = lambda *_, **__: None
+    # Executors without annotations take the encoder's documents as they are.
+    jina.serve.executors.LegacyDocumentJina = UntypedDoc
     # Its welcome names addresses that are not ours, and pages we do not serve.
     jina.orchestrate.flow.base.print = lambda *_: None
     # The processes of the flow inherit it. It comes with Jina, though not on Windows, and serves
@@ -275,7 +280,7 @@ def _welcome(spec: dict[str, Any], flow: Any, seconds: float) -> None:
 
 async def _describe(flow: Any) -> list[str]:
     """A line for each executor that encodes."""
-    from clip_server.gateway.router import replica_pools
+    from clip_server.gateway.replicas import replica_pools
 
     deployments = json.loads(flow._deployment_nodes["gateway"].args.deployments_addresses)
     lines = []

@@ -43,6 +43,10 @@ class RequestError(ClipServerError):
     def __init__(
         self, message: str, code: str = "INVALID_ARGUMENT", retry_after: float = 0.0
     ) -> None:
-        super().__init__(message)
+        # All three, since of an exception in an executor Jina passes on its name and arguments.
+        super().__init__(message, code, retry_after)
         self.code = code
         self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import grpc
 from docarray import DocList
 from jina import Executor, requests
+from jina.constants import __default_endpoint__
 from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client import scores
@@ -94,7 +95,7 @@ class BaseCLIPEncoder(Executor):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         return max(1, (cores or 1) // max(1, getattr(self.runtime_args, "replicas", 1)))
 
-    @requests(on=["/", "/encode"])
+    @requests(on=["/", "/encode", __default_endpoint__])
     async def encode(
         self, docs: DocList[ClipDoc], parameters: dict[str, Any] | None = None, **_: Any
     ) -> DocList[ClipDoc]:

@@ -58,14 +58,16 @@ ALLOWED = {
                              "clip_server.runtimes"],
     # The roof.
     "clip_server.__main__": ["clip_client.proto", *GROUND, "clip_server.launch",
-                             "clip_server.gateway", "clip_server.runtimes"],
+                             "clip_server.gateway", "clip_server.rpc.documents",
+                             "clip_server.runtimes"],
 }  # fmt: skip
 # Who may know a framework.
 FRAMEWORKS = {
     "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.launch.flow",
              "clip_server.launch.flow_keys",
              "clip_server.__main__"],
-    "docarray": ["clip_server.executors"],
+    "docarray": ["clip_server.executors", "clip_server.gateway.documents",
+                 "clip_server.rpc.documents"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",
               "clip_server.models.weights", "clip_server.convert.export"],
     "open_clip": ["clip_server.runtimes.torch"],

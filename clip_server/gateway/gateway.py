@@ -16,7 +16,9 @@ from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.listener import Listener, ListenerOptions, Tls
-from clip_server.gateway.router import Router, replica_pools
+from clip_server.gateway.replicas import replica_pools
+from clip_server.gateway.router import Router
+from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.launch.process_setup import follow_parent
 
@@ -44,38 +46,49 @@ class ClipGateway(BaseServer, BaseGateway):
         follow_parent()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
-        pools = replica_pools(json.loads(args.deployments_addresses), timeout)
-        self.router = Router(pools, max_queued_bytes)
-        self._max_request_bytes = max_request_bytes
-        jina = JinaRequestHandler(self._request_handler, args.prefetch)
-        options = ListenerOptions(
+        self._pools = replica_pools(json.loads(args.deployments_addresses), timeout)
+        self._max_queued_bytes = max_queued_bytes
+        self._options = ListenerOptions(
             max_request_bytes, bool(args.cors), args.grpc_server_options or {}, _tls(args)
         )
-        self.listeners = [
-            LISTENERS[str(protocol).lower()](
-                self.host, port, self._call, self.router, jina, options
-            )
-            for protocol, port in zip(self.protocols, self.ports, strict=True)
-        ]
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()
 
-    async def _call(self, request: pb.Request) -> pb.Response:
-        response = await self.router.call(request)
-        if response.HasField("info"):
-            response.info.max_request_bytes = self._max_request_bytes
-        return response
-
     async def setup_server(self) -> None:
         """Opens the ports once the executors answer."""
-        await self.router.discover(self.is_cancel)
-        if self.is_cancel.is_set():
+        topology = await self._discover()
+        if topology is None:
             return
-        # A Jina client learns the endpoints from here.
-        await self.streamer._get_endpoints_input_output_models(is_cancel=self.is_cancel)
-        for listener in self.listeners:
+        jina = JinaRequestHandler(self._request_handler, topology, self.runtime_args.prefetch)
+        router = Router(topology, jina, self._max_queued_bytes)
+
+        async def call(request: pb.Request) -> pb.Response:
+            response = await router.call(request)
+            if response.HasField("info"):
+                response.info.max_request_bytes = self._options.max_request_bytes
+            return response
+
+        for protocol, port in zip(self.protocols, self.ports, strict=True):
+            listener = LISTENERS[str(protocol).lower()](
+                self.host, port, call, router, jina, self._options
+            )
             await listener.start()
             self._opened.append(listener)
+
+    async def _discover(self) -> Topology | None:
+        """The executors, once all of them answer; None: the start is cancelled."""
+        infos = await asyncio.gather(*(pool.find_info(self.is_cancel) for pool in self._pools))
+        if self.is_cancel.is_set():
+            return None
+        # A Jina client learns the endpoints' schemas from here.
+        await self.streamer._get_endpoints_input_output_models(is_cancel=self.is_cancel)
+        nodes = {node.name: node for node in self.streamer.topology_graph.all_nodes}
+        executors = [
+            FlowExecutor(pool, frozenset(nodes[pool.name].endpoints or ()), info)
+            for pool, info in zip(self._pools, infos, strict=True)
+            if pool.name in nodes
+        ]
+        return Topology(executors, json.loads(self.runtime_args.graph_conditions))
 
     async def run_server(self) -> None:
         """Serves until told to end."""
@@ -87,7 +100,7 @@ class ClipGateway(BaseServer, BaseGateway):
             return
         opened, self._opened = self._opened, []
         await asyncio.gather(*(listener.stop() for listener in opened))
-        await self.router.close()
+        await asyncio.gather(*(pool.close() for pool in self._pools))
         await self._request_handler.close()
         await super().shutdown()
         self._closed.set()

@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from clip_client.address import Address
-from clip_server.gateway.jina_protocol import add_jina_services, jina_services
+from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.rpc.grpc_service import SERVICE, clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
@@ -22,8 +22,8 @@ class GrpcListener(Listener):
         """Opens the port."""
         self._server = grpc.aio.server(options=list(self._server_options().items()))
         self._streams = StreamServer(self.call, IN_FLIGHT)
-        self._server.add_generic_rpc_handlers((clip_handlers(self.call, self._streams),))
-        add_jina_services(self._server, self.jina)
+        clip = clip_handlers(self.call, self._streams)
+        self._server.add_generic_rpc_handlers((clip, *jina_handlers(self.jina)))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -31,7 +31,7 @@ class GrpcListener(Listener):
         )
         self._bind()
         await self._server.start()
-        for name in ("", SERVICE, *jina_services()):
+        for name in ("", SERVICE, *JINA_SERVICES.values()):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def _server_options(self) -> dict[str, Any]:

@@ -1,50 +1,83 @@
-"""Jina's own protocol, for its clients on the gRPC port."""
+"""Jina's own protocol: for its clients, and for executors that speak no other."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
-from jina.proto import jina_pb2, jina_pb2_grpc
+from google.protobuf import empty_pb2, json_format
+from google.protobuf.message import DecodeError
+from jina.excepts import InternalNetworkError
+from jina.proto import jina_pb2
 from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
+from jina.types.request.data import DataRequest
 
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.gateway.topology import Topology
 from clip_server.rpc.errors import FAILED
+from clip_server.rpc.grpc_service import Context, abort, parse, unary_handler
 
-_SERVICES = (
-    "JinaRPC",
-    "JinaSingleDataRequestRPC",
-    "JinaGatewayDryRunRPC",
-    "JinaDiscoverEndpointsRPC",
-)
+log = logging.getLogger(__name__)
+
+# The services that a gateway of Jina has.
+JINA_SERVICES = {
+    name: jina_pb2.DESCRIPTOR.services_by_name[name].full_name
+    for name in (
+        "JinaRPC",
+        "JinaSingleDataRequestRPC",
+        "JinaGatewayDryRunRPC",
+        "JinaDiscoverEndpointsRPC",
+    )
+}
+# The name of the exception with which an executor refuses a request, its message for the client.
+_REFUSAL = RequestError.__name__
 
 
 class JinaRequestHandler:
-    """Answers the requests of Jina's clients; errors carry nothing of the server's internals.
+    """Sends requests through the flow; errors carry nothing of the server's internals.
 
-    handler: Jina's own, which sends a request through the flow.
+    handler: Jina's own, which visits the executors in the order of the flow.
+    topology: the executors.
     prefetch: requests of one stream that may be in flight.
     """
 
-    def __init__(self, handler: GatewayRequestHandler, prefetch: int) -> None:
-        self._handler, self._prefetch = handler, prefetch
+    def __init__(self, handler: GatewayRequestHandler, topology: Topology, prefetch: int) -> None:
+        self._handler, self._topology, self._prefetch = handler, topology, prefetch
 
-    async def Call(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        """Answers a stream of requests, in their order.
+    async def answer(self, message: bytes) -> DataRequest:
+        """The response to a serialized `jina.DataRequestProto`.
+
+        An error of the flow is in the response, as Jina's clients expect it.
+
+        Raises:
+            RequestError: the request cannot be read.
+        """
+        request = _read(message)
+        try:
+            return await self.send(request)
+        except RequestError as error:
+            return _refusal(request, error)
+
+    async def answer_all(self, messages: AsyncIterator[bytes]) -> AsyncIterator[DataRequest]:
+        """The responses to a stream of requests, in their order.
 
         Not by Jina's own streamer: asked for that order, it waits forever if the last answer is
         there before it hears that there are no more requests.
+
+        Raises:
+            RequestError: a request cannot be read.
         """
-        in_flight: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue()
+        in_flight: asyncio.Queue[asyncio.Task[DataRequest] | None] = asyncio.Queue()
         free = asyncio.Semaphore(self._prefetch)
 
         async def begin() -> None:
             try:
-                async for request in requests:
+                async for message in messages:
                     await free.acquire()
-                    answer = self.process_single_data(request, context)
-                    in_flight.put_nowait(asyncio.create_task(answer))
+                    in_flight.put_nowait(asyncio.create_task(self.answer(message)))
             finally:
                 in_flight.put_nowait(None)
 
@@ -60,43 +93,139 @@ class JinaRequestHandler:
                 if (task := in_flight.get_nowait()) is not None:
                     task.cancel()
 
-    async def process_single_data(self, request: Any, context: Any) -> Any:
-        """Answers one request."""
-        return _scrub(await self._handler.process_single_data(request, context))
+    async def send(self, request: DataRequest) -> DataRequest:
+        """The flow's response to `request`.
 
-    async def dry_run(self, empty: Any, context: Any) -> Any:
-        """Whether the flow answers."""
-        status = await self._handler.dry_run(empty, context)
+        Raises:
+            RequestError: no executor answers it, or one failed.
+        """
+        header = request.header
+        model = request.parameters.get("model_name")
+        route = self._topology.route(
+            header.exec_endpoint, model if isinstance(model, str) else "", header.target_executor
+        )
+        header.exec_endpoint, header.target_executor = route.endpoint, route.target
+        try:
+            response = await self._handler.process_single_data(request, None)
+        except InternalNetworkError as error:
+            raise _network_error(error) from None
+        except Exception:
+            log.exception("a request failed in the flow")
+            raise RequestError(FAILED, "INTERNAL") from None
+        if is_error(response):
+            raise _executor_error(response)
+        return response
+
+    async def is_ready(self) -> bytes:
+        """A serialized `jina.StatusProto` that says whether the flow answers."""
+        status = await self._handler.dry_run(empty_pb2.Empty(), None)
         status.ClearField("exception")
-        return status
+        serialized: bytes = status.SerializeToString()
+        return serialized
 
-    async def endpoint_discovery(self, empty: Any, context: Any) -> Any:
-        """The endpoints and their schemas."""
-        return await self._handler.endpoint_discovery(empty, context)
-
-
-def add_jina_services(server: grpc.aio.Server, handler: JinaRequestHandler) -> None:
-    """Serves Jina's protocol."""
-    jina_pb2_grpc.add_JinaRPCServicer_to_server(handler, server)
-    jina_pb2_grpc.add_JinaSingleDataRequestRPCServicer_to_server(handler, server)
-    jina_pb2_grpc.add_JinaGatewayDryRunRPCServicer_to_server(handler, server)
-    jina_pb2_grpc.add_JinaDiscoverEndpointsRPCServicer_to_server(handler, server)
+    async def endpoints(self) -> bytes:
+        """A serialized `jina.EndpointsProto`: the endpoints and their schemas."""
+        found = await self._handler.endpoint_discovery(empty_pb2.Empty(), None)
+        serialized: bytes = found.SerializeToString()
+        return serialized
 
 
-def jina_services() -> list[str]:
-    """The full names of the services."""
-    return [jina_pb2.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES]
+def jina_handlers(jina: JinaRequestHandler) -> list[grpc.GenericRpcHandler]:
+    """Jina's services for a gRPC server, on serialized messages."""
+
+    async def process(message: bytes, _: Context) -> bytes:
+        return serialize(await jina.answer(message))
+
+    async def call(messages: AsyncIterator[bytes], context: Context) -> None:
+        try:
+            async for response in jina.answer_all(messages):
+                await context.write(serialize(response))
+        except RequestError as error:
+            await abort(context, error)
+
+    async def dry_run(message: bytes, _: Context) -> bytes:
+        parse(empty_pb2.Empty, message)
+        return await jina.is_ready()
+
+    async def discover(message: bytes, _: Context) -> bytes:
+        parse(empty_pb2.Empty, message)
+        return await jina.endpoints()
+
+    methods = {
+        "JinaRPC": {"Call": grpc.stream_stream_rpc_method_handler(call)},
+        "JinaSingleDataRequestRPC": {"process_single_data": unary_handler(process)},
+        "JinaGatewayDryRunRPC": {"dry_run": unary_handler(dry_run)},
+        "JinaDiscoverEndpointsRPC": {"endpoint_discovery": unary_handler(discover)},
+    }
+    return [
+        grpc.method_handlers_generic_handler(JINA_SERVICES[name], handlers)
+        for name, handlers in methods.items()
+    ]
 
 
-def _scrub(response: Any) -> Any:
-    """Leaves of an executor's exception what was meant for the client."""
-    status = response.header.status
-    if status.code == jina_pb2.StatusProto.ERROR:
-        ours = status.exception.name == "RequestError" and status.exception.args
-        said = status.exception.args[0] if ours else FAILED
-        for route in response.proto.routes if hasattr(response, "proto") else ():
-            route.status.ClearField("exception")
-            route.status.description = ""
-        status.ClearField("exception")
-        status.description = said
-    return response
+def serialize(response: DataRequest) -> bytes:
+    """The bytes of a response."""
+    serialized: bytes = response.SerializeToString()
+    return serialized
+
+
+def is_error(response: DataRequest) -> bool:
+    """Whether a response says that its request failed."""
+    failed: bool = response.header.status.code == jina_pb2.StatusProto.ERROR
+    return failed
+
+
+def _read(message: bytes) -> DataRequest:
+    """A request whose parts can all be read, which Jina itself finds out too late."""
+    try:
+        proto = jina_pb2.DataRequestProto.FromString(message)
+    except DecodeError:
+        raise RequestError("the message is not a serialized jina.DataRequestProto") from None
+    try:
+        json_format.MessageToDict(proto.parameters)
+    except (json_format.Error, ValueError):
+        raise RequestError(
+            "parameters hold a number that is not finite, or a value without content: send JSON's "
+            "values"
+        ) from None
+    return DataRequest(proto)
+
+
+def _refusal(request: DataRequest, error: RequestError) -> DataRequest:
+    """A response without documents that says why."""
+    proto = jina_pb2.DataRequestProto(header=request.header)
+    proto.header.target_executor = ""
+    proto.header.status.code = jina_pb2.StatusProto.ERROR
+    proto.header.status.description = str(error)
+    return DataRequest(proto)
+
+
+def _executor_error(response: DataRequest) -> RequestError:
+    """The exception of an executor, with what was meant for the client."""
+    exception = response.header.status.exception
+    if exception.name == _REFUSAL and exception.args:
+        message, code, retry_after = (*exception.args, "", "")[:3]
+        is_known = code in pb.Error.Code.keys()  # noqa: SIM118 - not a mapping
+        return RequestError(
+            message, code if is_known else "INVALID_ARGUMENT", float(retry_after or 0)
+        )
+    failed = [
+        route.executor
+        for route in response.routes
+        if route.status.code == jina_pb2.StatusProto.ERROR
+    ]
+    log.error("executor %s failed: %s", ", ".join(failed), response.header.status.description)
+    if not failed:
+        return RequestError(FAILED, "INTERNAL")
+    return RequestError(
+        f"executor {failed[0]} failed on this request; the server's log says why", "INTERNAL"
+    )
+
+
+def _network_error(error: InternalNetworkError) -> RequestError:
+    log.error("the flow did not answer: %s", error.details())
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return RequestError("an executor did not answer in time", "DEADLINE_EXCEEDED")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return RequestError("an executor is not ready: try again in a moment", "UNAVAILABLE")
+    return RequestError(FAILED, "INTERNAL")

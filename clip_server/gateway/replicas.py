@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from clip_client.address import Address
 from clip_client.errors import ClientClosedError, ConnectionFailedError, ServerError
@@ -52,7 +53,7 @@ class ReplicaPool:
         return len(self._replicas)
 
     async def find_info(self, is_cancelled: asyncio.Event) -> pb.InfoResponse | None:
-        """Waits until a replica answers. None: it does not speak clip.v1, or is cancelled.
+        """Waits until a replica answers. None: it is no encoder, or the start is cancelled.
 
         Raises:
             ConfigurationError: it answers with an error.
@@ -61,7 +62,7 @@ class ReplicaPool:
             for replica in self._replicas:
                 try:
                     response = await replica.transport.send(pb.Request(info=pb.InfoRequest()))
-                    return response.info
+                    return response.info if response.info.dim else None
                 except ConnectionFailedError:
                     continue  # not yet
                 except ServerError as error:
@@ -116,3 +117,14 @@ class ReplicaPool:
         """Closes the streams."""
         for replica in self._replicas:
             await replica.transport.close()
+
+
+def replica_pools(deployments: Mapping[str, Any], timeout: float | None) -> list[ReplicaPool]:
+    """A pool for each executor, from the gRPC addresses that Jina hands to a gateway.
+
+    timeout: seconds until a call is given up; None: never.
+    """
+    return [
+        ReplicaPool(name, addresses if isinstance(addresses, list) else addresses["grpc"], timeout)
+        for name, addresses in deployments.items()
+    ]

@@ -1,50 +1,36 @@
-"""Chooses which executor of the flow answers a request, and refuses more than the gateway holds."""
+"""Answers clip.v1 by the executors of the flow, and refuses more than the gateway can hold."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.errors import ConfigurationError, RequestError
-from clip_server.gateway.replicas import ReplicaPool
-from clip_server.rpc.errors import error_response
-
-log = logging.getLogger(__name__)
+from clip_server.errors import RequestError
+from clip_server.gateway import documents
+from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.topology import Topology
+from clip_server.rpc.errors import check_count, error_response
 
 
 class Router:
-    """The executors of a flow, and which of them answers clip.v1.
+    """Sends each request straight to its encoder, or through the flow if others take part.
 
-    pools: one for each executor of the flow.
+    topology: the executors.
+    jina: sends requests through the flow.
     max_queued_bytes: of requests in flight; beyond it, more are refused.
     """
 
-    def __init__(self, pools: Sequence[ReplicaPool], max_queued_bytes: int) -> None:
-        self._pools = pools
+    def __init__(self, topology: Topology, jina: JinaRequestHandler, max_queued_bytes: int) -> None:
+        self._topology, self._jina = topology, jina
         self._max_queued_bytes = max_queued_bytes
         self._in_flight_bytes = 0
-        self._encoder: ReplicaPool | None = None
-        # Of one request; the encoder says how many once it is found.
-        self.max_request_items = 0
 
-    async def discover(self, is_cancelled: asyncio.Event) -> None:
-        """Waits until an encoder answers.
-
-        Raises:
-            ConfigurationError: the flow has none.
-        """
-        for pool in self._pools:
-            if info := await pool.find_info(is_cancelled):
-                self._encoder = pool
-                self.max_request_items = info.max_request_items
-                log.debug("executor %s encodes, on %d replicas", pool.name, len(pool))
-                return
-        if not is_cancelled.is_set():
-            raise ConfigurationError("no executor of this flow is a CLIPEncoder")
+    @property
+    def max_request_items(self) -> int:
+        """Items that the first encoder takes in one request."""
+        info = self._topology.encoder().info
+        return info.max_request_items if info else 0
 
     async def call(self, request: pb.Request) -> pb.Response:
         """The response to `request`; an error on the way to the executor is in it too."""
@@ -66,12 +52,49 @@ class Router:
 
     async def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of each replica that answers, by its address."""
-        return await self._encoder.metrics() if self._encoder else {}
+        pools = (each.pool.metrics() for each in self._topology.encoders)
+        found: dict[str, dict[str, float]] = {}
+        for metrics in await asyncio.gather(*pools):
+            found |= metrics
+        return found
 
     async def _send(self, request: pb.Request) -> pb.Response:
-        if self._encoder is None:
-            raise RequestError("the server is starting: try again in a moment", "UNAVAILABLE")
-        return await self._encoder.send(request)
+        kind = request.WhichOneof("body")
+        model = getattr(getattr(request, kind), "model", "") if kind else ""
+        if kind not in ("encode", "rank"):
+            return await self._topology.encoder(model).pool.send(request)
+        route = self._topology.route(f"/{kind}", model)
+        if route.is_direct and route.encoder:
+            return await route.encoder.pool.send(request)
+        seconds = request.timeout / 1e3 or None
+        try:
+            if kind == "encode":
+                encoded = self._encode(request.encode)
+                return pb.Response(encode=await asyncio.wait_for(encoded, seconds))
+            return pb.Response(rank=await asyncio.wait_for(self._rank(request.rank), seconds))
+        except asyncio.TimeoutError:
+            raise RequestError("the flow did not answer in time", "DEADLINE_EXCEEDED") from None
+
+    async def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
+        check_count(len(request.items), self.max_request_items)
+        docs = documents.encode_documents(request)
+        parameters = {
+            "normalize": request.options.normalize,
+            "minibatch_size": request.options.minibatch_size,
+            "model_name": request.model or None,
+        }
+        answered = await self._jina.send(documents.data_request("/encode", docs, parameters))
+        info = self._topology.encoder(request.model).info
+        return documents.encode_response(
+            docs, documents.answered_documents(answered), info.dim if info else 0
+        )
+
+    async def _rank(self, request: pb.RankRequest) -> pb.RankResponse:
+        check_count(len(request.candidates) + 1, self.max_request_items)
+        docs = documents.rank_documents(request)
+        parameters = {"model_name": request.model or None}
+        answered = await self._jina.send(documents.data_request("/rank", docs, parameters))
+        return documents.rank_response(docs[0], documents.answered_documents(answered))
 
     def _refuse_if_full(self, size: int) -> None:
         # One that is larger than the bound is taken by an idle server.
@@ -83,15 +106,3 @@ class Router:
                 "RESOURCE_EXHAUSTED",
                 retry_after=1.0,
             )
-
-    async def close(self) -> None:
-        """Closes the streams to the executors."""
-        await asyncio.gather(*(pool.close() for pool in self._pools))
-
-
-def replica_pools(deployments: Mapping[str, Any], timeout: float | None) -> list[ReplicaPool]:
-    """A pool for each executor, from the gRPC addresses that Jina hands to a gateway."""
-    return [
-        ReplicaPool(name, addresses if isinstance(addresses, list) else addresses["grpc"], timeout)
-        for name, addresses in deployments.items()
-    ]

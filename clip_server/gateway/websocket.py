@@ -1,4 +1,7 @@
-"""The WebSocket port: each binary frame in is clip.v1 Requests, each one out Responses."""
+"""The WebSocket port: each binary frame in is clip.v1 Requests, each one out Responses.
+
+Jina's clients are told apart by the subprotocol that they ask for.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,22 @@ from collections.abc import AsyncIterator
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.typing import Subprotocol
 
+from clip_server.errors import RequestError
+from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.rpc.multiplexing import StreamServer
+
+# Jina's clients ask for it; each frame is then one of its requests or responses.
+_JINA = Subprotocol("bytes")
+# What they send when they have no more requests.
+_JINA_END = bytes(True)
+# How long it may take to read a response.
+_READING_SECONDS = 0.5
+# The longest reason that fits the frame that closes a connection, in bytes.
+_LONGEST_REASON = 123
 
 
 class WebSocketListener(Listener):
@@ -31,6 +47,7 @@ class WebSocketListener(Listener):
             self.hosts,
             self.port,
             ssl=context,
+            select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
             max_size=self.options.max_request_bytes,
             compression=None,  # images and floats do not compress; trying costs CPU time
         )
@@ -40,7 +57,30 @@ class WebSocketListener(Listener):
             await connection.send(message)
 
         with contextlib.suppress(ConnectionClosed):
-            await self._streams.serve(_messages(connection), send)
+            if connection.subprotocol == _JINA:
+                await self._serve_jina(connection)
+            else:
+                await self._streams.serve(_messages(connection), send)
+
+    async def _serve_jina(self, connection: ServerConnection) -> None:
+        if connection.request and connection.request.path == "/dry_run":
+            await connection.recv()
+            await connection.send(await self.jina.is_ready())
+            return
+        failed = False
+        try:
+            async for response in self.jina.answer_all(_jina_messages(connection)):
+                failed = failed or is_error(response)
+                await connection.send(serialize(response))
+            if failed:
+                # The client forgets an error that it has not yet read when the connection closes.
+                await asyncio.wait_for(connection.wait_closed(), _READING_SECONDS)
+        except asyncio.TimeoutError:
+            pass  # it handles the error by itself, and waits for the end
+        except RequestError as error:
+            # A Jina client reports the reason of no other code.
+            reason = str(error).encode()[:_LONGEST_REASON].decode(errors="ignore")
+            await connection.close(CloseCode.INTERNAL_ERROR, reason)
 
     async def stop(self) -> None:
         """Accepts nothing new, lets requests in flight finish, and closes the port."""
@@ -55,3 +95,10 @@ async def _messages(connection: ServerConnection) -> AsyncIterator[bytes]:
         message = await connection.recv()
         # A text frame is no clip.v1 message; empty bytes are refused as an empty request.
         yield message if isinstance(message, bytes) else b""
+
+
+async def _jina_messages(connection: ServerConnection) -> AsyncIterator[bytes]:
+    async for message in _messages(connection):
+        if message == _JINA_END:
+            return
+        yield message

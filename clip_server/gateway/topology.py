@@ -1,0 +1,155 @@
+"""The executors of a flow, and which of them a request goes to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import ConfigurationError, RequestError
+from clip_server.gateway.replicas import ReplicaPool
+
+# An executor that binds it answers every endpoint that it does not bind by name.
+_DEFAULT_ENDPOINT = "/default"
+# `/encode/MODEL` names a model, as clip-as-service's client does.
+_WITH_MODEL = re.compile(r"(/encode|/rank)/(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FlowExecutor:
+    """One executor of the flow, as it describes itself when the gateway starts.
+
+    pool: its replicas.
+    endpoints: the endpoints that it binds.
+    info: its model, if it encodes and speaks clip.v1; else None.
+    """
+
+    pool: ReplicaPool
+    endpoints: Collection[str]
+    info: pb.InfoResponse | None
+
+    @property
+    def name(self) -> str:
+        """Its name in the flow."""
+        return self.pool.name
+
+    def answers(self, endpoint: str) -> bool:
+        """Whether Jina would send a request for `endpoint` to it."""
+        return endpoint in self.endpoints or _DEFAULT_ENDPOINT in self.endpoints
+
+    def is_named(self, model: str) -> bool:
+        """Whether it, or its model, has this name."""
+        if self.info is None:
+            return False
+        names = (self.name, self.info.model, self.info.model.partition("::")[0])
+        return _simplified(model) in map(_simplified, names)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of one request.
+
+    endpoint: what the executors are asked for.
+    target: a pattern of the names of those that get it, as Jina's `target_executor`; "": all.
+    encoder: the one of the flow's encoders that takes part, if any.
+    is_direct: the encoder alone answers, so the request needs no other way through the flow.
+    """
+
+    endpoint: str
+    target: str
+    encoder: FlowExecutor | None
+    is_direct: bool
+
+
+class Topology:
+    """Chooses the executors that answer a request.
+
+    executors: in the order of the flow.
+    conditional: names of executors that get only some documents, by the flow's `when:`.
+
+    Raises:
+        ConfigurationError: no executor encodes.
+    """
+
+    def __init__(
+        self, executors: Sequence[FlowExecutor], conditional: Collection[str] = ()
+    ) -> None:
+        self.executors = executors
+        self.encoders = [each for each in executors if each.info is not None]
+        self._conditional = conditional
+        if not self.encoders:
+            raise ConfigurationError("no executor of this flow is a CLIPEncoder")
+
+    def encoder(self, model: str = "") -> FlowExecutor:
+        """The encoder of this name, or whose model has it; without a name the first.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if not model:
+            return self.encoders[0]
+        for each in self.encoders:
+            if each.is_named(model):
+                return each
+        known = ", ".join(f"{each.info.model} ({each.name})" for each in self.encoders if each.info)
+        raise RequestError(f"no encoder here is named {model[:100]!r}; this server has {known}")
+
+    def route(self, endpoint: str, model: str = "", target: str = "") -> Route:
+        """The way of a request for `endpoint`.
+
+        model: the encoder or model to use, where the flow has several.
+        target: a pattern of the executors that get it.
+
+        Raises:
+            RequestError: no executor answers it, or the pattern is invalid.
+        """
+        is_bound = any(endpoint in each.endpoints for each in self.executors)
+        named = _WITH_MODEL.fullmatch(endpoint)
+        if named and not model and not is_bound:
+            endpoint, model = named.groups()
+        chosen = self.encoder(model)
+        answering = [
+            each
+            for each in self._targeted(target)
+            if each.answers(endpoint) and (target or each.info is None or each is chosen)
+        ]
+        if not answering:
+            raise RequestError(self._unanswered(endpoint, target))
+        encoder = next((each for each in answering if each.info is not None), None)
+        return Route(
+            endpoint,
+            target or self._all_but_encoders_besides(chosen),
+            encoder,
+            answering == [encoder] and answering[0].name not in self._conditional,
+        )
+
+    def _targeted(self, target: str) -> Sequence[FlowExecutor]:
+        try:
+            pattern = re.compile(target)
+        except (re.error, RecursionError, OverflowError):
+            raise RequestError(
+                f"target_executor {target[:100]!r} is not a regular expression"
+            ) from None
+        return [each for each in self.executors if pattern.match(each.name)]
+
+    def _all_but_encoders_besides(self, chosen: FlowExecutor) -> str:
+        others = [re.escape(each.name) for each in self.encoders if each is not chosen]
+        return f"(?!({'|'.join(others)})$)" if others else ""
+
+    def _unanswered(self, endpoint: str, target: str) -> str:
+        if target:
+            names = ", ".join(each.name for each in self.executors)
+            return (
+                f"target_executor {target[:100]!r} names no executor that answers "
+                f"{endpoint[:100]}; this flow has {names}"
+            )
+        known = sorted({name for each in self.executors for name in each.endpoints})
+        return f"no executor of this flow answers {endpoint[:100]}; there is " + ", ".join(
+            name for name in known if name.startswith("/")
+        )
+
+
+def _simplified(name: str) -> str:
+    """A model's name in the one spelling of `ViT-L/14@336px` and `ViT-L-14-336`."""
+    return re.sub("[/@]", "-", name).removesuffix("px").casefold()
