@@ -74,8 +74,11 @@ class BaseCLIPEncoder(Executor):
         its weights. Raises ConfigurationError where it cannot."""
         parameters = EncoderParameters.parse(given)
         spec = runtimes.find(cls.runtime) if cls.runtime else None
-        if spec is None or spec.find_towers(parameters.model_path) is None:
-            zoo.checkpoint(parameters.name, parameters.model_path)
+        model = parameters.name, parameters.model_path
+        if spec is not None and spec.find_towers(zoo.own_path(*model)):
+            zoo.resolve(*model)
+        else:
+            zoo.checkpoint(*model)
 
     @classmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> Runtime:

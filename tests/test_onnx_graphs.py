@@ -183,7 +183,8 @@ def test_a_flow_of_clip_as_service_serves_a_folder_of_graphs(
 ) -> None:
     """As its guide to fine-tuned models has it: named by the model it was tuned from."""
     folder = export(model, tmp_path / "clip-fashion-cas", integers="int32", batch=1, dynamic=())
-    server = start(flow("onnx", name="ViT-B/32", model_path=str(folder), exact=True))
+    spec = flow("onnx", name="ViT-B/32", model_path=f"~/{folder.name}", exact=True)
+    server = start(spec, HOME=str(tmp_path))
     image = (SAMPLES / "cat.png").read_bytes()
     with Client(server.grpc) as client:
         embeddings = client.encode([*TEXTS, SAMPLES / "cat.png"])
@@ -262,6 +263,24 @@ def test_graphs_of_the_first_releases_of_clip_as_service(write: Write, tmp_path:
     expected = normalized(pixels, runtime.card.image).mean(axis=(2, 3))
     np.testing.assert_allclose(runtime.encode_image(pixels), expected, atol=1e-5)
     np.testing.assert_array_equal(runtime.encode_text(TOKENS), TOKENS[:, :3])
+
+
+def test_a_folder_may_be_part_of_the_name(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(write)
+    write_text(write)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path.parent)
+    for place in (tmp_path, f"~/{tmp_path.name}", f"./{tmp_path.name}"):
+        card = OnnxRuntime.load(f"ViT-B/32::{place}").card
+        assert (card.name, card.dim) == ("ViT-B-32::openai", 3)
+
+
+def test_a_folder_that_lacks_a_tower_is_refused(write: Write, tmp_path: Path) -> None:
+    write_image(write)
+    with pytest.raises(ConfigurationError, match=r"without both towers .* it has visual\.onnx"):
+        OnnxRuntime.load("ViT-B/32", model_path=tmp_path)
 
 
 def test_a_graph_that_pools_its_padding_gets_it(write: Write, tmp_path: Path) -> None:

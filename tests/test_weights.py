@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_another_architecture_is_refused_with_names_and_shapes() -> None:
 
 
 def test_the_right_architecture_passes_whatever_else_a_trainer_left() -> None:
-    tensors = {"a": np.zeros((2, 3)), "attn_mask": np.zeros((77, 77))}
+    tensors = {"a": np.zeros((2, 3)), "attn_mask": np.zeros((77, 77)), "vocab_size": np.zeros(())}
     weights.check(tensors, {"a": (2, 3), "bn1.num_batches_tracked": ()})
 
 
@@ -95,10 +96,16 @@ def test_model_path_may_be_a_file_or_a_folder(tmp_path: Path) -> None:
 
 def test_model_path_to_nothing_is_refused(tmp_path: Path) -> None:
     card = zoo.resolve("ViT-B/32")
-    with pytest.raises(WeightsError, match="no checkpoint at"):
+    with pytest.raises(WeightsError, match=r"no checkpoint at .*missing.*: that does not exist"):
         weights.find(card, tmp_path / "missing.safetensors")
-    with pytest.raises(WeightsError, match="no checkpoint at"):
+    with pytest.raises(WeightsError, match=r"no checkpoint at .* a folder without one"):
         weights.find(card, tmp_path)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(WeightsError, match="a link to something that does not exist"):
+        weights.find(card, tmp_path / "link.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(WeightsError, match="not a regular file"):
+        weights.find(card, tmp_path / "pipe.pt")
     (tmp_path / "notes.txt").write_text("no checkpoint")
     with pytest.raises(WeightsError, match=r"notes\.txt is not a checkpoint"):
         weights.find(card, tmp_path / "notes.txt")
@@ -173,8 +180,24 @@ class TestPickles:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its deprecation
             torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-        with pytest.raises(WeightsError, match="holds code beside its tensors"):
+        with pytest.raises(WeightsError, match=r"TorchScript archive.*torch\.jit\.load"):
             weights.read(path)
+
+    def test_a_whole_model_is_refused(self, tmp_path: Path) -> None:
+        import torch
+
+        path = tmp_path / "model.pt"
+        torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
+        with pytest.raises(WeightsError, match=r"holds code .*Sequential.*state_dict\(\) alone"):
+            weights.read(path)
+
+    @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+    def test_the_keys_of_trainers_are_read(self, key: str, tmp_path: Path) -> None:
+        import torch
+
+        path = tmp_path / "best.pth"
+        torch.save({"loss": torch.ones(()), key: {"clip_model.weight": torch.ones(2)}}, path)
+        assert weights.read_shapes(path) == {"weight": (2,)}
 
     @pytest.mark.parametrize("keep", [0, 5, 300, -10])
     def test_a_truncated_file_is_refused(self, keep: int, tmp_path: Path) -> None:

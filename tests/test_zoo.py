@@ -182,6 +182,23 @@ def test_an_architecture_may_stand_before_the_path(
         zoo.resolve(f"ViT-B-23::{file}")
 
 
+def test_a_path_may_begin_at_home_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tuned").mkdir()
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file({"logit_scale": np.zeros((), np.float32)}, file)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("~/tuned/model.safetensors", "~/tuned", "tuned/model.safetensors", "./tuned"):
+        assert zoo.checkpoint("ViT-B/32", path).samefile(file)
+        assert zoo.checkpoint(f"ViT-B/32::{path}").samefile(file)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32::/nowhere/tuned", "ViT-B-32::tuned/new", "~/tuned"])
+def test_a_path_to_nothing_is_no_unknown_name(name: str) -> None:
+    with pytest.raises(WeightsError, match=r"no checkpoint at .*tuned.*: that does not exist"):
+        zoo.checkpoint(name)
+
+
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-L-14-336", "RN50x4", "RN101"])
 def test_shapes_tell_the_architecture(architecture: str, tmp_path: Path) -> None:
     """Of tensors, only the shapes are looked at: these are as long as they must be, and empty."""

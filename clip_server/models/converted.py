@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
-from clip_server.models import tokenizer_files
+from clip_server.models import tokenizer_files, weights
 from clip_server.preprocess import tokenizer
 
 Tower = Literal["image", "text"]
@@ -100,16 +100,19 @@ def check_precision(folder: str | Path, wanted: str | None, found: str = "fp32")
     return precision
 
 
-def refuse(folder: str | Path) -> None:
-    """Raises ConfigurationError where what should be a checkpoint is a folder of converted towers:
-    a runtime that has both of its own there asks for no checkpoint."""
-    if read(folder) is not None:
-        stems = tuple(_STEMS.values())
-        found = sorted(file.name for file in Path(folder).iterdir() if file.stem in stems)
+def refuse(folder: Path) -> None:
+    """Raises ConfigurationError where what should be a checkpoint is a folder of towers alone: a
+    runtime that has both of its own there asks for no checkpoint."""
+    described = read(folder) is not None
+    if not folder.is_dir() or (not described and weights.in_folder(folder)):
+        return
+    stems = tuple(_STEMS.values())
+    found = sorted(file.name for file in folder.iterdir() if file.stem in stems)
+    if found or described:
         raise ConfigurationError(
-            f"{folder} holds a converted model, without both towers for this runtime; it has "
+            f"{folder} holds no checkpoint, and is without both towers for this runtime; it has "
             f"{', '.join(found) or 'no tower'}: convert the model for this runtime "
-            "(python -m clip_server.convert), or use the runtime it was converted for"
+            "(python -m clip_server.convert), or use the runtime that they were made for"
         )
 
 

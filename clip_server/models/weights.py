@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
+import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,10 +37,17 @@ _HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 # How long an unreachable hub may hold up the start, in seconds.
 _HUB_TIMEOUT = 5.0
 # How the names end that a checkpoint may hold or lack: no tower needs them.
-_HARMLESS = ("attn_mask", "position_ids", "num_batches_tracked", "logit_bias")
+_HARMLESS = (
+    *("attn_mask", "position_ids", "num_batches_tracked", "logit_bias"),
+    # Numbers in OpenAI's archives.
+    *("input_resolution", "context_length", "vocab_size"),
+)
 # What wraps a model puts this before the names of all its tensors: training on several GPUs,
 # torch.compile, a Lightning module.
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
+_TRAINERS_KEYS = ("state_dict", "model_state_dict", "model")
+# How torch names the first class that it does not make for a pickle.
+_PICKLED_CLASS = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
 _SHOWN = 3
 _SHA256_DIGITS = 64
 _BLOCK = 2**20
@@ -79,15 +86,29 @@ def local(path: Path) -> Path:
     Raises:
         WeightsError: it is none of these.
     """
-    file = in_folder(path)
+    try:
+        file = in_folder(path)
+    except OSError as error:
+        raise WeightsError(f"no checkpoint at {path}: {error.strerror}") from error
     if file is None:
+        seen_from = "" if path.is_absolute() else f", seen from {Path.cwd()}"
         raise WeightsError(
-            f"no checkpoint at {path}: model_path is a file ({', '.join(SUFFIXES)}), or a folder "
-            f"with {CHECKPOINT} or with a single one of those"
+            f"no checkpoint at {path}: that {describe(path)}{seen_from}; model_path is a file "
+            f"({', '.join(SUFFIXES)}), or a folder with {CHECKPOINT} or with a single one of "
+            "those; for ONNX also one with visual.onnx and textual.onnx"
         )
     if file.suffix not in SUFFIXES:
         raise WeightsError(f"{file} is not a checkpoint: they end in {', '.join(SUFFIXES)}")
     return file
+
+
+def describe(path: Path) -> str:
+    """What is at a path where a checkpoint was expected, as the rest of a sentence."""
+    if path.is_dir():
+        return "is a folder without one, or with several"
+    if path.is_symlink() and not path.exists():
+        return "is a link to something that does not exist"
+    return "is not a regular file" if path.exists() else "does not exist"
 
 
 def in_folder(path: Path) -> Path | None:
@@ -237,6 +258,8 @@ def _opened(path: Path) -> Iterator[_Checkpoint]:
     try:
         with safe_open(path, framework="np") as file:
             yield _Safetensors(file)
+    except PermissionError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is damaged, or not a CLIP checkpoint ({error}): fetch or copy it again"
@@ -246,27 +269,42 @@ def _opened(path: Path) -> Iterator[_Checkpoint]:
 def _unpickled(path: Path) -> dict[str, Any]:
     """The torch tensors of a pickled checkpoint, read without running any code in it.
 
-    open_clip's trainer writes them under `state_dict`.
+    Trainers write them under a key, beside the epoch and the optimizer.
     """
     torch = _torch(path)
+    mapped = zipfile.is_zipfile(path)
+    if mapped and _is_torchscript(path):
+        raise WeightsError(
+            f"{path} is a TorchScript archive, which holds code beside its tensors, and none is "
+            f"run: save the tensors alone, torch.save(torch.jit.load({path.name!r}, "
+            "map_location='cpu').state_dict(), 'weights.pt')"
+        )
     try:
         # Mapped, so that a look at the shapes does not read gigabytes.
-        mapped = zipfile.is_zipfile(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever the bytes of a damaged file make of it
-        raise WeightsError(_why_not(path, error)) from error
-    held = found.get("state_dict", found) if isinstance(found, dict) else {}
-    tensors = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise WeightsError(f"{path} is not a checkpoint: it holds no tensors by name")
-    return tensors
+        raise WeightsError(_explain(path, error)) from error
+    under_keys = [found.get(key) for key in _TRAINERS_KEYS] if isinstance(found, dict) else []
+    for held in (*under_keys, found):
+        items = held.items() if isinstance(held, dict) else ()
+        tensors = {name: value for name, value in items if isinstance(value, torch.Tensor)}
+        if tensors:
+            return tensors
+    raise WeightsError(f"{path} is not a checkpoint: it holds no tensors by name")
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    """Why torch does not read a pickled checkpoint, in our words."""
-    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Why torch does not read a pickled checkpoint, and what to do about it."""
+    if isinstance(error, PermissionError):
+        return f"{path} cannot be read: {error.strerror}"
+    if found := _PICKLED_CLASS.search(str(error)):
         return (
-            f"{path} is damaged, or holds code beside its tensors, which is not run: save the "
+            f"{path} holds code beside its tensors ({found[1]}), which is not run: save the "
             "model's state_dict() alone, as .safetensors if you can"
         )
     return f"{path} is damaged, or not a checkpoint ({type(error).__name__}): copy it again"

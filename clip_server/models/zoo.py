@@ -42,28 +42,34 @@ def other_names(name: str) -> list[str]:
 def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
     """The card of a model.
 
-    name: a canonical name or an alias; or a person's own checkpoint, as its path or as
+    name: a canonical name or an alias; or a person's own model, as its path or as
         `architecture::path`.
-    model_path: the path of a person's own checkpoint, where `name` is not one. With an
-        `open_clip_config.json` beside it, that gives the card and `name` is free; else the card
-        is that of `name`, which may be an architecture alone.
+    model_path: the path of a person's own checkpoint, or folder of converted towers, where `name`
+        is not one. With an `open_clip_config.json` beside it, that gives the card and `name` is
+        free; else the card is that of `name`, which may be an architecture alone.
 
     Raises:
         UnknownModelError: no model has this name; the nearest ones are listed.
         WeightsError: a checkpoint that the card is read from is missing or damaged.
         ConfigurationError: an `open_clip_config.json` describes a model we do not know.
     """
-    name, path = _located(name, model_path)
+    name, path = _split_path(name, model_path)
     if path is None:
         return _card(_canonical(name))
     if found := converted.read(path):
         return found.card
     # In `ViT-B-32::path` is open_clip's architecture; the name ViT-B-32 alone is OpenAI's model.
     # The name of a model that is not open_clip's is the same in both.
-    known = None if model_path is None and _is_ambiguous(name) else _known(name)
+    known = None if model_path is None and _is_ambiguous(name) else _find_canonical(name)
     if card := _described_card(name, path):
         return card
     return _card(known) if known else _card_for_checkpoint(name, path)
+
+
+def own_path(name: str, model_path: str | Path | None) -> Path | None:
+    """Where a person's own model is, by its name or `model_path` as in `resolve`; None: it is not
+    one. A leading ~ is replaced by the home directory."""
+    return _split_path(name, model_path)[1]
 
 
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
@@ -74,7 +80,7 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
         UnknownModelError, WeightsError: as `resolve` and `weights.find`.
     """
     card = resolve(name, model_path)
-    _, path = _located(name, model_path)
+    _, path = _split_path(name, model_path)
     if path is None and card.name == EMBEDDED:
         path = EMBEDDED_PATH
     if path is not None:
@@ -201,13 +207,13 @@ def _aliases() -> dict[str, str]:
 
 
 def _canonical(name: str) -> str:
-    known = _known(name)
+    known = _find_canonical(name)
     if known is None:
         raise UnknownModelError(_unknown(name))
     return known
 
 
-def _known(name: str) -> str | None:
+def _find_canonical(name: str) -> str | None:
     """The canonical name; open_clip, too, takes `/` for `-`, and in tags `-` for `_`."""
     architecture, separator, tag = name.partition("::")
     same = architecture.replace("/", "-") + separator + tag.lower().replace("-", "_")
@@ -267,16 +273,30 @@ def _is_ambiguous(name: str) -> bool:
     return _is_architecture(name) and name not in _zoo()["checkpoints"]
 
 
-def _located(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
-    """A name, and the path of a person's own checkpoint, which may be part of the name."""
+def _split_path(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
+    """A name, and the path of a person's own model, which may be part of the name."""
     if model_path is not None:
-        return name, Path(model_path)
-    if _known(name) is not None:
-        return name, None
-    architecture, _, place = name.rpartition("::")
-    if place.endswith(weights.SUFFIXES) or ("/" in place and Path(place).exists()):
-        return architecture, Path(place)
+        return name, _expanded(model_path)
+    architecture, separator, place = name.rpartition("::")
+    if _find_canonical(name) is None and _is_path(place, bool(separator)):
+        return architecture, _expanded(place)
     return name, None
+
+
+def _is_path(text: str, is_tag: bool) -> bool:
+    """Whether what is no known name is the path of a model.
+
+    is_tag: whether it stands where tags do, none of which has a / in it.
+    """
+    looks_like_one = text.endswith(weights.SUFFIXES) or text.startswith(("/", "./", "../", "~"))
+    return looks_like_one or ("/" in text and (is_tag or Path(text).exists()))
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user, or no home directory
+        return Path(path)
 
 
 def _card_for_checkpoint(name: str, path: Path) -> ModelCard:

@@ -68,9 +68,10 @@ class OnnxRuntime:
         Raises:
             ConfigurationError: the extra, the device, the precision or the model is unavailable.
         """
-        files = cls.spec.find_towers(model_path)
-        if model_path is not None and files is not None:
-            return cls._load_graphs(name, Path(model_path), files, device, precision, threads)
+        folder = zoo.own_path(name, model_path)
+        if folder is not None and (files := cls.spec.find_towers(folder)):
+            card = zoo.resolve(name, model_path)
+            return cls._load_graphs(card, folder, files, device, precision, threads)
         built_in = cls.spec.check_precision(precision)
         sessions = _Sessions(device, threads, built_in)
         if built_in == "fp16" and sessions.device == "cpu":
@@ -84,7 +85,7 @@ class OnnxRuntime:
     @classmethod
     def _load_graphs(
         cls,
-        name: str,
+        card: ModelCard,
         folder: Path,
         files: Mapping[Tower, Path],
         device: str | None,
@@ -92,7 +93,7 @@ class OnnxRuntime:
         threads: int | None,
     ) -> OnnxRuntime:
         """A folder's graphs: ours, which its `card.json` describes, or anyone's."""
-        card, described = zoo.resolve(name, folder), converted.read(folder)
+        described = converted.read(folder)
         if described is not None:
             converted.check_precision(folder, precision)
         sessions = _Sessions(device, threads, described.precision if described else "fp32")

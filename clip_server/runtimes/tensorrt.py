@@ -75,9 +75,9 @@ class TensorrtRuntime:
         """
         tensorrt_engines.library()
         gpu = Gpu(_index(device))
-        files = cls.spec.find_towers(model_path)
-        if model_path is not None and files is not None:
-            precision = converted.check_precision(model_path, precision)
+        folder = zoo.own_path(name, model_path)
+        if folder is not None and (files := cls.spec.find_towers(folder)):
+            precision = converted.check_precision(folder, precision)
             card = zoo.resolve(name, model_path)
             plans = {tower: (str(file), file.read_bytes()) for tower, file in files.items()}
         else:

@@ -88,9 +88,9 @@ class TorchRuntime:
         place = _device(device)
         if threads is not None:
             torch.set_num_threads(threads)
-        files = cls.spec.find_towers(model_path)
-        if model_path is not None and files is not None:
-            precision = converted.check_precision(model_path, precision)
+        folder = zoo.own_path(name, model_path)
+        if folder is not None and (files := cls.spec.find_towers(folder)):
+            precision = converted.check_precision(folder, precision)
             card = zoo.resolve(name, model_path)
             visual, textual = (_loaded(file, place) for file in files.values())
             return cls(card, visual, textual, str(place), precision)
