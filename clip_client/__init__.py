@@ -8,6 +8,7 @@ embeddings = client.encode(["a photo of a cat", "cat.jpg"])
 
 from importlib.metadata import PackageNotFoundError, version
 
+from clip_client.callbacks import Batch
 from clip_client.client import Client
 from clip_client.errors import (
     AuthenticationError,
@@ -23,7 +24,7 @@ from clip_client.errors import (
     ServerError,
     TruncationWarning,
 )
-from clip_client.results import Batch, Info, Label, Latency, Ranking
+from clip_client.results import Info, Label, Ranking
 
 try:
     __version__ = version("clip-microservice-client")
@@ -44,7 +45,6 @@ __all__ = [
     "ItemFailure",
     "ItemsError",
     "Label",
-    "Latency",
     "OverloadedError",
     "Ranking",
     "ServerError",

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import operator
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import inputs
-from clip_client.collector import Callback, ResultCollector, progress
+from clip_client.callbacks import Callback, Callbacks
+from clip_client.collector import ResultCollector, progress
 from clip_client.connection import Connection
+from clip_client.documents import candidates_of, descend, is_document_list, returned
 from clip_client.errors import InvalidInputError, ItemFailure, ItemsError, TruncationWarning
-from clip_client.pipeline import Encoding, Inputs, iterate
+from clip_client.parameters import Parameters, positive
+from clip_client.pipeline import Collector, Encoding, Inputs, iterate
 from clip_client.profiling import latencies, show
 from clip_client.proto import clip_pb2
-from clip_client.ranking import order_matches
-from clip_client.results import Info, Label, Latency, Ranking
+from clip_client.ranking import RankCollector
+from clip_client.results import Info, Label
 from clip_client.sansio import CallGenerator
 from clip_client.scores import cosines, probabilities
 
@@ -29,51 +31,74 @@ T = TypeVar("T")
 
 TIMEOUT = 300.0
 PREFETCH = 8
-# Parameters of clip-as-service that are still accepted: aliases, and those that change nothing.
-_PARAMETER_ALIASES = {"batch_size": "minibatch_size"}
-_IGNORED_PARAMETERS = {"drop_image_content"}
+# Documents that the callbacks of `rank` get at a time, by default.
+_RANKED_DOCUMENTS = 8
 
 
-class EncodeOptions(TypedDict, total=False):
-    """The options of `encode` that do not change what it returns."""
+class RankOptions(TypedDict, total=False):
+    """The options of `rank` that do not change what it returns."""
 
     batch_size: SupportsIndex | None
     prefetch: SupportsIndex
     show_progress: bool
-    normalize: bool | None
     parameters: Mapping[str, Any] | None
     on_error: Callback | None
     on_always: Callback | None
     timeout: float | None
 
 
+class EncodeOptions(RankOptions, total=False):
+    """The options of `encode` that do not change what it returns."""
+
+    normalize: bool | None
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How the items of a call are sent."""
+
+    batch_size: int | None = None
+    prefetch: int = PREFETCH
+    timeout: float | None = TIMEOUT
+
+    @classmethod
+    def of(
+        cls, batch_size: SupportsIndex | None, prefetch: SupportsIndex, timeout: float | None
+    ) -> Sending:
+        """From the arguments of a call. Raises InvalidInputError."""
+        size = None if batch_size is None else positive("batch_size", batch_size)
+        return cls(size, positive("prefetch", prefetch), timeout)
+
+
 def encode(
     server: Connection,
     items: Any,
     *,
-    on_item_error: str,
-    on_done: Callback | None,
-    batch_size: SupportsIndex | None = None,
-    prefetch: SupportsIndex = PREFETCH,
-    show_progress: bool = False,
-    normalize: bool | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    on_error: Callback | None = None,
-    on_always: Callback | None = None,
-    timeout: float | None = TIMEOUT,
+    batch_size: SupportsIndex | None,
+    prefetch: SupportsIndex,
+    show_progress: bool,
+    normalize: bool | None,
+    parameters: Mapping[str, Any] | None,
+    on_item_error: str | None,
+    callbacks: Callbacks,
+    timeout: float | None,
 ) -> CallGenerator[Any]:
     """`Client.encode`."""
-    _check_item_error(on_item_error)
+    policy = _item_policy(on_item_error, callbacks)
+    given = Parameters.parse(parameters, normalize)
+    sending = Sending.of(batch_size, prefetch, timeout)
     raw_items = iterate(items)
+    roots: list[Any] | None = None
+    if given.descends:
+        roots = [] if callbacks.on_done is None else None
+        raw_items = _descended(raw_items, given.access_paths, roots)
     with progress(show_progress, items) as advance:
-        collector = ResultCollector(on_done, on_error, on_always, advance)
-        options = _options(parameters or {}, normalize)
-        encoding = _encoding(server, collector, batch_size, prefetch, options, timeout)
+        collector = ResultCollector(callbacks, given, advance)
         try:
-            yield from encoding.run(raw_items)
+            yield from _encoding(server, collector, sending, given).run(raw_items)
             dim = collector.dim
-            if collector.keeps and not dim:
-                dim = (yield from info(server, timeout)).dim
+            if collector.keeps and not dim and not collector.handled:
+                dim = (yield from info(server, timeout, given.model)).dim
         except Exception as error:
             if collector.keeps:
                 # Of an exception of the user's own too, such as a generator's.
@@ -81,35 +106,57 @@ def encode(
             raise
     embeddings = collector.embeddings(dim) if collector.keeps else None
     result: Any = embeddings
-    if collector.keeps and collector.documents is not None:
-        result = collector.documents if raw_items is items else items
+    if collector.keeps:
+        documents = roots if given.descends else collector.documents
+        if documents is not None or is_document_list(items):
+            result = returned(items, documents or [])
     _warn(collector.truncated)
-    return _finish(result, collector.failures, collector.total, on_item_error, embeddings)
+    return _finish(result, collector.failures, collector.total, policy, embeddings)
 
 
 def rank(
     server: Connection,
     query: Any,
-    candidates: Iterable[Any] | None,
+    candidates: Any,
     *,
-    on_item_error: str,
+    source: str,
+    batch_size: SupportsIndex | None,
+    prefetch: SupportsIndex,
+    show_progress: bool,
+    parameters: Mapping[str, Any] | None,
+    on_item_error: str | None,
+    callbacks: Callbacks,
     timeout: float | None,
 ) -> CallGenerator[Any]:
     """`Client.rank`."""
-    _check_item_error(on_item_error)
-    documents = _listed(query) if candidates is None else []
-    groups = [(document, list(document.matches)) for document in documents]
-    if candidates is not None:
-        groups = [(query, _listed(candidates))]
-    rankings, failures, truncated = yield from _ranked(server, groups, timeout)
-    for document, ranking in zip(documents, rankings, strict=False):
-        order_matches(document, ranking)
-    result: Any = documents if isinstance(query, Iterator) else query
-    if candidates is not None:
-        result = rankings[0]
-    _warn(truncated)
-    total = sum(len(matches) for _, matches in groups)
-    return _finish(result, failures, total, on_item_error)
+    policy = _item_policy(on_item_error, callbacks)
+    given = Parameters.parse(parameters)
+    sending = Sending.of(batch_size, prefetch, timeout)
+    items = query if candidates is None else candidates
+    roots: list[Any] | None = [] if candidates is None and callbacks.on_done is None else None
+    groups: Iterator[tuple[Any, list[Any], Any]]
+    if candidates is None:
+        chosen = _descended_now(_synchronous(items), given.access_paths, roots)
+        groups = ((each, candidates_of(each, source), each) for each in chosen)
+    else:
+        groups = iter([(query, list(_synchronous(items)), None)])
+    model = server.send(_info_request(given.model), timeout)
+    with progress(show_progress, items) as advance:
+        collector = RankCollector(
+            model, callbacks, given, advance, source, sending.batch_size or _RANKED_DOCUMENTS
+        )
+        if candidates is None:  # of Documents, whose items are sent as they fit
+            sending = replace(sending, batch_size=None)
+        encoding = _encoding(server, collector, sending, given, first=model)
+        yield from encoding.run(collector.items_of(groups))
+        collector.finish()
+    result: Any = None
+    if roots is not None:
+        result = returned(query, roots)
+    elif collector.keeps:
+        result = collector.rankings
+    _warn(collector.truncated)
+    return _finish(result, collector.failures, collector.total, policy)
 
 
 def classify(
@@ -118,11 +165,11 @@ def classify(
     labels: Sequence[str],
     *,
     prompt: str,
-    on_item_error: str,
+    on_item_error: str | None,
     timeout: float | None,
 ) -> CallGenerator[Any]:
     """`Client.classify`."""
-    _check_item_error(on_item_error)
+    policy = _item_policy(on_item_error)
     if isinstance(labels, str) or not labels:
         raise InvalidInputError("labels is a list of at least one str")
     if "{}" not in prompt:
@@ -147,84 +194,53 @@ def classify(
         for row in range(len(queries))
     ]
     _warn(truncated)
-    return _finish(results, collector.failures, len(results), on_item_error)
+    return _finish(results, collector.failures, len(results), policy)
 
 
 def profile(
-    server: Connection, text: str, timeout: float | None
-) -> CallGenerator[dict[str, Latency]]:
+    server: Connection, content: Any, timeout: float | None
+) -> CallGenerator[dict[str, float]]:
     """`Client.profile`."""
-    items = [clip_pb2.Item(text=text)]
+    item = inputs.to_item(content or "a text")
+    if not isinstance(item, clip_pb2.Item):
+        item = yield server.read(item)
     for _ in range(2):
-        request = clip_pb2.Request(encode=clip_pb2.EncodeRequest(items=items))
+        request = clip_pb2.Request(encode=clip_pb2.EncodeRequest(items=[item]))
         start = time.perf_counter()
         response: clip_pb2.Response = yield server.send(request, timeout)
         roundtrip = 1000 * (time.perf_counter() - start)
-    lines = latencies(roundtrip, response.encode.timings)
-    show(lines)
-    return lines
+    for error in response.encode.errors:
+        raise InvalidInputError(f"{content!r} cannot be encoded: {error.message}")
+    timings = response.encode.timings
+    show(roundtrip, timings)
+    return latencies(roundtrip, timings)
 
 
-def info(server: Connection, timeout: float | None) -> CallGenerator[Info]:
+def info(server: Connection, timeout: float | None, model: str = "") -> CallGenerator[Info]:
     """`Client.info`."""
-    response: clip_pb2.Response = yield server.send(_info_request(), timeout)
+    response: clip_pb2.Response = yield server.send(_info_request(model), timeout)
     return Info.of(response.info)
 
 
 def _encoding(
     server: Connection,
-    collector: ResultCollector,
-    batch_size: SupportsIndex | None = None,
-    prefetch: SupportsIndex = PREFETCH,
-    options: clip_pb2.Options | None = None,
-    timeout: float | None = TIMEOUT,
+    collector: Collector,
+    sending: Sending,
+    parameters: Parameters,
+    first: Future[Any] | None = None,
 ) -> Encoding:
     def send(request: clip_pb2.Request) -> Future[clip_pb2.Response]:
-        return server.send(request, timeout)
+        return server.send(request, sending.timeout)
 
     return Encoding(
         send,
         server.read,
         collector,
-        batch_size=None if batch_size is None else _positive("batch_size", batch_size),
-        prefetch=_positive("prefetch", prefetch),
-        options=options or clip_pb2.Options(),
+        batch_size=sending.batch_size,
+        prefetch=sending.prefetch,
+        template=clip_pb2.EncodeRequest(options=parameters.options, model=parameters.model),
+        first=first,
     )
-
-
-def _positive(name: str, value: SupportsIndex) -> int:
-    try:
-        number = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise InvalidInputError(f"{name} is a whole number from 1, not {value!r}")
-    return number
-
-
-def _options(parameters: Mapping[str, Any], normalize: bool | None) -> clip_pb2.Options:
-    known = clip_pb2.Options.DESCRIPTOR.fields_by_name
-    given = {
-        _PARAMETER_ALIASES.get(name, name): value
-        for name, value in parameters.items()
-        if name not in _IGNORED_PARAMETERS
-    }
-    if normalize is not None:
-        given["normalize"] = normalize
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise InvalidInputError(f"no parameter is named {unknown[0]!r}; there are {list(known)}")
-    if not isinstance(given.get("normalize", False), (bool, np.bool_)):
-        raise InvalidInputError(
-            f"the parameter normalize is True or False, not {given['normalize']!r}"
-        )
-    if "minibatch_size" in given:
-        size = given["minibatch_size"]
-        given["minibatch_size"] = size and _positive("the parameter minibatch_size", size)
-    try:
-        return clip_pb2.Options(**given)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"parameters: {error}") from None
 
 
 def _embedded(
@@ -233,45 +249,34 @@ def _embedded(
     """The embeddings [N, D] of items, what else was collected, and the model's logit scale."""
     collector = ResultCollector(into_documents=False)
     asked = server.send(_info_request(), timeout)
-    yield from _encoding(server, collector, timeout=timeout).run(raw_items)
+    sending = Sending(timeout=timeout)
+    yield from _encoding(server, collector, sending, Parameters()).run(raw_items)
     model = (yield asked).info
     return collector.embeddings(model.dim), collector, model.logit_scale
 
 
-def _ranked(
-    server: Connection, groups: Sequence[tuple[Any, Sequence[Any]]], timeout: float | None
-) -> CallGenerator[tuple[list[list[Ranking]], list[ItemFailure], int]]:
-    """The rankings of each query and its candidates, the candidates that failed, and texts cut.
+def _descended(raw_items: Inputs, paths: list[str], roots: list[Any] | None) -> Inputs:
+    """The Documents at the end of the access paths; `roots`, if any, gets those they start from."""
+    if isinstance(raw_items, Iterator):
+        return _descended_now(raw_items, paths, roots)
 
-    The place of a failure counts the candidates of all groups.
-    """
-    raw_items = [raw_item for query, candidates in groups for raw_item in (query, *candidates)]
-    rows, collector, scale = yield from _embedded(server, iter(raw_items), timeout)
-    failed = {failure.index: failure for failure in collector.failures}
-    rankings, failures, start = [], [], 0
-    for number, (_, candidates) in enumerate(groups):
-        if start in failed:
-            query = failed[start]
-            raise InvalidInputError(
-                f"the query cannot be encoded: {query.message} (the query is {query.item})"
-            )
-        places = range(start + 1, start + 1 + len(candidates))
-        good = [place for place in places if place not in failed]
-        cosine = cosines(rows[[start]], rows[good])
-        scores = probabilities(cosine, scale)
-        rankings.append(
-            [
-                Ranking(
-                    good[best] - places.start, raw_items[good[best]], score, float(cosine[0, best])
-                )
-                for best, score in _best_first(scores[0])
-            ]
-        )
-        failures += [
-            replace(failed[place], index=place - number - 1) for place in places if place in failed
-        ]
-        start = places.stop
-    return rankings, failures, collector.truncated
+    async def descended() -> AsyncIterator[Any]:
+        async for root in raw_items:
+            if roots is not None:
+                roots.append(root)
+            for each in descend(root, paths):
+                yield each
+
+    return descended()
+
+
+def _descended_now(
+    raw_items: Iterator[Any], paths: list[str], roots: list[Any] | None
+) -> Iterator[Any]:
+    for root in raw_items:
+        if roots is not None:
+            roots.append(root)
+        yield from descend(root, paths)
 
 
 def _as_images(raw_items: Inputs) -> Inputs:
@@ -280,10 +285,10 @@ def _as_images(raw_items: Inputs) -> Inputs:
     return (inputs.as_image(raw_item) async for raw_item in raw_items)
 
 
-def _listed(raw_items: Any) -> list[Any]:
+def _synchronous(raw_items: Any) -> Iterator[Any]:
     items = iterate(raw_items, "rank")
     if isinstance(items, Iterator):
-        return list(items)
+        return items
     raise TypeError("rank compares items with each other: pass a list, not an async generator")
 
 
@@ -291,9 +296,13 @@ def _best_first(scores: NDArray[np.float64]) -> list[tuple[int, float]]:
     return [(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")]
 
 
-def _check_item_error(on_item_error: str) -> None:
+def _item_policy(on_item_error: str | None, callbacks: Callbacks | None = None) -> str:
+    """How the errors of items end a call: 'raise', 'return', or 'pass' if `on_error` gets them."""
+    if on_item_error is None:
+        return "pass" if callbacks and callbacks.on_error else "raise"
     if on_item_error not in ("raise", "return"):
         raise InvalidInputError(f"on_item_error is 'raise' or 'return', not {on_item_error!r}")
+    return on_item_error
 
 
 def _warn(truncated: int) -> None:
@@ -306,15 +315,15 @@ def _finish(
     result: T,
     failures: Sequence[ItemFailure],
     total: int,
-    on_item_error: str,
+    policy: str,
     embeddings: NDArray[np.float32] | None = None,
 ) -> T | tuple[T, list[ItemFailure]]:
-    if on_item_error == "return":
+    if policy == "return":
         return result, list(failures)
-    if failures:
+    if failures and policy == "raise":
         raise ItemsError(failures, total, embeddings)
     return result
 
 
-def _info_request() -> clip_pb2.Request:
-    return clip_pb2.Request(info=clip_pb2.InfoRequest())
+def _info_request(model: str = "") -> clip_pb2.Request:
+    return clip_pb2.Request(info=clip_pb2.InfoRequest(model=model))

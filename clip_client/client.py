@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from clip_client import calls
 from clip_client.address import Address
-from clip_client.calls import PREFETCH, TIMEOUT, EncodeOptions
-from clip_client.collector import Callback
+from clip_client.callbacks import Callback, Callbacks
+from clip_client.calls import PREFETCH, TIMEOUT, EncodeOptions, RankOptions
 from clip_client.connection import Connection, check_seconds
 from clip_client.errors import InvalidInputError, ItemFailure
-from clip_client.results import Info, Label, Latency, Ranking
+from clip_client.results import Info, Label, Ranking
 from clip_client.sansio import drive_async, drive_sync
 from clip_client.tls import Trust
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CONNECT_TIMEOUT = 5.0
+# The value of the header, as clip-as-service reads it.
+_CREDENTIAL_VARIABLE = "CLIP_AUTH_TOKEN"
 
 
 class Document(Protocol):
@@ -48,23 +50,25 @@ Embeddings = NDArray[np.float32]
 
 
 class Client:
-    """A client of one server, for any number of threads and event loops at once.
+    """A client of one server, for any number of concurrent threads and event loops.
 
-    server: `scheme://host:port`, the scheme one of grpc, http, ws, or grpcs, https, wss for TLS.
-    credential: what the server asks for, sent as `authorization: Bearer <credential>`.
+    server: `scheme://host:port`, the scheme one of grpc, http, ws, or grpcs, https, wss for TLS;
+        websocket and websockets are aliases of the last two.
+    credential: sent as `authorization: Bearer <credential>`; or {'Authorization': value}, whose
+        value is sent as it is. By default the value of the variable CLIP_AUTH_TOKEN, if it is set.
     ca_file: a file of certificates in PEM to trust, the server's own or its authority's, in place
         of the system's or those that SSL_CERT_FILE names.
-    verify: False accepts any certificate: what is sent can then be read by whoever is in between.
-    connect_timeout: seconds that a server which has not answered this Client yet is waited for;
-        one that has answered is waited for as long as the `timeout` of a call.
+    verify: False accepts any certificate, which allows man-in-the-middle attacks.
+    connect_timeout: seconds to wait for a server that has not answered this Client yet; one that
+        has answered is waited for until the `timeout` of a call.
 
-    It connects at the first call, keeps the connection, and reconnects when that broke. Close
-    it, or use it in `with` or `async with`. Raises InvalidInputError for another address.
+    It connects at the first call, keeps the connection, and reconnects if it drops. Close it, or
+    use it in `with` or `async with`. Raises InvalidInputError for an invalid address.
 
-    Every call has an async version, named with an `a` before it, that takes the same arguments.
-    A forked child may use its parent's http and ws Clients, on connections of its own; gRPC works
-    in processes that were spawned, and in forked ones whose parent has not used it. A Client that
-    is pickled, its credential included, opens a connection of its own.
+    Every call has an async version with the same arguments, whose name starts with `a`. A forked
+    child may use its parent's http and ws Clients, on connections of its own; gRPC works in
+    processes that were spawned, and in forked ones whose parent has not used it. A Client can be
+    pickled, its credential included; the copy opens a connection of its own.
     """
 
     def __init__(
@@ -97,17 +101,17 @@ class Client:
     @overload
     def encode(
         self,
-        items: Iterable[Any],
+        content: Iterable[Any],
         *,
         on_done: Callback,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> None: ...
 
     @overload
     def encode(
         self,
-        items: Iterable[Any],
+        content: Iterable[Any],
         *,
         on_done: Callback,
         on_item_error: Return,
@@ -117,17 +121,17 @@ class Client:
     @overload
     def encode(
         self,
-        items: Iterable[D],
+        content: Iterable[D],
         *,
         on_done: None = ...,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> list[D]: ...
 
     @overload
     def encode(
         self,
-        items: Iterable[D],
+        content: Iterable[D],
         *,
         on_done: None = ...,
         on_item_error: Return,
@@ -137,17 +141,17 @@ class Client:
     @overload
     def encode(
         self,
-        items: Iterable[Any],
+        content: Iterable[Any],
         *,
         on_done: None = ...,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> Embeddings: ...
 
     @overload
     def encode(
         self,
-        items: Iterable[Any],
+        content: Iterable[Any],
         *,
         on_done: None = ...,
         on_item_error: Return,
@@ -156,61 +160,64 @@ class Client:
 
     def encode(
         self,
-        items: Any,
+        content: Any,
         *,
         batch_size: SupportsIndex | None = None,
         prefetch: SupportsIndex = PREFETCH,
         show_progress: bool = False,
         normalize: bool | None = None,
         parameters: Mapping[str, Any] | None = None,
-        on_item_error: OnItemError = "raise",
+        on_item_error: OnItemError | None = None,
         on_done: Callback | None = None,
         on_error: Callback | None = None,
         on_always: Callback | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
-        """The embeddings of texts and images: [N, D] float32, in order.
+        """Encodes texts and images: returns [N, D] float32, in order.
 
-        items: an iterable of texts, paths, URLs, bytes, PIL images, uint8 arrays, dicts and
-            Documents; clip_client.inputs says which str is which. A generator is read only as
-            far ahead as is needed, and the async call takes async ones too. Where all items are
-            Documents, `.embedding` is set in each and they are the result.
-        batch_size: items of one request; by default 128 texts or 32 images. A request is kept
+        content: an iterable of texts, paths, URLs, bytes, PIL images, arrays, dicts and
+            Documents; clip_client.inputs says which str is which. A generator is consumed only
+            as far ahead as necessary, and the async call accepts async ones too. If all items
+            are Documents, `.embedding` is set on each and they are returned: `content` itself,
+            or a list for an iterator; a DocumentArray for docarray 1's.
+        batch_size: items per request; by default 128 texts or 32 images. Requests are kept
             below 3 MB in any case.
-        prefetch: requests in flight at once.
-        show_progress: draws a bar on stderr.
+        prefetch: maximum requests in flight.
+        show_progress: shows a progress bar on stderr.
         normalize: True scales embeddings to length 1.
-        parameters: `normalize` as well, and `minibatch_size` (int: items the model takes at
-            once).
+        parameters: `normalize` as well; `minibatch_size` (int: maximum batch of the model);
+            `model_name` (str: which model, if the server has several); `access_paths` (str:
+            '@c' encodes the chunks of the Documents passed, '@m' their matches, '@r,c' several);
+            `drop_image_content` (False: the Documents that callbacks get for items that are none
+            have the bytes of images in `.blob`).
         on_item_error: 'raise' raises ItemsError for the items that failed, at the end, with the
-            others' embeddings in it; 'return' returns `(result, failures)`, with NaN in their
-            rows.
-        on_done: called in order with a Batch of the items of a request that have an embedding,
-            to store them. Then none are kept, and the result is None.
-        on_error, on_always: called in order with the Batch of a request: when it or an item of
-            it failed, and in any case. Errors are raised all the same.
-        timeout: seconds that one request may take, those included for which a server that was
-            reached before is away; None: no limit.
+            embeddings of the others in it; 'return' returns `(result, failures)`, with NaN in
+            their rows. By default 'raise'; with `on_error` the result alone is returned.
+        on_done: called in order with a Batch of the items of a request that have an embedding.
+            Then none are kept, and None is returned.
+        on_error: called in order with the Batch of a request that failed, or in which items
+            failed. It handles their errors: none is raised, and the call goes on.
+        on_always: called in order with the Batch of every request.
+        timeout: seconds per request, including retries while a server that has answered before
+            is unavailable; None: no limit.
 
         Raises ItemsError, ServerError, ConnectionFailedError, ClientClosedError or
-        InvalidInputError, with the embeddings computed until then in `.embeddings`; and
-        TypeError for one item where several are meant. Warns with TruncationWarning, once a
-        call, where texts were longer than the model reads.
+        InvalidInputError, with the embeddings received so far in `.embeddings`; and TypeError
+        for a single item. Warns with TruncationWarning, once per call, if texts were longer than
+        the model reads.
         """
-        _refuse_async(items, "encode")
+        _refuse_async(content, "encode")
         return drive_sync(
             calls.encode(
                 self._connection,
-                items,
+                content,
                 batch_size=batch_size,
                 prefetch=prefetch,
                 show_progress=show_progress,
                 normalize=normalize,
                 parameters=parameters,
                 on_item_error=on_item_error,
-                on_done=on_done,
-                on_error=on_error,
-                on_always=on_always,
+                callbacks=Callbacks(on_done, on_error, on_always),
                 timeout=timeout,
             )
         )
@@ -218,17 +225,17 @@ class Client:
     @overload
     async def aencode(
         self,
-        items: Iterable[Any] | AsyncIterable[Any],
+        content: Iterable[Any] | AsyncIterable[Any],
         *,
         on_done: Callback,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> None: ...
 
     @overload
     async def aencode(
         self,
-        items: Iterable[Any] | AsyncIterable[Any],
+        content: Iterable[Any] | AsyncIterable[Any],
         *,
         on_done: Callback,
         on_item_error: Return,
@@ -238,17 +245,17 @@ class Client:
     @overload
     async def aencode(
         self,
-        items: Iterable[D] | AsyncIterable[D],
+        content: Iterable[D] | AsyncIterable[D],
         *,
         on_done: None = ...,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> list[D]: ...
 
     @overload
     async def aencode(
         self,
-        items: Iterable[D] | AsyncIterable[D],
+        content: Iterable[D] | AsyncIterable[D],
         *,
         on_done: None = ...,
         on_item_error: Return,
@@ -258,17 +265,17 @@ class Client:
     @overload
     async def aencode(
         self,
-        items: Iterable[Any] | AsyncIterable[Any],
+        content: Iterable[Any] | AsyncIterable[Any],
         *,
         on_done: None = ...,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         **options: Unpack[EncodeOptions],
     ) -> Embeddings: ...
 
     @overload
     async def aencode(
         self,
-        items: Iterable[Any] | AsyncIterable[Any],
+        content: Iterable[Any] | AsyncIterable[Any],
         *,
         on_done: None = ...,
         on_item_error: Return,
@@ -277,14 +284,14 @@ class Client:
 
     async def aencode(
         self,
-        items: Any,
+        content: Any,
         *,
         batch_size: SupportsIndex | None = None,
         prefetch: SupportsIndex = PREFETCH,
         show_progress: bool = False,
         normalize: bool | None = None,
         parameters: Mapping[str, Any] | None = None,
-        on_item_error: OnItemError = "raise",
+        on_item_error: OnItemError | None = None,
         on_done: Callback | None = None,
         on_error: Callback | None = None,
         on_always: Callback | None = None,
@@ -293,16 +300,14 @@ class Client:
         return await drive_async(
             calls.encode(
                 self._connection,
-                items,
+                content,
                 batch_size=batch_size,
                 prefetch=prefetch,
                 show_progress=show_progress,
                 normalize=normalize,
                 parameters=parameters,
                 on_item_error=on_item_error,
-                on_done=on_done,
-                on_error=on_error,
-                on_always=on_always,
+                callbacks=Callbacks(on_done, on_error, on_always),
                 timeout=timeout,
             )
         )
@@ -310,119 +315,225 @@ class Client:
     @overload
     def rank(
         self,
+        query: Any = ...,
+        candidates: Iterable[Any] | None = ...,
+        *,
+        docs: Iterable[Any] | None = ...,
+        source: str = ...,
+        on_done: Callback,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[RankOptions],
+    ) -> None: ...
+
+    @overload
+    def rank(
+        self,
         query: Any,
         candidates: Iterable[Any],
         *,
-        on_item_error: Raise = ...,
-        timeout: float | None = ...,
+        on_done: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[RankOptions],
     ) -> list[Ranking]: ...
 
     @overload
     def rank(
         self,
-        query: Any,
-        candidates: Iterable[Any],
+        docs: Iterable[M],
         *,
-        on_item_error: Return,
-        timeout: float | None = ...,
-    ) -> tuple[list[Ranking], Failures]: ...
-
-    @overload
-    def rank(
-        self,
-        query: Iterable[M],
-        candidates: None = ...,
-        *,
-        on_item_error: Raise = ...,
-        timeout: float | None = ...,
+        source: str = ...,
+        on_done: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[RankOptions],
     ) -> list[M]: ...
 
     @overload
     def rank(
         self,
-        query: Iterable[M],
-        candidates: None = ...,
+        query: Any = ...,
+        candidates: Iterable[Any] | None = ...,
         *,
+        docs: Iterable[Any] | None = ...,
+        source: str = ...,
+        on_done: Callback,
         on_item_error: Return,
-        timeout: float | None = ...,
-    ) -> tuple[list[M], Failures]: ...
+        **options: Unpack[RankOptions],
+    ) -> tuple[None, Failures]: ...
 
+    @overload
     def rank(
         self,
         query: Any,
+        candidates: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_item_error: Return,
+        **options: Unpack[RankOptions],
+    ) -> tuple[list[Ranking], Failures]: ...
+
+    @overload
+    def rank(
+        self,
+        docs: Iterable[M],
+        *,
+        source: str = ...,
+        on_done: None = ...,
+        on_item_error: Return,
+        **options: Unpack[RankOptions],
+    ) -> tuple[list[M], Failures]: ...
+
+    def rank(  # type: ignore[misc]  # the first argument has two names
+        self,
+        query: Any = None,
         candidates: Iterable[Any] | None = None,
         *,
-        on_item_error: OnItemError = "raise",
+        docs: Iterable[Any] | None = None,
+        source: str = "matches",
+        batch_size: SupportsIndex | None = None,
+        prefetch: SupportsIndex = PREFETCH,
+        show_progress: bool = False,
+        parameters: Mapping[str, Any] | None = None,
+        on_item_error: OnItemError | None = None,
+        on_done: Callback | None = None,
+        on_error: Callback | None = None,
+        on_always: Callback | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
-        """The candidates by how well each goes with the query: a list of Ranking, best first.
+        """Ranks candidates by how well each matches the query: a list of Ranking, best first.
 
-        query, candidates: items as `encode` takes them, any number of candidates. Without
-            `candidates`, `query` is a list of Documents with candidates in their `.matches`:
-            these are sorted in place, with `clip_score` (the probability) and
-            `clip_score_cosine` in the `.scores` of each match, or in its `.tags` where it has no
-            scores, and returned.
+        query, candidates: items as `encode` accepts them, any number of candidates.
+        docs: in place of both, an iterable of Documents whose candidates are Documents in their
+            `.matches`. These are sorted in place, with `clip_score` (the probability) and
+            `clip_score_cosine` in the `.scores` of each, or in its `.tags` if it has no scores.
+            The Documents are returned, as by `encode`. They may be the first argument too.
+        source: the attribute of `docs` that holds the candidates.
+        batch_size: items per request; with `docs`, Documents per call of the callbacks, 8 by
+            default.
+        prefetch, show_progress, parameters, timeout: as for `encode`.
         on_item_error: 'raise' raises ItemsError for candidates that failed; 'return' returns
-            `(rankings, failures)`. A query that failed raises InvalidInputError in any case.
-        timeout: seconds that one request may take; None: no limit.
+            `(rankings, failures)`. By default as for `encode`.
+        on_done, on_error, on_always: as for `encode`, called with a Batch of Documents, or once
+            with all candidates.
+
+        Raises as `encode`, InvalidInputError if a query cannot be encoded or a Document has no
+        candidates.
         """
         return drive_sync(
             calls.rank(
-                self._connection, query, candidates, on_item_error=on_item_error, timeout=timeout
+                self._connection,
+                _one_of(query, docs),
+                candidates,
+                source=source,
+                batch_size=batch_size,
+                prefetch=prefetch,
+                show_progress=show_progress,
+                parameters=parameters,
+                on_item_error=on_item_error,
+                callbacks=Callbacks(on_done, on_error, on_always),
+                timeout=timeout,
             )
         )
 
     @overload
     async def arank(
         self,
+        query: Any = ...,
+        candidates: Iterable[Any] | None = ...,
+        *,
+        docs: Iterable[Any] | None = ...,
+        source: str = ...,
+        on_done: Callback,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[RankOptions],
+    ) -> None: ...
+
+    @overload
+    async def arank(
+        self,
         query: Any,
         candidates: Iterable[Any],
         *,
-        on_item_error: Raise = ...,
-        timeout: float | None = ...,
+        on_done: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[RankOptions],
     ) -> list[Ranking]: ...
 
     @overload
     async def arank(
         self,
-        query: Any,
-        candidates: Iterable[Any],
+        docs: Iterable[M],
         *,
-        on_item_error: Return,
-        timeout: float | None = ...,
-    ) -> tuple[list[Ranking], Failures]: ...
-
-    @overload
-    async def arank(
-        self,
-        query: Iterable[M],
-        candidates: None = ...,
-        *,
-        on_item_error: Raise = ...,
-        timeout: float | None = ...,
+        source: str = ...,
+        on_done: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[RankOptions],
     ) -> list[M]: ...
 
     @overload
     async def arank(
         self,
-        query: Iterable[M],
-        candidates: None = ...,
+        query: Any = ...,
+        candidates: Iterable[Any] | None = ...,
         *,
+        docs: Iterable[Any] | None = ...,
+        source: str = ...,
+        on_done: Callback,
         on_item_error: Return,
-        timeout: float | None = ...,
-    ) -> tuple[list[M], Failures]: ...
+        **options: Unpack[RankOptions],
+    ) -> tuple[None, Failures]: ...
 
+    @overload
     async def arank(
         self,
         query: Any,
+        candidates: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_item_error: Return,
+        **options: Unpack[RankOptions],
+    ) -> tuple[list[Ranking], Failures]: ...
+
+    @overload
+    async def arank(
+        self,
+        docs: Iterable[M],
+        *,
+        source: str = ...,
+        on_done: None = ...,
+        on_item_error: Return,
+        **options: Unpack[RankOptions],
+    ) -> tuple[list[M], Failures]: ...
+
+    async def arank(  # type: ignore[misc]  # the first argument has two names
+        self,
+        query: Any = None,
         candidates: Iterable[Any] | None = None,
         *,
-        on_item_error: OnItemError = "raise",
+        docs: Iterable[Any] | None = None,
+        source: str = "matches",
+        batch_size: SupportsIndex | None = None,
+        prefetch: SupportsIndex = PREFETCH,
+        show_progress: bool = False,
+        parameters: Mapping[str, Any] | None = None,
+        on_item_error: OnItemError | None = None,
+        on_done: Callback | None = None,
+        on_error: Callback | None = None,
+        on_always: Callback | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
         return await drive_async(
             calls.rank(
-                self._connection, query, candidates, on_item_error=on_item_error, timeout=timeout
+                self._connection,
+                _one_of(query, docs),
+                candidates,
+                source=source,
+                batch_size=batch_size,
+                prefetch=prefetch,
+                show_progress=show_progress,
+                parameters=parameters,
+                on_item_error=on_item_error,
+                callbacks=Callbacks(on_done, on_error, on_always),
+                timeout=timeout,
             )
         )
 
@@ -433,7 +544,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = ...,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         timeout: float | None = ...,
     ) -> list[list[Label]]: ...
 
@@ -454,16 +565,16 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = "a photo of a {}",
-        on_item_error: OnItemError = "raise",
+        on_item_error: OnItemError | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
-        """What each image shows: for each a list of Label, one for each of `labels`, best first.
+        """Classifies images: for each a list of Label, one for each of `labels`, best first.
 
-        images: images as `encode` takes them; a str is a path, a URL or a `data:` URI.
-        labels: what they may show, at least one; each is put in place of the {} in `prompt`.
-        on_item_error: 'raise' raises ItemsError for images that failed; 'return' returns
-            `(results, failures)`, with None in the place of those.
-        timeout: seconds that one request may take; None: no limit.
+        images: images as `encode` accepts them; a str is a path, a URL or a `data:` URI.
+        labels: at least one; each replaces the {} in `prompt`.
+        on_item_error: 'raise', the default, raises ItemsError for images that failed; 'return'
+            returns `(results, failures)`, with None for those images.
+        timeout: seconds per request; None: no limit.
         """
         _refuse_async(images, "classify")
         return drive_sync(
@@ -484,7 +595,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = ...,
-        on_item_error: Raise = ...,
+        on_item_error: Raise | None = ...,
         timeout: float | None = ...,
     ) -> list[list[Label]]: ...
 
@@ -505,7 +616,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = "a photo of a {}",
-        on_item_error: OnItemError = "raise",
+        on_item_error: OnItemError | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
         return await drive_async(
@@ -519,21 +630,22 @@ class Client:
             )
         )
 
-    def profile(
-        self, text: str = "a text", *, timeout: float | None = TIMEOUT
-    ) -> dict[str, Latency]:
-        """Sends a text, prints where its time went as a tree, and returns the tree's lines.
+    def profile(self, content: Any = "", *, timeout: float | None = TIMEOUT) -> dict[str, float]:
+        """Prints a latency breakdown of a request as a tree, and returns it in milliseconds.
 
-        Each is `(milliseconds, percent)`, the percentage that of the line it is part of. The
-        first request of a Client also opens the connection, so one goes ahead that is not
-        counted.
+        content: an item as `encode` accepts it; by default a short text.
+
+        The keys are `Roundtrip`, which consists of `Client-server network` and `Server`, which
+        consists of `Gateway-CLIP network` and `CLIP model`. The first request of a Client also
+        opens the connection, so another one is sent first. Raises InvalidInputError if the item
+        cannot be encoded.
         """
-        return drive_sync(calls.profile(self._connection, text, timeout))
+        return drive_sync(calls.profile(self._connection, content, timeout))
 
     async def aprofile(
-        self, text: str = "a text", *, timeout: float | None = TIMEOUT
-    ) -> dict[str, Latency]:
-        return await drive_async(calls.profile(self._connection, text, timeout))
+        self, content: Any = "", *, timeout: float | None = TIMEOUT
+    ) -> dict[str, float]:
+        return await drive_async(calls.profile(self._connection, content, timeout))
 
     def info(self, timeout: float | None = TIMEOUT) -> Info:
         """The server's model, runtime, device, `dim`, `logit_scale`, version and limits."""
@@ -579,15 +691,28 @@ def _refuse_async(items: Any, name: str) -> None:
         raise TypeError(f"an async generator needs the async call: a{name}")
 
 
+def _one_of(query: Any, docs: Any) -> Any:
+    if docs is None:
+        return query
+    if query is not None:
+        raise TypeError("pass either a query and candidates, or docs")
+    return docs
+
+
 def _headers(credential: str | Mapping[str, str] | None) -> dict[str, str]:
+    value: str | None = None
     if isinstance(credential, Mapping):
-        # As clip-as-service has it: {'Authorization': token}.
+        # clip-as-service's form; the header is sent as it is.
         named = {name.lower(): value for name, value in credential.items()}
-        if list(named) != ["authorization"]:
+        if named.keys() - {"authorization"}:
             raise InvalidInputError("a credential is a str, or {'Authorization': ...}")
-        credential = named["authorization"].removeprefix("Bearer ")
-    if credential is None:
+        value = named.get("authorization")
+    elif credential is not None:
+        value = f"Bearer {credential}" if credential else ""
+    if value is None:
+        value = os.environ.get(_CREDENTIAL_VARIABLE) or None
+    if value is None:
         return {}
-    if not credential or not credential.isascii() or not credential.isprintable():
+    if not value or not value.isascii() or not value.isprintable():
         raise InvalidInputError("a credential is of printable ASCII characters")
-    return {"authorization": f"Bearer {credential}"}
+    return {"authorization": value}

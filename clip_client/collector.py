@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_client import inputs
+from clip_client.callbacks import Batch, Callbacks, PlainDocument, document_list, is_of_request
+from clip_client.documents import is_document, note_failure
 from clip_client.errors import ItemFailure
-from clip_client.results import Batch
+from clip_client.parameters import Parameters
+from clip_client.proto.clip_pb2 import Item
 
-Callback = Callable[[Batch], Any]
 Advance = Callable[[int], None]
 
 
@@ -71,36 +72,57 @@ class ResultCollector:
 
     def __init__(
         self,
-        on_done: Callback | None = None,
-        on_error: Callback | None = None,
-        on_always: Callback | None = None,
+        callbacks: Callbacks | None = None,
+        parameters: Parameters | None = None,
         advance: Advance = lambda _: None,
         into_documents: bool = True,
     ) -> None:
+        self._callbacks = callbacks or Callbacks()
+        self._parameters = parameters or Parameters()
         self.failures: list[ItemFailure] = []
         self.total = 0
         # Texts that were truncated to the model's context length.
         self.truncated = 0
-        self.keeps = on_done is None
-        self._on_done = on_done
-        self._on_error = on_error
-        self._on_always = on_always
+        self.keeps = self._callbacks.on_done is None
+        # Whether `on_error` took the error of a request.
+        self.handled = False
         self._advance = advance
         self._into_documents = into_documents
         self._rows = EmbeddingBuffer()
+        # By their place in the input: those passed, and for callbacks one for each other item.
         self._documents: dict[int, Any] = {}
 
     def begin(self, index: int, raw_item: Any) -> None:
         """Registers an item before it is read."""
-        if self._into_documents and inputs.is_document(raw_item):
+        if self._into_documents and is_document(raw_item):
             self._documents[index] = raw_item
+        elif self._callbacks:
+            self._documents[index] = PlainDocument.of(raw_item)
+
+    def read(self, index: int, item: Item) -> None:
+        """Registers the content of an item."""
+        document = self._documents.get(index)
+        if isinstance(document, PlainDocument):
+            document.fill(item, not self._parameters.drop_image_content)
 
     def add(self, batch: Batch, truncated: int = 0) -> None:
         """Adds the next batch, and calls back."""
         self.truncated += truncated
+        if self._callbacks:
+            documents = document_list([self._documents[index] for index in batch.indices])
+            batch = replace(batch, docs=documents, parameters=self._parameters.given)
         self.keep(batch)
-        self._call_back(batch)
+        self._callbacks.call(batch, batch.succeeded() if self._callbacks.on_done else None)
         self._advance(len(batch.indices))
+
+    def fail(self, batch: Batch) -> bool:
+        """Adds a request that failed as a whole; returns whether `on_error` handles its error."""
+        if not is_of_request(batch.exception):
+            self.keep(batch)
+            return False
+        self.add(batch)
+        self.handled = self._callbacks.on_error is not None
+        return self.handled
 
     def keep(self, batch: Batch) -> None:
         """Adds the next batch."""
@@ -116,7 +138,7 @@ class ResultCollector:
         return self._rows.dim
 
     @property
-    def documents(self) -> Sequence[Any] | None:
+    def documents(self) -> list[Any] | None:
         """The items, if every one was a Document; else None."""
         return list(self._documents.values()) if 0 < self.total == len(self._documents) else None
 
@@ -128,45 +150,17 @@ class ResultCollector:
         """[N, D] float32, NaN in the rows of items that are not computed; D is 0 if none is."""
         return self._rows.take(self._rows.dim, len(items) if hasattr(items, "__len__") else 0)
 
-    def _call_back(self, batch: Batch) -> None:
-        if self._on_done and (done := _embedded(batch)) is not None:
-            self._on_done(done)
-        called = [self._on_error if batch.exception or batch.errors else None, self._on_always]
-        if any(called):  # callbacks may write to the array, and a message is read-only
-            batch = replace(batch, embeddings=batch.embeddings.copy())
-        for callback in filter(None, called):
-            callback(batch)
-
     def _embed_documents(self, batch: Batch) -> None:
         failed = {failure.index: failure.message for failure in batch.errors}
         for row, index in enumerate(batch.indices if self._documents else ()):
-            if index in self._documents and index not in failed and batch.exception is None:
-                self._documents[index].embedding = batch.embeddings[row].copy()
-            if index in self._documents and batch.exception is None:
-                _note_failure(self._documents[index], failed.get(index))
-            if not self.keeps:
-                self._documents.pop(index, None)
-
-
-def _note_failure(document: Any, message: str | None) -> None:
-    """Stores why a Document has no embedding in its `.error` or `.tags`, if it has one."""
-    if hasattr(document, "error"):
-        document.error = message
-    elif isinstance(tags := getattr(document, "tags", None), MutableMapping):
-        if message is None:
-            tags.pop("clip_error", None)
-        else:
-            tags["clip_error"] = message
-
-
-def _embedded(batch: Batch) -> Batch | None:
-    """A copy of the batch with only the items that have an embedding; None if there are none."""
-    failed = {failure.index for failure in batch.errors}
-    rows = [row for row, index in enumerate(batch.indices) if index not in failed]
-    if batch.exception is not None or not rows:
-        return None
-    indices = [batch.indices[row] for row in rows]
-    return replace(batch, indices=indices, embeddings=batch.embeddings[rows])
+            if (document := self._documents.get(index)) is None:
+                continue
+            if batch.exception is None:
+                if index not in failed:
+                    document.embedding = batch.embeddings[row].copy()
+                note_failure(document, failed.get(index))
+            if not self.keeps or isinstance(document, PlainDocument):
+                del self._documents[index]
 
 
 @contextmanager

@@ -34,6 +34,7 @@ import numpy as np
 
 from clip_client import background, images
 from clip_client.data_uri import decode_base64, has_scheme, is_data_uri
+from clip_client.documents import CONTENT_FIELDS, is_document
 from clip_client.errors import InvalidInputError
 from clip_client.proto.clip_pb2 import Item
 
@@ -67,15 +68,6 @@ _IMAGES = "a path, a URL, the bytes of an image, a PIL image, a uint8 ndarray"
 _ALLOWED = (
     f"pass a text, {_IMAGES}, {{'text': ...}}, {{'image': ...}}, {{'uri': ...}} or a Document"
 )
-# In this order: content that is present goes before content to be fetched.
-_DOCUMENT_FIELDS = {
-    "blob": "blob",
-    "bytes_": "image",
-    "text": "text",
-    "tensor": "image",
-    "uri": "uri",
-    "url": "uri",
-}
 _KEYS = {"text": "text", "image": "image", "blob": "blob", "tensor": "image", "uri": "uri"}
 # Keys that a dict may have in addition to its content, as over HTTP.
 _OTHER_KEYS = {"id", "tags"}
@@ -103,12 +95,6 @@ def as_image(raw_item: Any) -> Any:
     if isinstance(raw_item, (bytes, Mapping)) or is_document(raw_item):
         return raw_item
     return {"image": raw_item}
-
-
-def is_document(raw_item: Any) -> bool:
-    """Whether it is a Document of docarray, of either version, or as good as one."""
-    # `dir` asks no property for its value.
-    return hasattr(raw_item, "embedding") and not _DOCUMENT_FIELDS.keys().isdisjoint(dir(raw_item))
 
 
 class FileNames:
@@ -245,7 +231,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _document(document: Any) -> Item | Read:
-    for name, kind in _DOCUMENT_FIELDS.items():
+    for name, kind in CONTENT_FIELDS.items():
         value = getattr(document, name, None)
         if not _is_empty(value):
             return _of_kind(kind, value)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_client import inputs
-from clip_client.collector import ResultCollector
+from clip_client.callbacks import Batch
+from clip_client.documents import is_document
 from clip_client.envelope import MESSAGE_BYTES
 from clip_client.errors import InvalidInputError, ItemFailure, ServerError
 from clip_client.labels import brief, label
 from clip_client.proto import clip_pb2
-from clip_client.results import Batch
 from clip_client.sansio import CallGenerator
 
 # The most images that are being read, or read and not yet sent.
@@ -30,16 +30,35 @@ Reading = clip_pb2.Item | ItemFailure | Future[clip_pb2.Item]
 _END = object()
 
 
+class Collector(Protocol):
+    """Takes the batches of a call, in order."""
+
+    def begin(self, index: int, raw_item: Any) -> None:
+        """Registers an item before it is read."""
+
+    def read(self, index: int, item: clip_pb2.Item) -> None:
+        """Registers the content of an item."""
+
+    def add(self, batch: Batch, truncated: int = 0) -> None:
+        """Adds a batch. truncated: its texts that were longer than the model reads."""
+
+    def fail(self, batch: Batch) -> bool:
+        """Adds a request that failed as a whole; returns whether the call may go on."""
+
+    def keep(self, batch: Batch) -> None:
+        """Adds a batch after the call has failed."""
+
+
 class RequestBatch:
     """The items of one request, and those among them that could not be read."""
 
-    def __init__(self, batch_size: int | None, options: clip_pb2.Options) -> None:
+    def __init__(self, batch_size: int | None, template: clip_pb2.EncodeRequest) -> None:
         self.indices: list[int] = []
         self._names: list[Any] = []
         self.failures: list[ItemFailure] = []
         # Filled in place: adding a message to another copies it.
         self._request = clip_pb2.Request()
-        self._request.encode.options.CopyFrom(options)
+        self._request.encode.CopyFrom(template)
         self._batch_size = batch_size
         self._limit = batch_size or IMAGES
         self._rows: list[int] = []
@@ -101,26 +120,31 @@ class Encoding:
     """Reads, batches and sends the items of one call; `collector` gets each batch, in order.
 
     Memory is bounded: at most `READ_AHEAD` items and `prefetch` requests are held.
+
+    template: a request without items.
+    first: what the collector needs before it gets a batch.
     """
 
     def __init__(
         self,
         send: Send,
         read: Callable[[inputs.Read], Future[clip_pb2.Item]],
-        collector: ResultCollector,
+        collector: Collector,
         *,
         batch_size: int | None,
         prefetch: int,
-        options: clip_pb2.Options,
+        template: clip_pb2.EncodeRequest,
+        first: Future[Any] | None = None,
     ) -> None:
         self._send = send
         self._read = read
         self._collector = collector
         self._batch_size = batch_size
         self._prefetch = prefetch
-        self._options = options
+        self._template = template
+        self._first = first
         self._reading: deque[tuple[int, Reading, Any]] = deque()
-        self._filling = RequestBatch(batch_size, options)
+        self._filling = RequestBatch(batch_size, template)
         self._in_flight: deque[tuple[RequestBatch, Future[clip_pb2.Response] | None]] = deque()
         self._file_names = inputs.FileNames()
 
@@ -163,16 +187,23 @@ class Encoding:
         """Adds an item if it is next, read, and fits, as nearly every text; returns whether."""
         if self._reading or isinstance(reading, Future):
             return False
-        return self._filling.add(index, reading, name)
+        return self._put(index, reading, name)
 
     def _advance(self, limit: int) -> CallGenerator[None]:
         """Adds the items that are read, and waits until at most `limit` are unread."""
         while self._reading and (len(self._reading) > limit or _is_ready(self._reading[0][1])):
             index, reading, name = self._reading.popleft()
             item = yield from _settled(index, reading, name)
-            if not self._filling.add(index, item, name):
+            if not self._put(index, item, name):
                 yield from self._dispatch()
-                self._filling.add(index, item, name)
+                self._put(index, item, name)
+
+    def _put(self, index: int, item: clip_pb2.Item | ItemFailure, name: Any) -> bool:
+        """Adds an item to the filling request, if there is room; returns whether."""
+        has_room = self._filling.add(index, item, name)
+        if has_room and isinstance(item, clip_pb2.Item):
+            self._collector.read(index, item)
+        return has_room
 
     def _dispatch(self) -> CallGenerator[None]:
         """Sends the filling request as soon as fewer than `prefetch` are in flight."""
@@ -181,7 +212,7 @@ class Encoding:
         yield from self._collect(self._prefetch - 1)
         request = self._filling.take_request()
         self._in_flight.append((self._filling, self._send(request) if request else None))
-        self._filling = RequestBatch(self._batch_size, self._options)
+        self._filling = RequestBatch(self._batch_size, self._template)
 
     def _collect(self, limit: int) -> CallGenerator[None]:
         """Collects the answers that have arrived, and waits until at most `limit` are in flight."""
@@ -190,10 +221,13 @@ class Encoding:
             try:
                 response = (yield answer).encode if answer else None
                 batch = request_batch.batch(response)
+                if self._first is not None:
+                    yield self._first
             except Exception as error:
-                self._collector.add(request_batch.failed(error))
-                raise
-            self._collector.add(batch, response.truncated if response else 0)
+                if not self._collector.fail(request_batch.failed(error)):
+                    raise
+            else:
+                self._collector.add(batch, response.truncated if response else 0)
 
     def _salvage(self) -> None:
         """Keeps answers that arrived out of order when the call ends with an error."""
@@ -217,8 +251,8 @@ class Encoding:
 def iterate(raw_items: Any, name: str = "encode") -> Inputs:
     """Iterates over the items. Raises TypeError for a single item."""
     single = isinstance(raw_items, (str, bytes, bytearray, memoryview, dict))
-    single = single or (isinstance(raw_items, np.ndarray) and raw_items.ndim in (2, 3))
-    single = single or (inputs.is_document(raw_items) and not hasattr(raw_items, "__getitem__"))
+    single = single or (hasattr(raw_items, "__array__") and _dimensions(raw_items) in (2, 3))
+    single = single or (is_document(raw_items) and not hasattr(raw_items, "__getitem__"))
     if not single:
         if hasattr(raw_items, "__aiter__"):
             stream: AsyncIterator[Any] = raw_items.__aiter__()
@@ -228,6 +262,10 @@ def iterate(raw_items: Any, name: str = "encode") -> Inputs:
     shown = repr(raw_items)
     shown = shown if len(shown) <= 40 else "item"
     raise TypeError(f"pass several items, not one {type(raw_items).__name__}: {name}([{shown}])")
+
+
+def _dimensions(array: Any) -> int:
+    return len(getattr(array, "shape", ()))
 
 
 def _pull(raw_items: Inputs) -> CallGenerator[Any]:

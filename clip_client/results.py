@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from clip_client.errors import ItemFailure
 from clip_client.proto.clip_pb2 import InfoResponse
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The argument of a callback of `encode`: the items of one request, answered or failed.
-
-    `on_done` gets those that have an embedding; `on_error` and `on_always` get all.
-    """
-
-    # The items' places in the input.
-    indices: Sequence[int]
-    # [n, D] float32, NaN in the rows of items that failed; [n, 0] if no item succeeded.
-    embeddings: NDArray[np.float32]
-    # The items that failed, by their places in the input.
-    errors: Sequence[ItemFailure]
-    # Why the whole request failed, which `encode` raises as well; else None.
-    exception: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +57,3 @@ class Info:
     def of(cls, response: InfoResponse) -> Info:
         """The same, from the server's answer."""
         return cls(**{field.name: getattr(response, field.name) for field in fields(cls)})
-
-
-class Latency(NamedTuple):
-    """One line of `profile`."""
-
-    milliseconds: float
-    # Of the line above it in the tree.
-    percent: float

@@ -44,11 +44,14 @@ REVEALED = {
     "client.rank('a', texts)": "list[Ranking]",
     "client.rank('a', texts, on_item_error='return')": "tuple[list[Ranking], list[ItemFailure]]",
     "client.rank(listed)": "list[Document]",
+    "client.rank(docs=documents(), source='matches', batch_size=2)": "list[Document]",
+    "client.rank(listed, on_done=store, on_item_error='return')": "tuple[None, list[ItemFailure]]",
+    "client.encode(content=texts, on_error=store)": ARRAY,
     "client.classify([b'x'], texts)": "list[list[Label]]",
     "client.classify([b'x'], texts, on_item_error='return')": (
         "tuple[list[list[Label] | None], list[ItemFailure]]"
     ),
-    "client.profile()['Server'].percent": "float",
+    "client.profile()['Server']": "float",
     "client.info()": "Info",
     "await client.aencode(stream())": ARRAY,
     "await client.aencode(listed, on_item_error='return')": (
@@ -57,7 +60,7 @@ REVEALED = {
     "await client.aencode(texts, on_done=store)": "None",
     "await client.arank('a', texts)": "list[Ranking]",
     "await client.aclassify([b'x'], texts)": "list[list[Label]]",
-    "(await client.aprofile())['Server'].milliseconds": "float",
+    "(await client.aprofile(content='cat.jpg'))['Server']": "float",
     "(await client.ainfo()).dim": "int",
 }
 REFUSED = ("client.encode(texts, batchsize=3)", "client.encode(texts, on_item_error='ignore')")
