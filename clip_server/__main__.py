@@ -279,13 +279,20 @@ def _welcome(spec: dict[str, Any], flow: Any, seconds: float) -> None:
 
 
 async def _describe(flow: Any) -> list[str]:
-    """A line for each executor that encodes."""
+    """A line for each executor that encodes or holds a collection."""
     from clip_server.gateway.replicas import replica_pools
 
     deployments = json.loads(flow._deployment_nodes["gateway"].args.deployments_addresses)
     lines = []
     for pool in replica_pools(deployments, timeout=10.0):
-        if info := await pool.find_info(asyncio.Event()):
+        info = await pool.find_info(asyncio.Event())
+        if info and info.HasField("collection"):
+            held = info.collection
+            lines.append(
+                f"{held.rows:,} rows in the collection, {held.index_method}, {held.metric} "
+                f"({held.engine})"
+            )
+        elif info:
             lines.append(
                 f"{info.model}, {info.dim} dimensions, on {info.runtime} "
                 f"({info.device}, {info.dtype})"

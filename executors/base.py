@@ -7,14 +7,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
-import grpc
 from docarray import DocList
-from jina import Executor, requests
+from jina import requests
 from jina.constants import __default_endpoint__
-from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client import scores
 from clip_client.proto import clip_pb2 as pb
@@ -22,34 +19,25 @@ from clip_server import runtimes
 from clip_server.engine.engine import Engine, Item
 from clip_server.engine.service import Limits, Service
 from clip_server.errors import ConfigurationError, ItemError, RequestError
+from clip_server.executors.clip_executor import ClipExecutor
 from clip_server.executors.documents import ClipDoc, ClipMatch, ClipPart
 from clip_server.executors.parameters import EncoderParameters, parse_access_paths
-from clip_server.launch.process_setup import follow_parent
 from clip_server.models import zoo
 from clip_server.preprocess.image import ImageTransform
-from clip_server.rpc.grpc_service import clip_handlers
-from clip_server.rpc.multiplexing import StreamServer
 from clip_server.rpc.request_parameters import RequestParameters
 from clip_server.runtimes.protocol import Runtime
 
-# What Jina itself passes to an executor, besides its parameters.
-_JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
 
-
-class BaseCLIPEncoder(Executor):
+class BaseCLIPEncoder(ClipExecutor):
     """Encodes documents and clip.v1 messages with the runtime that a subclass names."""
 
     # Its name in the registry of runtimes; None if `build_runtime` is overridden.
     runtime: ClassVar[str | None] = None
 
     def __init__(self, **arguments: Any) -> None:
-        jina_arguments = {k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS}
-        super().__init__(**jina_arguments)
-        follow_parent()
+        super().__init__(**arguments)
         try:
-            self.parameters = EncoderParameters.parse(
-                {k: v for k, v in arguments.items() if k not in _JINA_ARGUMENTS}
-            )
+            self.parameters = EncoderParameters.parse(self.own_arguments(arguments))
             runtime = self.build_runtime(self.parameters, self._threads())
         except ConfigurationError as error:
             sys.exit(f"clip_server: {error}")
@@ -97,6 +85,10 @@ class BaseCLIPEncoder(Executor):
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         return max(1, (cores or 1) // max(1, getattr(self.runtime_args, "replicas", 1)))
+
+    async def handle(self, request: pb.Request) -> pb.Response:
+        """See ClipExecutor."""
+        return await self.service.handle(request)
 
     @requests(on=["/", "/encode", __default_endpoint__])
     async def encode(
@@ -161,37 +153,6 @@ class BaseCLIPEncoder(Executor):
     def close(self) -> None:
         """Ends the engine's threads."""
         self.engine.close()
-
-
-class _ClipCalls(grpc.aio.ServerInterceptor):
-    """Answers the calls of clip.v1 on a server that has no handlers of its own for them."""
-
-    def __init__(self, service: Service) -> None:
-        # Only the gateway comes this way, and bounds what it lets in.
-        self._handlers = clip_handlers(service.handle, StreamServer(service.handle, sys.maxsize))
-
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """The handler of a call."""
-        ours = self._handlers.service(handler_call_details)
-        return ours or await continuation(handler_call_details)
-
-
-_setup_server = GRPCServer.setup_server
-
-
-async def _setup_with_clip(server: GRPCServer) -> None:
-    """Jina's own set-up, with clip.v1 on the same port: a call through Jina's protocol costs
-    several times as much, and has one answer for all that is in it."""
-    executor = getattr(server._request_handler, "_executor", None)
-    if isinstance(executor, BaseCLIPEncoder):
-        others = server.grpc_tracing_server_interceptors or []
-        server.grpc_tracing_server_interceptors = [*others, _ClipCalls(executor.service)]
-        # Jina would leave it behind in the temporary directory; encoders have no snapshots.
-        Path(server._request_handler._snapshot_parent_directory).rmdir()
-    await _setup_server(server)
-
-
-GRPCServer.setup_server = _setup_with_clip
 
 
 def _descend(docs: DocList[ClipDoc], path: str) -> list[ClipPart]:

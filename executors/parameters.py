@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 from clip_server.engine.engine import MAX_QUEUED_ITEMS
 from clip_server.engine.service import Limits
 from clip_server.errors import ConfigurationError
+from clip_server.executors.parameter_fields import at_least, matching, read_parameters
 from clip_server.model_card import Precision
 from clip_server.preprocess.image import MAX_PIXELS
-
-# How each type is called in YAML.
-_TYPES = {
-    str: "a text",
-    bool: "true or false",
-    int: "a whole number",
-}
-
-
-def _at_least(least: int, default: int) -> int:
-    """A field of whole numbers from `least` on."""
-    number: int = field(default=default, metadata={"least": least})
-    return number
-
-
-def _matching(pattern: str, allowed: str) -> str | None:
-    """A field whose text, where there is one, matches a pattern. allowed: what does."""
-    text: str | None = field(default=None, metadata={"pattern": pattern, "allowed": allowed})
-    return text
 
 
 @dataclass(frozen=True)
@@ -57,19 +37,19 @@ class EncoderParameters:
     """
 
     name: str = "ViT-B-32::openai"
-    device: str | None = _matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:1 (or higher), mps")
+    device: str | None = matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:1 (or higher), mps")
     jit: bool = False
-    dtype: str | None = _matching("|".join(get_args(Precision)), ", ".join(get_args(Precision)))
+    dtype: str | None = matching("|".join(get_args(Precision)), ", ".join(get_args(Precision)))
     model_path: str | None = None
-    num_worker_preprocess: int = _at_least(1, 4)
-    minibatch_size: int = _at_least(1, 32)
+    num_worker_preprocess: int = at_least(1, 4)
+    minibatch_size: int = at_least(1, 32)
     access_paths: str = "@r"
     exact: bool = False
-    max_item_bytes: int = _at_least(1, Limits.max_item_bytes)
-    max_request_items: int = _at_least(1, Limits.max_request_items)
-    max_pixels: int = _at_least(1, MAX_PIXELS)
-    max_queued_items: int = _at_least(1, MAX_QUEUED_ITEMS)
-    cache_bytes: int = _at_least(0, 0)
+    max_item_bytes: int = at_least(1, Limits.max_item_bytes)
+    max_request_items: int = at_least(1, Limits.max_request_items)
+    max_pixels: int = at_least(1, MAX_PIXELS)
+    max_queued_items: int = at_least(1, MAX_QUEUED_ITEMS)
+    cache_bytes: int = at_least(0, 0)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -91,36 +71,9 @@ class EncoderParameters:
             )
             values.setdefault("access_paths", values.pop("traversal_paths"))
             values.pop("traversal_paths", None)
-        types = get_type_hints(cls)
-        for key in values.keys() - types.keys():
-            raise ConfigurationError(_unknown(str(key), cls.names()))
-        for each in fields(cls):
-            if each.name in values:
-                _check(each, types[each.name], values[each.name])
-        parameters = cls(**values)
+        parameters = read_parameters(cls, values, "CLIPEncoder")
         parse_access_paths(parameters.access_paths)
         return parameters
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    likely = difflib.get_close_matches(key, known, 1)
-    meant = f"; did you mean {likely[0]!r}?" if likely else ""
-    return f"unknown parameter {key!r} of CLIPEncoder{meant} (known: {', '.join(known)})"
-
-
-def _check(parameter: Field[Any], annotated: Any, value: Any) -> None:
-    """Raises ConfigurationError where a value does not fit its field."""
-    expected = next(each for each in (*get_args(annotated), annotated) if each in _TYPES)
-    least, pattern = parameter.metadata.get("least"), parameter.metadata.get("pattern")
-    # A bool is an int to Python, but not to someone who writes YAML.
-    fits = type(value) is expected
-    if fits and (least is None or value >= least):
-        if pattern is None or re.fullmatch(pattern, value):
-            return
-        allowed = f"one of {parameter.metadata['allowed']}"
-    else:
-        allowed = _TYPES[expected] + ("" if least is None else f" from {least}")
-    raise ConfigurationError(f"{parameter.name}: {value!r} is not {allowed}")
 
 
 def parse_access_paths(paths: str) -> list[str]:

@@ -32,7 +32,7 @@ ALLOWED = {
     "clip_server.preprocess": GROUND,
     "clip_server.towers": GROUND,
     "clip_server.rpc": ["clip_client.proto", "clip_client.envelope", *GROUND],
-    "clip_server.search": GROUND,
+    "clip_server.search": ["clip_client.proto", *GROUND, "clip_server.rpc"],
     # Second floor: the catalogue of models.
     "clip_server.models": [*GROUND, "clip_server.towers", "clip_server.preprocess"],
     # Third floor.
@@ -45,9 +45,10 @@ ALLOWED = {
     "clip_server.executors": ["clip_client.proto", "clip_client.scores", *GROUND,
                               "clip_server.engine", "clip_server.models",
                               "clip_server.preprocess", "clip_server.rpc",
-                              "clip_server.runtimes"],
+                              "clip_server.runtimes", "clip_server.search"],
     "clip_server.gateway": ["clip_client", *GROUND, "clip_server.rpc"],
-    "clip_server.launch": [*GROUND, "clip_server.runtimes", "clip_server.executors.parameters"],
+    "clip_server.launch": [*GROUND, "clip_server.runtimes", "clip_server.executors.parameters",
+                           "clip_server.executors.indexer_parameters"],
     "clip_server.commands": [*GROUND, "clip_server.models", "clip_server.runtimes"],
     "clip_server.benchmark": [*GROUND, "clip_server.commands", "clip_server.models",
                               "clip_server.runtimes"],

@@ -8,19 +8,30 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Target(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BOTH: _ClassVar[Target]
+    TEXTS: _ClassVar[Target]
+    IMAGES: _ClassVar[Target]
+BOTH: Target
+TEXTS: Target
+IMAGES: Target
+
 class Item(_message.Message):
-    __slots__ = ("text", "image", "uri", "id", "tags")
+    __slots__ = ("text", "image", "uri", "id", "tags", "source")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: bytes
     uri: str
     id: str
     tags: _struct_pb2.Struct
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., uri: _Optional[str] = ..., id: _Optional[str] = ..., tags: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    source: str
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., uri: _Optional[str] = ..., id: _Optional[str] = ..., tags: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Options(_message.Message):
     __slots__ = ("normalize", "minibatch_size")
@@ -95,16 +106,18 @@ class ItemError(_message.Message):
     def __init__(self, index: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("total", "preprocess", "inference", "gateway")
+    __slots__ = ("total", "preprocess", "inference", "gateway", "search")
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREPROCESS_FIELD_NUMBER: _ClassVar[int]
     INFERENCE_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
     total: float
     preprocess: float
     inference: float
     gateway: float
-    def __init__(self, total: _Optional[float] = ..., preprocess: _Optional[float] = ..., inference: _Optional[float] = ..., gateway: _Optional[float] = ...) -> None: ...
+    search: float
+    def __init__(self, total: _Optional[float] = ..., preprocess: _Optional[float] = ..., inference: _Optional[float] = ..., gateway: _Optional[float] = ..., search: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("model",)
@@ -113,7 +126,7 @@ class InfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items")
+    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +139,7 @@ class InfoResponse(_message.Message):
     MAX_ITEM_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
     model: str
     runtime: str
     device: str
@@ -138,7 +152,8 @@ class InfoResponse(_message.Message):
     max_item_bytes: int
     max_request_bytes: int
     max_request_items: int
-    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ...) -> None: ...
+    collection: Collection
+    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()
@@ -156,6 +171,146 @@ class MetricsResponse(_message.Message):
     VALUES_FIELD_NUMBER: _ClassVar[int]
     values: _containers.ScalarMap[str, float]
     def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Collection(_message.Message):
+    __slots__ = ("engine", "rows", "indexed", "dim", "model", "metric", "index_method")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    INDEXED_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    INDEX_METHOD_FIELD_NUMBER: _ClassVar[int]
+    engine: str
+    rows: int
+    indexed: int
+    dim: int
+    model: str
+    metric: str
+    index_method: str
+    def __init__(self, engine: _Optional[str] = ..., rows: _Optional[int] = ..., indexed: _Optional[int] = ..., dim: _Optional[int] = ..., model: _Optional[str] = ..., metric: _Optional[str] = ..., index_method: _Optional[str] = ...) -> None: ...
+
+class IndexRequest(_message.Message):
+    __slots__ = ("items", "embeddings")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[Item]
+    embeddings: bytes
+    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., embeddings: _Optional[bytes] = ...) -> None: ...
+
+class IndexResponse(_message.Message):
+    __slots__ = ("ids", "errors", "timings", "truncated")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    errors: _containers.RepeatedCompositeFieldContainer[ItemError]
+    timings: Timings
+    truncated: int
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
+
+class SearchRequest(_message.Message):
+    __slots__ = ("queries", "embeddings", "limit", "filter", "target", "score_threshold", "min_relevance")
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SCORE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    MIN_RELEVANCE_FIELD_NUMBER: _ClassVar[int]
+    queries: _containers.RepeatedCompositeFieldContainer[Item]
+    embeddings: bytes
+    limit: int
+    filter: str
+    target: Target
+    score_threshold: float
+    min_relevance: float
+    def __init__(self, queries: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., embeddings: _Optional[bytes] = ..., limit: _Optional[int] = ..., filter: _Optional[str] = ..., target: _Optional[_Union[Target, str]] = ..., score_threshold: _Optional[float] = ..., min_relevance: _Optional[float] = ...) -> None: ...
+
+class SearchResponse(_message.Message):
+    __slots__ = ("results", "errors", "timings", "metric", "truncated")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[Hits]
+    errors: _containers.RepeatedCompositeFieldContainer[ItemError]
+    timings: Timings
+    metric: str
+    truncated: int
+    def __init__(self, results: _Optional[_Iterable[_Union[Hits, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., metric: _Optional[str] = ..., truncated: _Optional[int] = ...) -> None: ...
+
+class Hits(_message.Message):
+    __slots__ = ("hits",)
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    hits: _containers.RepeatedCompositeFieldContainer[Hit]
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ...) -> None: ...
+
+class Hit(_message.Message):
+    __slots__ = ("id", "score", "relevance", "text", "source", "tags", "is_image")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    RELEVANCE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    IS_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    score: float
+    relevance: float
+    text: str
+    source: str
+    tags: _struct_pb2.Struct
+    is_image: bool
+    def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ..., relevance: _Optional[float] = ..., text: _Optional[str] = ..., source: _Optional[str] = ..., tags: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., is_image: bool = ...) -> None: ...
+
+class DeleteRequest(_message.Message):
+    __slots__ = ("ids", "filter")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    filter: str
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., filter: _Optional[str] = ...) -> None: ...
+
+class DeleteResponse(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class CountRequest(_message.Message):
+    __slots__ = ("filter", "target")
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    filter: str
+    target: Target
+    def __init__(self, filter: _Optional[str] = ..., target: _Optional[_Union[Target, str]] = ...) -> None: ...
+
+class CountResponse(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("model", "dim", "precision", "probes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    dim: int
+    precision: str
+    probes: bytes
+    def __init__(self, model: _Optional[str] = ..., dim: _Optional[int] = ..., precision: _Optional[str] = ..., probes: _Optional[bytes] = ...) -> None: ...
+
+class OpenResponse(_message.Message):
+    __slots__ = ("collection",)
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    collection: Collection
+    def __init__(self, collection: _Optional[_Union[Collection, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "retry_after")
@@ -188,13 +343,18 @@ class Cancel(_message.Message):
     def __init__(self) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "encode", "rank", "info", "cancel", "metrics", "timeout")
+    __slots__ = ("id", "encode", "rank", "info", "cancel", "metrics", "index", "search", "delete", "count", "open", "timeout")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     id: int
     encode: EncodeRequest
@@ -202,24 +362,39 @@ class Request(_message.Message):
     info: InfoRequest
     cancel: Cancel
     metrics: MetricsRequest
+    index: IndexRequest
+    search: SearchRequest
+    delete: DeleteRequest
+    count: CountRequest
+    open: OpenRequest
     timeout: int
-    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ..., rank: _Optional[_Union[RankRequest, _Mapping]] = ..., info: _Optional[_Union[InfoRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., metrics: _Optional[_Union[MetricsRequest, _Mapping]] = ..., timeout: _Optional[int] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ..., rank: _Optional[_Union[RankRequest, _Mapping]] = ..., info: _Optional[_Union[InfoRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., metrics: _Optional[_Union[MetricsRequest, _Mapping]] = ..., index: _Optional[_Union[IndexRequest, _Mapping]] = ..., search: _Optional[_Union[SearchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., count: _Optional[_Union[CountRequest, _Mapping]] = ..., open: _Optional[_Union[OpenRequest, _Mapping]] = ..., timeout: _Optional[int] = ...) -> None: ...
 
 class Response(_message.Message):
-    __slots__ = ("id", "encode", "rank", "info", "error", "metrics")
+    __slots__ = ("id", "encode", "rank", "info", "error", "metrics", "index", "search", "delete", "count", "open")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
     id: int
     encode: EncodeResponse
     rank: RankResponse
     info: InfoResponse
     error: Error
     metrics: MetricsResponse
-    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., rank: _Optional[_Union[RankResponse, _Mapping]] = ..., info: _Optional[_Union[InfoResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., metrics: _Optional[_Union[MetricsResponse, _Mapping]] = ...) -> None: ...
+    index: IndexResponse
+    search: SearchResponse
+    delete: DeleteResponse
+    count: CountResponse
+    open: OpenResponse
+    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., rank: _Optional[_Union[RankResponse, _Mapping]] = ..., info: _Optional[_Union[InfoResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., metrics: _Optional[_Union[MetricsResponse, _Mapping]] = ..., index: _Optional[_Union[IndexResponse, _Mapping]] = ..., search: _Optional[_Union[SearchResponse, _Mapping]] = ..., delete: _Optional[_Union[DeleteResponse, _Mapping]] = ..., count: _Optional[_Union[CountResponse, _Mapping]] = ..., open: _Optional[_Union[OpenResponse, _Mapping]] = ...) -> None: ...
 
 class Requests(_message.Message):
     __slots__ = ("requests",)

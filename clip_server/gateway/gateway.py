@@ -12,6 +12,7 @@ from jina.serve.runtimes.servers import BaseServer
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError
+from clip_server.gateway.collection import open_collection
 from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
 from clip_server.gateway.jina_protocol import JinaRequestHandler
@@ -60,7 +61,7 @@ class ClipGateway(BaseServer, BaseGateway):
         if topology is None:
             return
         jina = JinaRequestHandler(self._request_handler, topology, self.runtime_args.prefetch)
-        router = Router(topology, jina, self._max_queued_bytes)
+        router = Router(topology, jina, await open_collection(topology), self._max_queued_bytes)
 
         async def call(request: pb.Request) -> pb.Response:
             response = await router.call(request)
@@ -84,7 +85,12 @@ class ClipGateway(BaseServer, BaseGateway):
         await self.streamer._get_endpoints_input_output_models(is_cancel=self.is_cancel)
         nodes = {node.name: node for node in self.streamer.topology_graph.all_nodes}
         executors = [
-            FlowExecutor(pool, frozenset(nodes[pool.name].endpoints or ()), info)
+            FlowExecutor(
+                pool,
+                frozenset(nodes[pool.name].endpoints or ()),
+                info if info and info.dim else None,
+                bool(info and info.HasField("collection")),
+            )
             for pool, info in zip(self._pools, infos, strict=True)
             if pool.name in nodes
         ]

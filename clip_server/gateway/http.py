@@ -22,11 +22,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from clip_client.data_uri import decode_base64, has_scheme, is_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway import json_text
+from clip_server.gateway import json_text, search_json
+from clip_server.gateway.collection import KINDS
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import exposition
 from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.request_parameters import RequestParameters
+from clip_server.rpc.search_parameters import SearchParameters
 
 PROTOBUF = "application/x-protobuf"
 _STATUS = {
@@ -83,6 +85,7 @@ class HttpListener(Listener):
             Route("/", self._about),
             Route("/encode", self._encode, methods=["POST"]),
             Route("/rank", self._rank, methods=["POST"]),
+            *(Route(f"/{kind}", self._on_collection, methods=["POST"]) for kind in KINDS),
             Route("/post", self._post, methods=["POST"]),
             Route("/info", self._info),
             Route("/metrics", self._metrics),
@@ -124,7 +127,7 @@ class HttpListener(Listener):
         info = await self._answer("info", pb.InfoRequest(), request)
         if PROTOBUF in request.headers.get("accept", ""):
             return Response(info.SerializeToString(), media_type=PROTOBUF)
-        return _json({field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields})
+        return _json(_fields(info))
 
     async def _encode(self, request: Request) -> Response:
         body = await self._body(request)
@@ -146,7 +149,73 @@ class HttpListener(Listener):
             return await self._encode_json(body, request)
         if endpoint == "/rank":
             return await self._rank_json(body, request)
-        raise RequestError(f"execEndpoint {endpoint!r}: the allowed are /, /encode and /rank")
+        searching = [f"/{kind}" for kind in KINDS] if self.router.collection else []
+        if endpoint in searching:
+            return await self._collection_json(endpoint.removeprefix("/"), body, request)
+        allowed = ", ".join(["/", "/encode", "/rank", *searching])
+        raise RequestError(f"execEndpoint {endpoint!r}: the allowed are {allowed}")
+
+    async def _on_collection(self, request: Request) -> Response:
+        kind = request.url.path.removeprefix("/")
+        body = await self._body(request)
+        if _is_protobuf(request):
+            form = getattr(pb, f"{kind.capitalize()}Request")
+            return await self._answer_protobuf(kind, form, body, request)
+        return await self._collection_json(kind, _parse(body), request)
+
+    async def _collection_json(
+        self, kind: str, body: Mapping[str, Any], asked_in: Request
+    ) -> Response:
+        if kind == "index":
+            return await self._index_json(body, asked_in)
+        if kind == "search":
+            return await self._search_json(body, asked_in)
+        message: Message = (
+            search_json.delete_request(body)
+            if kind == "delete"
+            else search_json.count_request(body)
+        )
+        return _json({"count": (await self._answer(kind, message, asked_in)).count})
+
+    async def _index_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
+        SearchParameters.parse(body.get("parameters"), refuse_unknown=True)
+        docs = _docs(body)
+        check_count(len(docs), self.router.max_request_items)
+        unfit = _unfit_entries(docs)
+        items = [pb.Item() if index in unfit else _item(doc) for index, doc in enumerate(docs)]
+        for index, (item, doc) in enumerate(zip(items, docs, strict=True)):
+            if index not in unfit and (why := search_json.add_details(item, doc)):
+                unfit[index] = why
+                item.Clear()
+        request = pb.IndexRequest(items=items, embeddings=search_json.embeddings_of(docs))
+        answer = await self._answer("index", request, asked_in)
+        errors = {error.index: error.message for error in answer.errors} | unfit
+        data = [
+            {"id": row_id} if index not in errors else {"error": errors[index]}
+            for index, row_id in enumerate(answer.ids)
+        ]
+        return _json({"data": data, "truncated": answer.truncated})
+
+    async def _search_json(self, body: Mapping[str, Any], asked_in: Request) -> Response:
+        docs = _docs(body)
+        check_count(len(docs), self.router.max_request_items)
+        request = SearchParameters.parse(body.get("parameters"), refuse_unknown=True).to_request()
+        unfit = _unfit_entries(docs)
+        request.queries.extend(
+            pb.Item() if index in unfit else _item(doc) for index, doc in enumerate(docs)
+        )
+        request.embeddings = search_json.embeddings_of(docs)
+        answer = await self._answer("search", request, asked_in)
+        errors = {error.index: error.message for error in answer.errors} | unfit
+        data = []
+        for index, (doc, found) in enumerate(zip(docs, answer.results, strict=True)):
+            result = _echo(doc, drop_content=False)
+            if index in errors:
+                result["error"] = errors[index]
+            else:
+                result["matches"] = [search_json.match(hit, answer.metric) for hit in found.hits]
+            data.append(result)
+        return _json({"data": data, "truncated": answer.truncated})
 
     async def _body(self, request: Request) -> bytes:
         most = self.options.max_request_bytes
@@ -297,11 +366,25 @@ class BodyTooLargeError(RequestError):
 _ENDPOINTS = {
     "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
     "POST /rank": '{"data": [{"uri": "data:...", "matches": [{"text": "a cat"}]}]}',
+    "POST /index": '{"data": [{"id": "1", "text": "a cat", "tags": {"colour": "red"}}]}',
+    "POST /search": '{"data": [{"text": "a cat"}], "parameters": {"limit": 10}}',
+    "POST /delete": '{"ids": ["1"]}',
+    "POST /count": '{"parameters": {"target": "images"}}',
     "GET /info": "the model and the limits",
     "GET /metrics": "what the encoders have done, for Prometheus",
     "GET /livez": "whether the process runs",
     "GET /readyz": "whether it encodes",
 }
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    """A message as JSON, without the messages in it that are absent."""
+    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    return {
+        name: _fields(value) if isinstance(value, Message) else value
+        for name, value in fields.items()
+        if not isinstance(value, Message) or message.HasField(name)
+    }
 
 
 def _parse(body: bytes) -> dict[str, Any]:

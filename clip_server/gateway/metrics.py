@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 # Metrics that go down as well as up; all others only count.
-_GAUGES = {"in_flight_items", "cache_bytes"}
+_GAUGES = {"in_flight_items", "cache_bytes", "collection_rows"}
 
 
 class _Replicas(Collector):
@@ -24,9 +24,10 @@ class _Replicas(Collector):
         for name in names:
             kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
             words = name.replace("_", " ")
-            family = kind(f"clip_{name}", f"{words} of an encoder", labels=["replica"])
+            family = kind(f"clip_{name}", f"{words} of an executor", labels=["replica"])
             for replica, values in self._values.items():
-                family.add_metric([replica], values.get(name, 0.0))
+                if name in values:
+                    family.add_metric([replica], values[name])
             yield family
 
 

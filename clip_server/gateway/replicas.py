@@ -53,7 +53,8 @@ class ReplicaPool:
         return len(self._replicas)
 
     async def find_info(self, is_cancelled: asyncio.Event) -> pb.InfoResponse | None:
-        """Waits until a replica answers. None: it is no encoder, or the start is cancelled.
+        """Waits until a replica answers. None: it neither encodes nor holds a collection, or the
+        start is cancelled.
 
         Raises:
             ConfigurationError: it answers with an error.
@@ -62,7 +63,8 @@ class ReplicaPool:
             for replica in self._replicas:
                 try:
                     response = await replica.transport.send(pb.Request(info=pb.InfoRequest()))
-                    return response.info if response.info.dim else None
+                    info = response.info
+                    return info if info.dim or info.HasField("collection") else None
                 except ConnectionFailedError:
                     continue  # not yet
                 except ServerError as error:

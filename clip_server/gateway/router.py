@@ -8,6 +8,7 @@ import time
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import documents
+from clip_server.gateway.collection import KINDS, Collection
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.topology import Topology
 from clip_server.rpc.errors import check_count, error_response
@@ -18,11 +19,19 @@ class Router:
 
     topology: the executors.
     jina: sends requests through the flow.
+    collection: answers those on the flow's collection; None: it has none.
     max_queued_bytes: of requests in flight; beyond it, more are refused.
     """
 
-    def __init__(self, topology: Topology, jina: JinaRequestHandler, max_queued_bytes: int) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        jina: JinaRequestHandler,
+        collection: Collection | None,
+        max_queued_bytes: int,
+    ) -> None:
         self._topology, self._jina = topology, jina
+        self.collection = collection
         self._max_queued_bytes = max_queued_bytes
         self._in_flight_bytes = 0
 
@@ -45,24 +54,30 @@ class Router:
         finally:
             self._in_flight_bytes -= size
         kind = response.WhichOneof("body")
-        if kind in ("encode", "rank"):
+        if kind in ("encode", "rank", "index", "search"):
             timings = getattr(response, kind).timings
             timings.gateway = (time.perf_counter() - started) * 1e3 - timings.total
         return response
 
     async def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of each replica that answers, by its address."""
-        pools = (each.pool.metrics() for each in self._topology.encoders)
+        pools = [each.pool for each in self._topology.encoders]
+        pools += [self.collection.indexer] if self.collection else []
         found: dict[str, dict[str, float]] = {}
-        for metrics in await asyncio.gather(*pools):
+        for metrics in await asyncio.gather(*(pool.metrics() for pool in pools)):
             found |= metrics
         return found
 
     async def _send(self, request: pb.Request) -> pb.Response:
         kind = request.WhichOneof("body")
+        if kind in KINDS:
+            return await self._on_collection(request)
         model = getattr(getattr(request, kind), "model", "") if kind else ""
         if kind not in ("encode", "rank"):
-            return await self._topology.encoder(model).pool.send(request)
+            response = await self._topology.encoder(model).pool.send(request)
+            if self.collection is not None and response.HasField("info"):
+                response.info.collection.CopyFrom(await self.collection.describe())
+            return response
         route = self._topology.route(f"/{kind}", model)
         if route.is_direct and route.encoder:
             return await route.encoder.pool.send(request)
@@ -74,6 +89,13 @@ class Router:
             return pb.Response(rank=await asyncio.wait_for(self._rank(request.rank), seconds))
         except asyncio.TimeoutError:
             raise RequestError("the flow did not answer in time", "DEADLINE_EXCEEDED") from None
+
+    async def _on_collection(self, request: pb.Request) -> pb.Response:
+        if self.collection is None:
+            raise RequestError(
+                "this flow has no CLIPIndexer: serve search-flow.yml, see docs/search.md"
+            )
+        return await self.collection.call(request)
 
     async def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
         check_count(len(request.items), self.max_request_items)

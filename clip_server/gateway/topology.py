@@ -23,11 +23,13 @@ class FlowExecutor:
     pool: its replicas.
     endpoints: the endpoints that it binds.
     info: its model, if it encodes and speaks clip.v1; else None.
+    is_indexer: whether it holds a collection, and speaks clip.v1.
     """
 
     pool: ReplicaPool
     endpoints: Collection[str]
     info: pb.InfoResponse | None
+    is_indexer: bool = False
 
     @property
     def name(self) -> str:

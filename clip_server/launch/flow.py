@@ -30,6 +30,9 @@ ALL_INTERFACES = ("0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 
 _EXECUTORS = "clip_server.executors."
+_INDEXER = f"{_EXECUTORS}indexer"
+# The indexer in clip-as-service's examples, whose package no longer installs.
+_ANNLITE = ("annlite.executor", "AnnLiteIndexer")
 # Written under `with:`, meant for the gateway.
 _GATEWAY_KEYS = (
     "port",
@@ -334,7 +337,24 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
     )
     executor.pop("py_modules", None)
     executor["uses"] = uses
+    if modules == [_INDEXER]:
+        _prepare_indexer(executor, place)
     return executor
+
+
+def _prepare_indexer(executor: dict[str, Any], place: str) -> None:
+    uses = executor["uses"]
+    if uses["jtype"] == _ANNLITE[1]:
+        uses["jtype"] = "CLIPIndexer"
+        _say(f"{place}: {_ANNLITE[1]} is replaced by CLIPIndexer; the collection begins empty")
+    # Where AnnLite kept its rows.
+    if "workspace" in executor and not uses["with"].keys() & {"path", "uri"}:
+        uses["with"]["path"] = executor["workspace"]
+    if executor.get("replicas", 1) > 1 and "uri" not in uses["with"]:
+        raise ConfigurationError(
+            f"{place}: replicas: a collection in a folder has one process: serve it from a Milvus "
+            "server, with uri:, to have several"
+        )
 
 
 def _modules(executor: Mapping[str, Any]) -> list[str]:
@@ -349,9 +369,16 @@ def _modules(executor: Mapping[str, Any]) -> list[str]:
 def _module(name: str) -> str:
     """clip-as-service's two spellings of an executor as one, unless a file of that name is
     there."""
+    if name == _ANNLITE[0] and not _is_module(name):
+        return _INDEXER
     path = Path(name)
-    ours = path.suffix == ".py" and path.stem in by_executor() and not path.is_file()
+    ours = path.suffix == ".py" and path.stem in _executors() and not path.is_file()
     return _EXECUTORS + path.stem if ours else name
+
+
+def _executors() -> list[str]:
+    """The names of our executors' modules."""
+    return [*by_executor(), _INDEXER.removeprefix(_EXECUTORS)]
 
 
 def _check_names(executors: Sequence[Mapping[str, Any]]) -> None:
@@ -402,11 +429,13 @@ def _check_encoders(executor: Mapping[str, Any], place: str) -> None:
     uses = executor["uses"] if isinstance(executor.get("uses"), dict) else {}
     for module in uses.get("metas", {}).get("py_modules", []):
         if module.startswith(_EXECUTORS):
-            if uses["jtype"] != "CLIPEncoder":
+            name = "CLIPIndexer" if module == _INDEXER else "CLIPEncoder"
+            if uses["jtype"] != name:
                 raise ConfigurationError(
-                    f"{place}: jtype: {uses['jtype']}: the class in {module} is CLIPEncoder"
+                    f"{place}: jtype: {uses['jtype']}: the class in {module} is {name}"
                 )
-            _check_encoder(module, uses["with"], f"{place}: uses: with")
+            check = _check_indexer if module == _INDEXER else _check_encoder
+            check(module, uses["with"], f"{place}: uses: with")
         elif not ("extra_search_paths" in executor or Path(module).exists() or _is_module(module)):
             kind = "file" if module.endswith(".py") else "module or file"
             raise ConfigurationError(
@@ -428,7 +457,7 @@ def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> No
     runtime = by_executor().get(name)
     if runtime is None:
         raise ConfigurationError(
-            f"py_modules: there is no {module}{flow_keys.likely(name, by_executor())}"
+            f"py_modules: there is no {module}{flow_keys.likely(name, _executors())}"
         )
     given = section(parameters, flow_keys.encoder_section(), place)
     try:
@@ -438,6 +467,15 @@ def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> No
     if package := runtime.missing_package():
         raise ConfigurationError(_not_installed(runtime, package))
     importlib.import_module(module).CLIPEncoder.prepare(given)
+
+
+def _check_indexer(_: str, parameters: Mapping[str, Any], place: str) -> None:
+    from clip_server.executors.indexer_parameters import IndexerParameters
+
+    try:
+        IndexerParameters.parse(section(parameters, flow_keys.indexer_section(), place))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place}: {error}") from None
 
 
 def _not_installed(runtime: RuntimeSpec, package: str) -> str:

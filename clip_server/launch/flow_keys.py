@@ -86,6 +86,14 @@ def encoder_section() -> Section:
     return Section("with: of an executor's uses:", names)
 
 
+@cache
+def indexer_section() -> Section:
+    """The parameters of our indexer."""
+    from clip_server.executors.indexer_parameters import IndexerParameters
+
+    return Section("with: of an indexer's uses:", frozenset(IndexerParameters.names()))
+
+
 def section(value: Any, spec: Section, place: str) -> dict[str, Any]:
     """A section's keys and values: names as Jina's parsers have them, empty ones left out.
 

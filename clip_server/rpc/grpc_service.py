@@ -21,6 +21,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_UNARY = ("encode", "rank", "info", "index", "search", "delete", "count")
+
 
 def clip_handlers(call: Call, streams: StreamServer) -> grpc.GenericRpcHandler:
     """The service's methods: unary ones answered by `call`, the stream by `streams`."""
@@ -46,9 +48,7 @@ def clip_handlers(call: Call, streams: StreamServer) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
-            "Encode": unary("encode"),
-            "Rank": unary("rank"),
-            "Info": unary("info"),
+            **{kind.capitalize(): unary(kind) for kind in _UNARY},
             "Stream": grpc.stream_stream_rpc_method_handler(stream),
         },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,26 +40,41 @@ class RequestParameters:
         Raises:
             RequestError: a parameter has the wrong type or value, or is unknown.
         """
-        if given is None:
-            return cls()
-        if not isinstance(given, Mapping):
-            raise RequestError('"parameters" is not an object like {"normalize": true}')
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            known = _ALIASES.get(name, name)
-            if known in _READERS:
-                if value is not None:
-                    values[known] = _READERS[known](name, value)
-            elif refuse_unknown:
-                raise RequestError(
-                    f"unknown parameter {_shown(name)}: the allowed are {', '.join(_READERS)}"
-                )
-        return cls(**values)
+        return cls(**read_mapping(given, _READERS, _ALIASES, refuse_unknown=refuse_unknown))
+
+
+def read_mapping(
+    given: Any,
+    readers: Mapping[str, Callable[[str, Any], Any]],
+    aliases: Mapping[str, str],
+    *,
+    refuse_unknown: bool,
+) -> dict[str, Any]:
+    """The values of a request's `parameters`, each read by the reader of its name.
+
+    Raises:
+        RequestError: it is no object, a reader refuses a value, or a name is unknown.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise RequestError('"parameters" is not an object like {"normalize": true}')
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        known = aliases.get(name, name)
+        if known in readers:
+            if value is not None:
+                values[known] = readers[known](name, value)
+        elif refuse_unknown:
+            raise RequestError(
+                f"unknown parameter {shown(name)}: the allowed are {', '.join(readers)}"
+            )
+    return values
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise RequestError(f"{name} is {_shown(value)}, which is neither true nor false")
+        raise RequestError(f"{name} is {shown(value)}, which is neither true nor false")
     return value
 
 
@@ -68,7 +83,7 @@ def _size(name: str, value: Any) -> int:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or value % 1 != 0 or not 0 <= value < _MOST_MINIBATCH:
         raise RequestError(
-            f"{name} is {_shown(value)}, which is not a whole number from 1, or 0 for the "
+            f"{name} is {shown(value)}, which is not a whole number from 1, or 0 for the "
             "server's own setting"
         )
     return int(value)
@@ -76,13 +91,13 @@ def _size(name: str, value: Any) -> int:
 
 def _encoding(name: str, value: Any) -> str:
     if value not in _ENCODINGS:
-        raise RequestError(f"{name} is {_shown(value)}: the allowed are {', '.join(_ENCODINGS)}")
+        raise RequestError(f"{name} is {shown(value)}: the allowed are {', '.join(_ENCODINGS)}")
     return str(value)
 
 
 def _paths(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"{name} is {_shown(value)}, which is not a string like '@r' or '@r,c'")
+        raise RequestError(f"{name} is {shown(value)}, which is not a string like '@r' or '@r,c'")
     return value
 
 
@@ -95,7 +110,7 @@ _READERS = {
 }
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error message shows it."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -10,14 +10,6 @@ from numpy.typing import NDArray
 
 # What encoders of one model agree to, whatever their runtime and device.
 _SAME_COSINE = 0.999
-# A text and an image, a PNG of eight by eight pixels, that every model encodes differently.
-PROBE_TEXT = "a photo of a cat next to a red car"
-PROBE_IMAGE = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAh0lEQVR42g3IMQFAUQQF"
-    "0BvF8IIYxRBACBFEEEEIMYyCGP4/4wEAwmOIwhyRqMYs7u9HBCZTEqdKiqZbGoCF2Jih/Jwn+ZpjuQA1UmF9qnC9"
-    "1Gmt1QA8yIt91M8d6a9d1g3IogzO0xzPl4lO2xSgh/q4Q7u8Jdu6sf2APdrhLd3wtVzpfbv4AJT7V4FhG01PAAAA"
-    "AElFTkSuQmCC"
-)
 
 
 @dataclass(frozen=True)
@@ -27,7 +19,7 @@ class Fingerprint:
     name: its name, for people.
     dim: D, the length of an embedding.
     precision: `int8`, or `float` for fp32, fp16 and bf16, whose embeddings agree.
-    probes: its embeddings of PROBE_TEXT and PROBE_IMAGE, one after the other; empty if unknown.
+    probes: its embeddings of a fixed text and image, one after the other; empty if unknown.
         They distinguish other weights of the same name, and recognise the same under another.
     """
 

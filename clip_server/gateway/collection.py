@@ -1,0 +1,182 @@
+"""Requests on a flow's collection: encoded by its encoder, then answered by its indexer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_client.data_uri import read_data_uri
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import ConfigurationError, RequestError
+from clip_server.gateway.replicas import ReplicaPool
+from clip_server.gateway.topology import Topology
+from clip_server.rpc.items import content_id
+
+# Requests that an indexer answers.
+KINDS = ("index", "search", "delete", "count")
+# A text and an image, a PNG of eight by eight pixels, that every model encodes differently: their
+# embeddings are part of the model's fingerprint.
+_PROBE_TEXT = "a photo of a cat next to a red car"
+_PROBE_IMAGE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAh0lEQVR42g3IMQFAUQ"
+    "QF0BvF8IIYxRBACBFEEEIAMYyCGP4/4wEAwmOIwhyRqMYs7u9HBCZTEqdKiqZbGoCF2Jih/Jwn+ZpjuQA1UmF9qn"
+    "C91Gmt1QA8yIt91M8d6a9d1g3IogzO0xzPl4lO2xSgh/q4Q7u8Jdu6sf2APdrhLd3wtVzpfbv4AJT7V4FhG01PAA"
+    "AAAElFTkSuQmCC"
+)
+
+
+class Collection:
+    """The encoder and the indexer of a flow, as one.
+
+    dim: D, the length of the encoder's embeddings.
+    """
+
+    def __init__(self, encoder: ReplicaPool, indexer: ReplicaPool, dim: int) -> None:
+        self._encoder, self.indexer = encoder, indexer
+        self._dim = dim
+
+    async def open(self, info: pb.InfoResponse) -> None:
+        """Opens the collection for the encoder's model.
+
+        Raises:
+            ConfigurationError: it is of another model, or cannot be opened.
+        """
+        items = [pb.Item(text=_PROBE_TEXT), pb.Item(uri=_PROBE_IMAGE)]
+        probes = await self._encode(items, 0)
+        if probes.errors:
+            raise ConfigurationError(f"the encoder does not encode: {probes.errors[0].message}")
+        request = pb.OpenRequest(
+            model=info.model,
+            dim=info.dim,
+            precision="int8" if info.dtype == "int8" else "float",
+            probes=probes.embeddings,
+        )
+        response = await self.indexer.send(pb.Request(open=request))
+        if response.HasField("error"):
+            raise ConfigurationError(response.error.message)
+
+    async def describe(self) -> pb.Collection:
+        """What the collection is."""
+        response = await self.indexer.send(pb.Request(info=pb.InfoRequest()))
+        return response.info.collection
+
+    async def call(self, request: pb.Request) -> pb.Response:
+        """The response to a request of `KINDS`.
+
+        Raises:
+            RequestError: the encoder or the indexer does not answer, or refuses.
+        """
+        kind = request.WhichOneof("body")
+        if kind == "index":
+            return await self._index(request)
+        if kind == "search":
+            return await self._search(request)
+        return await self.indexer.send(request)
+
+    async def _index(self, request: pb.Request) -> pb.Response:
+        items = request.index.items
+        kept = [_without_content(item) for item in items]
+        encoded = await self._embeddings(items, request.index.embeddings, request.timeout)
+        errors = {error.index: error for error in encoded.errors}
+        good = [index for index in range(len(items)) if index not in errors]
+        # Rows of those that failed are NaN.
+        rows = np.frombuffer(encoded.embeddings, "<f4").reshape(-1, self._dim)[good]
+        stored = await self.indexer.send(
+            pb.Request(
+                index=pb.IndexRequest(items=[kept[i] for i in good], embeddings=rows.tobytes())
+            )
+        )
+        if stored.HasField("error"):
+            return stored
+        ids = dict(zip(good, stored.index.ids, strict=True))
+        refused = [
+            pb.ItemError(index=good[error.index], message=error.message)
+            for error in stored.index.errors
+        ]
+        response = pb.IndexResponse(
+            ids=[ids.get(index, "") for index in range(len(items))],
+            errors=[*errors.values(), *refused],
+            timings=_joint(encoded.timings, stored.index.timings),
+            truncated=encoded.truncated,
+        )
+        return pb.Response(index=response)
+
+    async def _search(self, request: pb.Request) -> pb.Response:
+        search = request.search
+        encoded = await self._embeddings(search.queries, search.embeddings, request.timeout)
+        forwarded = pb.SearchRequest(
+            queries=[pb.Item() for _ in search.queries], embeddings=encoded.embeddings
+        )
+        for field, value in search.ListFields():
+            if field.name not in ("queries", "embeddings"):
+                setattr(forwarded, field.name, value)
+        response = await self.indexer.send(pb.Request(search=forwarded))
+        if response.HasField("search"):
+            found = response.search
+            found.errors.extend(encoded.errors)
+            found.truncated = encoded.truncated
+            found.timings.CopyFrom(_joint(encoded.timings, found.timings))
+        return response
+
+    async def _embeddings(
+        self, items: Sequence[pb.Item], given: bytes, timeout: int
+    ) -> pb.EncodeResponse:
+        """The embeddings of items: those given, or the encoder's."""
+        if not given and items:
+            return await self._encode(items, timeout)
+        if len(given) != 4 * len(items) * self._dim:
+            raise RequestError(
+                f"embeddings holds {len(given):,} bytes: {len(items):,} of {self._dim} dimensions "
+                f"in float32 are {4 * len(items) * self._dim:,}"
+            )
+        return pb.EncodeResponse(embeddings=given)
+
+    async def _encode(self, items: Sequence[pb.Item], timeout: int) -> pb.EncodeResponse:
+        request = pb.Request(encode=pb.EncodeRequest(items=items), timeout=timeout)
+        response = await self._encoder.send(request)
+        if response.HasField("error"):
+            error = response.error
+            code = pb.Error.Code.Name(error.code)
+            raise RequestError(error.message, code, error.retry_after / 1e3)
+        return response.encode
+
+
+async def open_collection(topology: Topology) -> Collection | None:
+    """The collection of a flow, opened for its first encoder; None: the flow has no indexer.
+
+    Raises:
+        ConfigurationError: as for `Collection.open`.
+    """
+    indexer = next((each.pool for each in topology.executors if each.is_indexer), None)
+    encoder = topology.encoder()
+    if indexer is None or encoder.info is None:
+        return None
+    collection = Collection(encoder.pool, indexer, encoder.info.dim)
+    await collection.open(encoder.info)
+    return collection
+
+
+def _without_content(item: pb.Item) -> pb.Item:
+    """What a collection stores of an item: its text, but not its image."""
+    content: str | bytes = item.text or item.image
+    if item.uri:
+        try:
+            content = read_data_uri(item.uri)
+        except ValueError:
+            content = b""  # the encoder says what is wrong with it
+    kept = pb.Item(id=item.id or item.source or content_id(content), source=item.source)
+    kept.tags.CopyFrom(item.tags)
+    if isinstance(content, str) and (item.HasField("text") or content):
+        kept.text = content
+    else:
+        kept.image = b""
+    return kept
+
+
+def _joint(encoding: pb.Timings, searching: pb.Timings) -> pb.Timings:
+    joint = pb.Timings()
+    joint.CopyFrom(encoding)
+    joint.search = searching.search
+    joint.total += searching.search
+    return joint

@@ -1,0 +1,66 @@
+"""Executors that answer clip.v1 beside Jina's protocol, on the same port."""
+
+import sys
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import grpc
+from jina import Executor
+from jina.serve.runtimes.servers.grpc import GRPCServer
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.launch.process_setup import follow_parent
+from clip_server.rpc.grpc_service import clip_handlers
+from clip_server.rpc.multiplexing import StreamServer
+
+# What Jina itself passes to an executor, besides its parameters.
+_JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
+
+
+class ClipExecutor(Executor):
+    """An executor whose `handle` answers the messages that the gateway sends."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS})
+        follow_parent()
+
+    @staticmethod
+    def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of a flow's YAML among the arguments of `__init__`."""
+        return {k: v for k, v in arguments.items() if k not in _JINA_ARGUMENTS}
+
+    @abstractmethod
+    async def handle(self, request: pb.Request) -> pb.Response:
+        """The response to a request; an error is in it too."""
+
+
+class _ClipCalls(grpc.aio.ServerInterceptor):
+    """Answers the calls of clip.v1 on a server that has no handlers of its own for them."""
+
+    def __init__(self, executor: ClipExecutor) -> None:
+        # Only the gateway comes this way, and bounds what it lets in.
+        self._handlers = clip_handlers(executor.handle, StreamServer(executor.handle, sys.maxsize))
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """The handler of a call."""
+        ours = self._handlers.service(handler_call_details)
+        return ours or await continuation(handler_call_details)
+
+
+_setup_server = GRPCServer.setup_server
+
+
+async def _setup_with_clip(server: GRPCServer) -> None:
+    """Jina's own set-up, with clip.v1 on the same port: a call through Jina's protocol costs
+    several times as much, and has one answer for all that is in it."""
+    executor = getattr(server._request_handler, "_executor", None)
+    if isinstance(executor, ClipExecutor):
+        others = server.grpc_tracing_server_interceptors or []
+        server.grpc_tracing_server_interceptors = [*others, _ClipCalls(executor)]
+        # Jina would leave it behind in the temporary directory; none has snapshots.
+        Path(server._request_handler._snapshot_parent_directory).rmdir()
+    await _setup_server(server)
+
+
+GRPCServer.setup_server = _setup_with_clip
