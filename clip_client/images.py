@@ -1,10 +1,15 @@
-"""PIL images as bytes that the server decodes to the same mode and the same pixels."""
+"""Arrays as PIL images, and these as bytes that the server decodes to the same pixels."""
 
 from __future__ import annotations
 
 import sys
 from io import BytesIO
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_client.errors import InvalidInputError
 
 # The server's default limit of one item.
 MAX_ITEM_BYTES = 32 * 2**20
@@ -16,6 +21,64 @@ _FILE_MODES = {"La": "LA", "RGBa": "RGBA"}
 _SAME_BYTES = {"I;16L": "I;16", "I;16N": "I;16" if sys.byteorder == "little" else "I;16B"}
 _DEEP = {"I", "F", "I;16", "I;16B"}
 _MAX_JPEG_SIDE = 65_500
+# How far a float may be out of the range of its values, by rounding.
+_TOLERANCE = 1e-3
+
+
+def of_array(array: NDArray[Any]) -> Any:
+    """A PIL image of an array, which it copies.
+
+    array: [H, W], grey, or [H, W, C] with 1 to 4 channels: grey, grey and alpha, RGB, RGBA. The
+        values are 0 to 255, bool, or floats of 0 to 1. Floats above 1 are truncated, as Pillow
+        does it.
+
+    Raises InvalidInputError for another shape, type or range, and without Pillow.
+    """
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or not 1 <= channels <= 4:
+        raise InvalidInputError(
+            f"an array of {array.dtype} and shape {array.shape} is no image: pass numbers of "
+            f"shape (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4): grey, RGB, each with "
+            f"alpha or not{_advice(array)}"
+        )
+    if not array.size:
+        raise InvalidInputError(f"an array of shape {array.shape} has no pixels")
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InvalidInputError("images in arrays need Pillow: pip install pillow") from None
+    is_mask = array.dtype == np.bool_ and array.ndim == 2
+    shape = array.shape[:2] if channels == 1 else array.shape
+    return Image.fromarray((array.copy() if is_mask else _bytes(array)).reshape(shape))
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """A copy of an array of numbers, as uint8."""
+    if array.dtype == np.bool_:
+        array = array * 255
+    pixels: NDArray[np.uint8] = _of_0_to_255(array).astype(np.uint8)
+    return pixels
+
+
+def _of_0_to_255(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype == np.uint8:
+        return array
+    least, most = array.min(), array.max()
+    # Also false for NaN.
+    if not (-_TOLERANCE <= least and most <= 255 + _TOLERANCE):
+        raise InvalidInputError(
+            f"an array of {array.dtype} with values from {least:.6g} to {most:.6g} is no image: "
+            "pass values of 0 to 255, or floats of 0 to 1"
+        )
+    if array.dtype.kind == "f" and most <= 1 + _TOLERANCE:
+        array = np.rint(array * 255)
+    return np.clip(array, 0, 255)
+
+
+def _advice(array: NDArray[Any]) -> str:
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        return "; this one has its channels first: pass array.transpose(1, 2, 0)"
+    return ""
 
 
 def undecoded(image: Any) -> bytes | None:

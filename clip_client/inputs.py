@@ -8,7 +8,7 @@ A str is an image where it is a path, URL or `data:` URI, else a text:
     'https://host/cat.jpg'    fetched from there   {'uri': 'https://...'}  the same, of a str
     'data:image/png;base64,'  sent as it is        pathlib.Path            file
     b'...'                    an encoded image     PIL.Image.Image         see images.py
-    ndarray                   uint8 HxW or HxWx1 to HxWx4, or bool HxW, as a PIL image
+    ndarray, torch.Tensor     an image, HxW or HxWx1 to HxWx4: 0 to 255, or floats of 0 to 1
     docarray Document         what it holds: blob, text, tensor or uri
 
 A dict may have `id` and `tags` too, and other kinds of content that are empty.
@@ -64,7 +64,7 @@ _MAX_PATH = 4096
 # Entries of the current folder that texts are compared with.
 _MAX_LISTED = 10_000
 _AS_TEXT = " (to mean the text itself, pass {'text': ...})"
-_IMAGES = "a path, a URL, the bytes of an image, a PIL image, a uint8 ndarray"
+_IMAGES = "a path, a URL, the bytes of an image, a PIL image, an array of shape (H, W, 3)"
 _ALLOWED = (
     f"pass a text, {_IMAGES}, {{'text': ...}}, {{'image': ...}}, {{'uri': ...}} or a Document"
 )
@@ -268,7 +268,7 @@ def _image(raw_item: Any, allowed: str = _ALLOWED) -> Item | Read:
     if pillow is not None and isinstance(raw_item, pillow.Image):
         return _pillow_image(raw_item)
     if hasattr(raw_item, "__array__") or hasattr(raw_item, "__array_interface__"):
-        return _array(_asarray(raw_item))
+        return _array(raw_item)
     raise InvalidInputError(f"{type(raw_item).__name__} cannot be encoded: {allowed}")
 
 
@@ -280,32 +280,15 @@ def _pillow_image(image: Any) -> Item | Read:
         raise InvalidInputError(f"the PIL image cannot be read: {error}") from error
 
 
-def _asarray(raw_item: Any) -> np.ndarray[Any, Any]:
+def _array(raw_item: Any) -> Read:
+    if hasattr(raw_item, "detach"):  # a tensor of torch, which may need a gradient or be on a GPU
+        raw_item = raw_item.detach().cpu()
     try:
-        return np.asarray(raw_item)
+        array = np.asarray(raw_item)
     except Exception as error:
         name = type(raw_item).__name__
         raise InvalidInputError(f"the {name} cannot be read as an array: {error}") from error
-
-
-def _array(array: np.ndarray[Any, Any]) -> Read:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    is_mask = array.dtype == np.bool_ and array.ndim == 2
-    is_image = array.dtype == np.uint8 and array.ndim in (2, 3) and channels in (1, 2, 3, 4)
-    if not is_image and not is_mask:
-        raise InvalidInputError(
-            f"an array of {array.dtype} and shape {array.shape} is no image: pass uint8 of "
-            "shape (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4): grey, RGB, each with "
-            "alpha or not; or bool of shape (H, W)"
-        )
-    if not array.size:
-        raise InvalidInputError(f"an array of shape {array.shape} has no pixels")
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InvalidInputError("images in arrays need Pillow: pip install pillow") from None
-    shape = array.shape[:2] if channels == 1 else array.shape
-    return partial(_encoded, Image.fromarray(array.reshape(shape).copy()))
+    return partial(_encoded, images.of_array(array))
 
 
 def _encoded(image: Any) -> Item:

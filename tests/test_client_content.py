@@ -145,8 +145,8 @@ def test_arrays(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((5, 7, 3)),
-        np.zeros((5, 7, 3), np.int64),
+        np.zeros((5, 7, 3), np.complex64),
+        np.zeros((5, 7, 5), np.uint8),
         np.zeros((3, 5, 7), np.uint8),
         np.zeros((1, 5, 7, 3), np.uint8),
         np.zeros(3, np.uint8),
@@ -155,10 +155,53 @@ def test_arrays(shape: tuple[int, ...]) -> None:
     ],
 )
 def test_other_arrays_are_told_what_is_allowed(array: Any) -> None:
-    with pytest.raises(InvalidInputError, match=r"pass uint8 of shape \(H, W\)"):
+    with pytest.raises(InvalidInputError, match=r"pass numbers of shape \(H, W\)") as caught:
         item(array)
+    assert ("transpose(1, 2, 0)" in str(caught.value)) is (array.shape == (3, 5, 7))
     with pytest.raises(InvalidInputError, match="no pixels"):
         item(np.zeros((0, 7, 3), np.uint8))
+
+
+FLOATS = np.random.default_rng(0).random((5, 7, 3))
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (PIXELS.astype(np.int64), PIXELS),
+        (PIXELS.astype(np.uint16), PIXELS),
+        (PIXELS.astype(np.float16), PIXELS),
+        (PIXELS.astype(np.float32)[..., 0], PIXELS[..., 0]),
+        (PIXELS / 255, PIXELS),
+        ((PIXELS / 255).astype(np.float32), PIXELS),
+        (FLOATS * 255, (FLOATS * 255).astype(np.uint8)),
+        (PIXELS + 2e-4, PIXELS),
+        (np.eye(5, 7) > 0, np.eye(5, 7) > 0),
+        (PIXELS > 99, 255 * (PIXELS > 99)),
+        (np.full((5, 7, 4), 0.5, np.float32), np.full((5, 7, 4), 128)),
+        (np.zeros((5, 7, 3)), np.zeros((5, 7, 3))),
+    ],
+    ids=lambda array: f"{array.dtype}",
+)
+def test_arrays_of_any_numbers(array: Any, expected: Any) -> None:
+    assert np.array_equal(pixels(array), expected)
+    tensor = SimpleNamespace(detach=lambda: tensor, cpu=lambda: array, __array__=None)
+    assert np.array_equal(pixels(tensor), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "values"),
+    [
+        (FLOATS - 0.5, "values from -0"),
+        (FLOATS * 300, "to 2"),
+        (PIXELS.astype(np.int32) * 256, "pass values of 0 to 255, or floats of 0 to 1"),
+        (np.where(FLOATS < 0.1, np.nan, FLOATS), "from nan to nan"),
+        (np.where(FLOATS < 0.1, np.inf, FLOATS), "to inf"),
+    ],
+)
+def test_values_that_are_none_of_an_image(array: Any, values: str) -> None:
+    with pytest.raises(InvalidInputError, match=values):
+        item(array)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "F", "I"])
