@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -30,13 +31,20 @@ class Hub(ThreadingHTTPServer):
     """Files by `repository/name`.
 
     damage: done to the bytes of a file on their way.
+    breaks: of the next downloads, the bytes after which each one breaks off.
+    stalls: whether a download waits at its break, until the client goes away.
+    ranges: whether a request to go on within a file is honoured, ignored or misunderstood.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files = files
         self.damage: Callable[[bytes], bytes] = bytes
+        self.breaks: list[int] = []
+        self.stalls = False
+        self.ranges: Literal["honoured", "ignored", "misunderstood"] = "honoured"
         self.requests: list[str] = []
+        self.wanted: list[str | None] = []
         self.agents: list[str] = []
 
     @property
@@ -48,23 +56,43 @@ class HubHandler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_HEAD(self) -> None:
+        content = self.content()
+        self.send_head(404 if content is None else 200, content or b"", len(content or b""))
+
+    def do_GET(self) -> None:
+        content, wanted = self.content() or b"", self.headers.get("Range")
+        self.server.wanted.append(wanted)
+        first = 0
+        if wanted and self.server.ranges != "ignored":
+            first = int(wanted.removeprefix("bytes=").partition("-")[0])
+            first = first if self.server.ranges == "honoured" else first // 2
+        body = self.server.damage(content)[first:]
+        status = 404 if self.content() is None else 206 if first else 200
+        self.send_head(status, content, len(body))
+        if not self.server.breaks:
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: self.server.breaks.pop(0)])
+        self.close_connection = True
+        if self.server.stalls:
+            self.connection.recv(1)
+
+    def send_head(self, status: int, content: bytes, length: int) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
         self.server.agents.append(self.headers.get("User-Agent", ""))
-        content = self.content()
-        self.send_response(404 if content is None else 200)
-        if content is None:
+        self.send_response(status)
+        if status == 404:
             known = any(name.startswith(self.repository()) for name in self.server.files)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
         else:
             # Of a large file the hub gives the digest of its content.
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content or b"")))
+        if status == 206:
+            first = len(content) - length
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(length))
         self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(self.server.damage(self.content() or b""))
 
     def repository(self) -> str:
         return self.path.partition("/resolve/")[0].lstrip("/") + "/"
@@ -77,7 +105,10 @@ class HubHandler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-CHECKPOINT = save({"logit_scale": np.float32([4.6052]), "weight": np.zeros((64, 64), np.float32)})
+# Some 130 kB, no part of which is like another.
+WEIGHT = np.random.default_rng(0).random((128, 256), np.float32)
+CHECKPOINT = save({"logit_scale": np.float32([4.6052]), "weight": WEIGHT})
+HALF = len(CHECKPOINT) // 2
 
 
 @pytest.fixture
@@ -205,6 +236,104 @@ def test_a_file_damaged_on_its_way_is_refused_and_fetched_anew(hub: Hub, tmp_pat
     assert path.read_bytes() == CHECKPOINT
 
 
+@pytest.mark.parametrize("ranges", ["honoured", "ignored", "misunderstood"])
+def test_a_download_goes_on_after_a_break(
+    hub: Hub, tmp_path: Path, ranges: Literal["honoured", "ignored", "misunderstood"]
+) -> None:
+    hub.breaks, hub.ranges = [HALF], ranges
+    path = Path(fetch("ViT-B/32", tmp_path, hub.url))
+    assert path.read_bytes() == CHECKPOINT
+    whole, rest, *again = hub.wanted
+    assert whole is None
+    assert HALF - 2**14 <= int(str(rest).removeprefix("bytes=").partition("-")[0]) <= HALF
+    # What a server sent from the wrong place is not the file.
+    assert again == ([None] if ranges == "misunderstood" else [])
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
+def test_a_later_start_goes_on_where_a_killed_one_was(
+    changed: bool, hub: Hub, tmp_path: Path
+) -> None:
+    hub.breaks, hub.stalls = [HALF], True
+    program = "import sys; from clip_server.models import zoo; zoo.checkpoint('ViT-B/32')"
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(tmp_path, hub.url))
+    deadline = time.monotonic() + 60
+    while not any(part.stat().st_size for part in tmp_path.rglob("*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    if changed:
+        hub.files[f"{REPO}/{weights.CHECKPOINT}"] = flipped(CHECKPOINT)
+    hub.wanted.clear()
+    path = Path(fetch("ViT-B/32", tmp_path, hub.url))
+    assert path.read_bytes() == hub.files[f"{REPO}/{weights.CHECKPOINT}"]
+    assert [wanted is None for wanted in hub.wanted] == [changed]
+
+
+def test_a_download_that_breaks_off_for_good_says_so(hub: Hub, tmp_path: Path) -> None:
+    hub.breaks = [HALF] + [0] * 20
+    message = fetch("ViT-B/32", tmp_path, hub.url)
+    assert "\n" not in message
+    assert "broke off after 0.1 of 0.1 MB" in message
+    assert "start again, and it goes on from there" in message
+    hub.breaks.clear()
+    assert Path(fetch("ViT-B/32", tmp_path, hub.url)).read_bytes() == CHECKPOINT
+
+
+def emptied(hub: Hub, home: Path) -> tuple[Path, Path]:
+    """Where a checkpoint was in the cache and no longer is: its entry, and its content."""
+    entry = Path(fetch("ViT-B/32", home, hub.url))
+    content = entry.resolve()
+    content.unlink()
+    entry.unlink()
+    return entry, content
+
+
+@pytest.mark.parametrize("left", [b"something else", b"longer" * len(CHECKPOINT)])
+def test_a_partial_file_of_something_else_is_no_part_of_it(
+    left: bytes, hub: Hub, tmp_path: Path
+) -> None:
+    entry, content = emptied(hub, tmp_path)
+    content.with_suffix(".part").write_bytes(left)
+    assert fetch("ViT-B/32", tmp_path, hub.url) == str(entry)
+    assert entry.read_bytes() == CHECKPOINT
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_cache_entry_that_is_no_file_is_an_error_that_names_it(
+    kind: str, hub: Hub, tmp_path: Path
+) -> None:
+    entry, _ = emptied(hub, tmp_path)
+    entry.mkdir() if kind == "folder" else os.mkfifo(entry)
+    message = fetch("ViT-B/32", tmp_path, hub.url)
+    expected = "a folder" if kind == "folder" else "no regular file"
+    assert f"the cache has {expected} where a file belongs, {entry}: remove it" in message
+    assert "\n" not in message
+
+
+def test_content_in_the_cache_that_is_no_file_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    _, content = emptied(hub, tmp_path)
+    content.mkdir()
+    assert f"where a file belongs, {content}: remove it" in fetch("ViT-B/32", tmp_path, hub.url)
+
+
+def test_a_link_to_nothing_in_the_cache_is_replaced(hub: Hub, tmp_path: Path) -> None:
+    entry, _ = emptied(hub, tmp_path)
+    entry.symlink_to(tmp_path / "gone")
+    assert "offline" in fetch("ViT-B/32", tmp_path, hub.url, HF_HUB_OFFLINE="1")
+    path = Path(fetch("ViT-B/32", tmp_path, hub.url))
+    assert (path, path.read_bytes()) == (entry, CHECKPOINT)
+
+
+def test_a_cache_that_is_no_folder_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("a file")
+    message = fetch("ViT-B/32", tmp_path, hub.url)
+    assert f"cannot get {weights.CHECKPOINT}" in message
+    assert str(tmp_path / "hub") in message
+
+
 def test_a_file_damaged_in_the_cache_is_refused(hub: Hub, tmp_path: Path) -> None:
     path = Path(fetch("ViT-B/32", tmp_path, hub.url))
     path.resolve().write_bytes(CHECKPOINT[:-100])
@@ -215,7 +344,7 @@ def test_a_file_damaged_in_the_cache_is_refused(hub: Hub, tmp_path: Path) -> Non
 def test_a_wrong_architecture_on_the_hub_is_an_error(hub: Hub, tmp_path: Path) -> None:
     message = run("OnnxRuntime.load(sys.argv[1])", "ViT-B/32", tmp_path, hub.url).stdout
     assert "the checkpoint is of another architecture" in message
-    assert "weight (64, 64) (not in the model)" in message
+    assert "weight (128, 256) (not in the model)" in message
 
 
 def test_a_tokenizer_comes_with_its_model(hub: Hub, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clip_server.errors import WeightsError
 from clip_server.model_card import TextSpec
-from clip_server.models import weights
+from clip_server.models import hub
 from clip_server.preprocess.tokenizer import CONFIG, FILE
 
 
@@ -19,11 +19,11 @@ def fetch(spec: TextSpec) -> None:
         WeightsError: they are neither here nor on the hub, or the hub cannot be reached.
     """
     source = spec.tokenizer
-    if source is None or Path(source).is_dir() or weights.in_cache(source, FILE):
+    if source is None or Path(source).is_dir() or hub.find_cached(source, FILE):
         return
     with suppress(WeightsError):  # not every tokenizer has one
-        weights.fetch(source, CONFIG)
-    weights.fetch(source, FILE)
+        hub.fetch(source, CONFIG)
+    hub.fetch(source, FILE)
 
 
 def located(spec: TextSpec) -> TextSpec:
@@ -36,7 +36,7 @@ def located(spec: TextSpec) -> TextSpec:
         return spec
     fetch(spec)
     # The cache keeps the files of one revision in one folder.
-    return replace(spec, tokenizer=str(weights.fetch(spec.tokenizer, FILE).parent))
+    return replace(spec, tokenizer=str(hub.fetch(spec.tokenizer, FILE).parent))
 
 
 def files(spec: TextSpec) -> list[Path]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard
+from clip_server.models import hub
 from clip_server.models.state_dict_keys import is_used, to_open_clip_keys
 
 Tensors = dict[str, NDArray[Any]]
@@ -34,8 +34,6 @@ SUFFIXES = (".safetensors", *_PICKLES)
 _PICKLED_CHECKPOINT = "open_clip_pytorch_model.bin"
 # And as transformers saves them.
 _HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
-# How long an unreachable hub may hold up the start, in seconds.
-_HUB_TIMEOUT = 5.0
 # How the names end that a checkpoint may hold or lack: no tower needs them.
 _HARMLESS = (
     *("attn_mask", "position_ids", "num_batches_tracked", "logit_bias"),
@@ -49,8 +47,6 @@ _TRAINERS_KEYS = ("state_dict", "model_state_dict", "model")
 # How torch names the first class that it does not make for a pickle.
 _PICKLED_CLASS = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
 _SHOWN = 3
-_SHA256_DIGITS = 64
-_BLOCK = 2**20
 
 
 def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
@@ -67,13 +63,13 @@ def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
         return local(Path(model_path))
     if card.hub is None:
         raise WeightsError(f"{card.name} names no place to fetch weights from: give a model_path")
-    return cached(card) or _download(card.hub, _hub_files(card))
+    return cached(card) or hub.download(card.hub, _hub_files(card), _check_readable)
 
 
 def cached(card: ModelCard) -> Path | None:
     """The checkpoint of a card in the hub's cache, if it is there."""
     files = _hub_files(card) if card.hub else ()
-    found = (in_cache(card.hub, file) for file in files if card.hub)
+    found = (hub.find_cached(card.hub, file) for file in files if card.hub)
     return next((path for path in found if path), None)
 
 
@@ -310,6 +306,12 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path} is damaged, or not a checkpoint ({type(error).__name__}): copy it again"
 
 
+def _check_readable(file: str) -> None:
+    """Raises ConfigurationError for a pickle without torch: a download would be in vain."""
+    if file.endswith(_PICKLES):
+        _torch(file)
+
+
 def _torch(path: Path | str) -> ModuleType:
     try:
         import torch
@@ -326,81 +328,8 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _hub() -> ModuleType:
-    """The hub's client, which reads its settings when it is first imported."""
-    import huggingface_hub
-
-    return huggingface_hub
-
-
 def _hub_files(card: ModelCard) -> tuple[str, ...]:
     """The names that a card's weights may have in their repository, the best first."""
     if card.hub_file is None:
         return CHECKPOINT, _PICKLED_CHECKPOINT
     return str(Path(card.hub_file).with_suffix(".safetensors")), card.hub_file
-
-
-def in_cache(repository: str, file: str) -> Path | None:
-    """A file of a hub repository in the hub's cache, if it is there."""
-    path = _hub().try_to_load_from_cache(repository, file)
-    return Path(path) if isinstance(path, str) else None
-
-
-def fetch(repository: str, file: str) -> Path:
-    """A file of a hub repository, from the cache or the hub.
-
-    Raises:
-        WeightsError: it is in neither, or the hub cannot be reached.
-    """
-    return in_cache(repository, file) or _download(repository, (file,))
-
-
-def _download(repository: str, files: Sequence[str]) -> Path:
-    """The first of these files that the hub has."""
-    hub = _hub()
-    for file in files:
-        try:
-            # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
-            known = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_HUB_TIMEOUT)
-            if file.endswith(_PICKLES):
-                _torch(file)  # or it would be downloaded for nothing
-            path = Path(hub.hf_hub_download(repository, file, etag_timeout=_HUB_TIMEOUT))
-        except ConfigurationError:
-            raise
-        except Exception as error:  # each release of the client raises another library's errors
-            lacks_file = isinstance(error, hub.errors.EntryNotFoundError)
-            if file == files[-1] or not lacks_file:
-                raise _unreachable(repository, file, error) from error
-        else:
-            _check_download(path, known.etag or "")
-            return path
-    raise AssertionError("there is no file to fetch")
-
-
-def _check_download(path: Path, etag: str) -> None:
-    """Refuses a file that is not the one the hub has, which the hub's client does not.
-
-    etag: of a large file, the SHA-256 of its content; of a small one, something else.
-    """
-    if len(etag) != _SHA256_DIGITS:
-        return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != etag:
-        path.resolve().unlink()  # or it would be taken from the cache the next time
-        path.unlink(missing_ok=True)
-        raise WeightsError(f"{path.name} was damaged on its way from the hub: try again")
-
-
-def _unreachable(repository: str, file: str, error: Exception) -> WeightsError:
-    constants = _hub().constants
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return WeightsError(
-        f"cannot get {file} of {repository}: {reason}\n"
-        f"  looked in the cache {constants.HF_HUB_CACHE} (HF_HOME) and then at "
-        f"{constants.ENDPOINT} (HF_ENDPOINT)\n"
-        "  with no network, copy the file over and give its model_path, or use the embedded "
-        "model, which needs none: name: embedded, or CLIP_MODEL=embedded"
-    )

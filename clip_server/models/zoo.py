@@ -14,7 +14,7 @@ from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
-from clip_server.models import converted, hugging_face, tokenizer_files, weights
+from clip_server.models import converted, hub, hugging_face, tokenizer_files, weights
 from clip_server.preprocess import tokenizer
 from clip_server.towers import registry
 
@@ -91,7 +91,7 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     tokenizer_files.fetch(card.text)
     tower = registry.text_tower(card.config)
     if tower.hub is not None and not Path(tower.hub).is_dir():
-        weights.fetch(tower.hub, hugging_face.CONFIG)
+        hub.fetch(tower.hub, hugging_face.CONFIG)
     return file
 
 

@@ -1,0 +1,197 @@
+"""Files of the Hugging Face hub: in its cache, or downloaded into it.
+
+A download that broke off is continued, by the next attempt in this process or another: what has
+come is kept beside the cache's own files. The hub's client keeps none of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+from clip_server.errors import ConfigurationError, WeightsError
+
+# How long an unreachable hub may hold up the start, in seconds.
+_TIMEOUT = 5.0
+_SHA256_DIGITS = 64
+_BLOCK = 2**20
+_MEGABYTE = 1e6
+# What a break may lose; the client's own size is 10 MB.
+_CHUNK = 2**14
+# The second starts anew: what an earlier attempt left may be of another file, and a server that
+# misunderstands where to go on sends the wrong part.
+_ATTEMPTS = 2
+
+
+def find_cached(repository: str, file: str) -> Path | None:
+    """A file of a repository in the hub's cache, if it is there and a file."""
+    try:
+        path = _client().try_to_load_from_cache(repository, file)
+    except OSError:  # a file where a folder of the cache should be
+        return None
+    return Path(path) if isinstance(path, str) else None
+
+
+def fetch(repository: str, file: str) -> Path:
+    """A file of a repository, from the cache or the hub.
+
+    Raises:
+        WeightsError: it is in neither, or the hub cannot be reached.
+    """
+    return find_cached(repository, file) or download(repository, (file,))
+
+
+def download(repository: str, files: Sequence[str], check: Callable[[str], object] = str) -> Path:
+    """The first of these files that the hub has, downloaded into the cache.
+
+    check: called with its name first; what it raises ends the download.
+
+    Raises:
+        WeightsError: the hub has none or cannot be reached, or the cache cannot keep it.
+    """
+    client = _client()
+    for file in files:
+        try:
+            _refuse_irregular(_entries(repository, file))
+            url = client.hf_hub_url(repository, file)
+            # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
+            known = client.get_hf_file_metadata(url, timeout=_TIMEOUT)
+            check(file)
+            if len(known.etag or "") == _SHA256_DIGITS and known.size is not None:
+                _download_blob(repository, file, url, known)
+            # Links a blob that is there, and downloads small files, which have no digest.
+            return Path(client.hf_hub_download(repository, file, etag_timeout=_TIMEOUT))
+        except ConfigurationError:
+            raise
+        except Exception as error:  # each release of the client raises another library's errors
+            lacks_file = isinstance(error, client.errors.EntryNotFoundError)
+            if file == files[-1] or not lacks_file:
+                raise _unreachable(repository, file, error) from error
+    raise AssertionError("there is no file to fetch")
+
+
+def _client() -> ModuleType:
+    """The hub's client, which reads its settings when it is first imported."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
+    return huggingface_hub
+
+
+def _folder(repository: str) -> Path:
+    """Where the cache keeps a repository."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=repository, repo_type="model")
+    return Path(_client().constants.HF_HUB_CACHE, name)
+
+
+def _entries(repository: str, file: str) -> list[Path]:
+    """Where a file may be in the cache: one place for each revision."""
+    snapshots = _folder(repository) / "snapshots"
+    return [each / file for each in snapshots.iterdir()] if snapshots.is_dir() else []
+
+
+def _refuse_irregular(paths: Sequence[Path]) -> None:
+    """Raises WeightsError where a folder, a pipe or the like stands in place of a file.
+
+    A link to nothing does not: a download replaces it.
+    """
+    for path in paths:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise WeightsError(
+                f"the cache has {kind} where a file belongs, {path}: remove it and start again"
+            )
+
+
+def _download_blob(repository: str, file: str, url: str, known: Any) -> None:
+    """Puts the content of a file into the cache, under its digest.
+
+    known: the hub's metadata; its `etag` is the SHA-256 of the content.
+
+    Raises:
+        WeightsError: the download broke off, or what came is not the file.
+    """
+    from filelock import FileLock
+
+    folder = _folder(repository)
+    blob = folder / "blobs" / known.etag
+    part = blob.with_suffix(".part")
+    lock = folder.parent / ".locks" / folder.name / f"{part.name}.lock"
+    for each in (blob, lock):
+        each.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        _refuse_irregular([blob, part])
+        if blob.exists():
+            return
+        for _ in range(_ATTEMPTS):
+            _continue(part, file, url, known)
+            if _digest(part) == known.etag:
+                part.replace(blob)
+                return
+            part.unlink()
+    raise WeightsError(f"{file} was damaged on its way from the hub: try again")
+
+
+def _continue(part: Path, file: str, url: str, known: Any) -> None:
+    """Downloads what a partial file lacks.
+
+    Raises:
+        WeightsError: the download broke off; what has come is kept.
+    """
+    from huggingface_hub.file_download import http_get
+
+    headers = _client().utils.build_hf_headers()
+    if urlsplit(known.location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the hub's token is none of a storage's business
+    with part.open("ab") as target:
+        begun = target.tell()
+        if begun >= known.size:
+            return
+        try:
+            http_get(
+                known.location,
+                target,
+                resume_size=begun,
+                headers=headers,
+                expected_size=known.size,
+                displayed_filename=file,
+            )
+        except Exception as error:  # each release of the client raises another library's errors
+            target.flush()
+            come = part.stat().st_size
+            if come < known.size:
+                raise WeightsError(
+                    f"the download of {file} from {known.location} broke off after "
+                    f"{come / _MEGABYTE:.1f} of {known.size / _MEGABYTE:.1f} MB "
+                    f"({_reason(error)}): start again, and it goes on from there"
+                ) from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _unreachable(repository: str, file: str, error: Exception) -> WeightsError:
+    constants = _client().constants
+    return WeightsError(
+        f"cannot get {file} of {repository}: {_reason(error)}\n"
+        f"  looked in the cache {constants.HF_HUB_CACHE} (HF_HOME) and then at "
+        f"{constants.ENDPOINT} (HF_ENDPOINT)\n"
+        "  with no network, copy the file over and give its model_path, or use the embedded "
+        "model, which needs none: name: embedded, or CLIP_MODEL=embedded"
+    )
