@@ -65,7 +65,7 @@ def _of_0_to_255(array: NDArray[Any]) -> NDArray[Any]:
         return array
     least, most = array.min(), array.max()
     # Also false for NaN.
-    if not (-_TOLERANCE <= least and most <= 255 + _TOLERANCE):
+    if not (least >= -_TOLERANCE and most <= 255 + _TOLERANCE):
         raise InvalidInputError(
             f"an array of {array.dtype} with values from {least:.6g} to {most:.6g} is no image: "
             "pass values of 0 to 255, or floats of 0 to 1"
