@@ -24,6 +24,7 @@ _OPENAI = {
     "ViT-B/16": "ViT-B-16",
     "ViT-L/14": "ViT-L-14",
     "ViT-L/14@336px": "ViT-L-14-336",
+    "ViT-L/14-336px": "ViT-L-14-336",
 }
 # What most checkpoints do; the table holds what differs.
 _USUAL = {
