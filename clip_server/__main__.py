@@ -21,7 +21,11 @@ from typing import Any
 from clip_server.errors import ConfigurationError
 from clip_server.install import conflict
 from clip_server.launch import flow as flows
-from clip_server.launch.process_setup import bypass_proxies, share_heaps, tolerate_closed_output
+from clip_server.launch.process_setup import (
+    bypass_proxies,
+    limit_malloc_arenas,
+    tolerate_closed_output,
+)
 from clip_server.launch.start_failures import StartFailures
 from clip_server.runtimes import install_options
 
@@ -41,7 +45,7 @@ _DEFAULTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status: 0 ended as told, 1 could not start, 2 misused."""
-    share_heaps()
+    limit_malloc_arenas()
     bypass_proxies()
     started = time.perf_counter()
     try:

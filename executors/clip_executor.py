@@ -10,7 +10,7 @@ from jina import Executor
 from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.launch.process_setup import follow_parent
+from clip_server.launch.process_setup import follow_parent, return_memory_when_idle
 from clip_server.rpc.grpc_service import clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
 
@@ -24,6 +24,7 @@ class ClipExecutor(Executor):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS})
         follow_parent()
+        return_memory_when_idle()
 
     @staticmethod
     def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

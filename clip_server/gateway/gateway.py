@@ -21,7 +21,7 @@ from clip_server.gateway.replicas import replica_pools
 from clip_server.gateway.router import Router
 from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
-from clip_server.launch.process_setup import follow_parent
+from clip_server.launch.process_setup import follow_parent, return_memory_when_idle
 
 LISTENERS: dict[str, type[Listener]] = {
     "grpc": GrpcListener,
@@ -45,6 +45,7 @@ class ClipGateway(BaseServer, BaseGateway):
     ) -> None:
         super().__init__(**arguments)
         follow_parent()
+        return_memory_when_idle()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         self._pools = replica_pools(json.loads(args.deployments_addresses), timeout)

@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 import ctypes
 import io
+import mmap
 import os
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -17,6 +21,10 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_ARENA_MAX = -8  # malloc.h of glibc
 _ARENAS = 2
+# A process is idle if it used less than this share of a core for this long.
+_IDLE_SECONDS, _IDLE_SHARE = 5.0, 0.05
+# Growth that is worth returning.
+_GROWTH_BYTES = 16 << 20
 
 
 def follow_parent() -> None:
@@ -38,16 +46,45 @@ def follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def share_heaps() -> None:
-    """Has all threads share two heaps, in this process and those it forks (on Linux).
+def limit_malloc_arenas() -> None:
+    """Has all threads share two heaps, in this process and those it forks (glibc only).
 
-    glibc gives each thread one of its own. What a picture leaves free in one is then of no use
-    to the next picture, decoded by another thread, and the memory grows for hours. Nothing gets
-    slower: the libraries that allocate while they hold the cores have allocators of their own.
+    By default each thread has its own, so memory freed by one cannot be used for the next image,
+    decoded by another, and the process grows for hours. Nothing gets slower: the libraries that
+    allocate in parallel have allocators of their own.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl has no such call, nor the heaps
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def return_memory_when_idle() -> None:
+    """Starts a thread that returns freed memory to the system while this process is idle (glibc
+    only).
+
+    Freed memory lies between blocks that are still used, so malloc keeps it; returning it takes
+    milliseconds, as does getting it back. Thus it is returned only when nothing is being computed,
+    and only if the process has grown since it last was.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        threading.Thread(target=_trim_when_idle, name="malloc-trim", daemon=True).start()
+
+
+def _trim_when_idle() -> None:
+    malloc_trim = ctypes.CDLL(None).malloc_trim
+    smallest = _resident_bytes()
+    while True:
+        used = time.process_time()
+        time.sleep(_IDLE_SECONDS)
+        is_idle = time.process_time() - used < _IDLE_SHARE * _IDLE_SECONDS
+        if is_idle and _resident_bytes() > smallest + _GROWTH_BYTES:
+            malloc_trim(0)
+            smallest = _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    return pages * mmap.PAGESIZE
 
 
 def bypass_proxies() -> None:

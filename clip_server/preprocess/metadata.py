@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BytesIO
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 # JPEG markers: application segments and comments are removed, except those of JFIF and Adobe,
 # which say how colours are stored.
@@ -21,7 +21,7 @@ _START_OF_SCAN = 0xDA
 
 def without_metadata(data: bytes) -> bytes:
     """Returns a PNG or JPEG with only what its pixels need; other formats unchanged."""
-    if data.startswith(_PNG):
+    if data.startswith(PNG_SIGNATURE):
         removed = _png_metadata(data)
     elif data.startswith(_JPEG):
         removed = _jpeg_metadata(data)
@@ -37,7 +37,7 @@ def without_metadata(data: bytes) -> bytes:
 
 def _png_metadata(data: bytes) -> Iterator[tuple[int, int]]:
     """Start and end of each ancillary chunk, except a palette's transparency."""
-    end = len(_PNG)
+    end = len(PNG_SIGNATURE)
     while end < len(data):
         start = end
         name = data[start + 4 : start + 8]
