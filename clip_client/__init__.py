@@ -24,7 +24,7 @@ from clip_client.errors import (
     ServerError,
     TruncationWarning,
 )
-from clip_client.results import Info, Label, Ranking
+from clip_client.results import Collection, Info, Label, Match, Ranking
 
 try:
     __version__ = version("clip-microservice-client")
@@ -38,6 +38,7 @@ __all__ = [
     "ClientClosedError",
     "ClipError",
     "ClipWarning",
+    "Collection",
     "ConnectionFailedError",
     "DeadlineExceededError",
     "Info",
@@ -45,6 +46,7 @@ __all__ = [
     "ItemFailure",
     "ItemsError",
     "Label",
+    "Match",
     "OverloadedError",
     "Ranking",
     "ServerError",

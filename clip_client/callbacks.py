@@ -114,6 +114,8 @@ class Batch(Sequence[Any]):
     # Of the call.
     parameters: Mapping[str, Any] = field(default_factory=dict)
     endpoint: str = "/encode"
+    # Of `index` and `search`: the id of each item, or its matches; None for items that failed.
+    results: Sequence[Any] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -151,12 +153,14 @@ class Batch(Sequence[Any]):
             embeddings=self.embeddings[rows],
             errors=[],
             docs=document_list([self.docs[row] for row in rows]),
+            results=[self.results[row] for row in rows] if self.results else (),
         )
 
     @property
     def _result(self) -> Any:
         is_plain = not len(self.docs) or isinstance(self.docs[0], PlainDocument)
-        return self.embeddings if is_plain else self.docs
+        own = self.results or self.embeddings
+        return own if is_plain else self.docs
 
 
 Callback = Callable[[Batch], Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, TypedDict, TypeVar
@@ -24,8 +24,10 @@ from clip_client.profiling import latencies, show
 from clip_client.proto import clip_pb2
 from clip_client.ranking import RankCollector
 from clip_client.results import Info, Label
+from clip_client.row_collector import IndexCollector, RowCollector
 from clip_client.sansio import CallGenerator
 from clip_client.scores import cosines, probabilities
+from clip_client.search_parameters import SearchParameters, to_json_filter
 
 T = TypeVar("T")
 
@@ -95,7 +97,8 @@ def encode(
     with progress(show_progress, items) as advance:
         collector = ResultCollector(callbacks, given, advance)
         try:
-            yield from _encoding(server, collector, sending, given).run(raw_items)
+            template = _encode_template(given)
+            yield from _encoding(server, collector, sending, template).run(raw_items)
             dim = collector.dim
             if collector.keeps and not dim and not collector.handled:
                 dim = (yield from info(server, timeout, given.model)).dim
@@ -147,7 +150,8 @@ def rank(
         )
         if candidates is None:  # of Documents, whose items are sent as they fit
             sending = replace(sending, batch_size=None)
-        encoding = _encoding(server, collector, sending, given, first=model)
+        template = _encode_template(given)
+        encoding = _encoding(server, collector, sending, template, first=model)
         yield from encoding.run(collector.items_of(groups))
         collector.finish()
     result: Any = None
@@ -197,6 +201,77 @@ def classify(
     return _finish(results, collector.failures, len(results), policy)
 
 
+def index(
+    server: Connection,
+    items: Any,
+    *,
+    ids: Iterable[Any] | None,
+    tags: Iterable[Mapping[str, Any]] | None,
+    batch_size: SupportsIndex | None,
+    prefetch: SupportsIndex,
+    show_progress: bool,
+    on_item_error: str | None,
+    callbacks: Callbacks,
+    timeout: float | None,
+) -> CallGenerator[Any]:
+    """`Client.index`."""
+    with progress(show_progress, items, "indexing") as advance:
+        collector = IndexCollector(callbacks, advance, ids, tags)
+        template = clip_pb2.Request(index=clip_pb2.IndexRequest())
+        sending = Sending.of(batch_size, prefetch, timeout)
+        return (
+            yield from _on_rows(server, collector, items, template, sending, on_item_error, "index")
+        )
+
+
+def search(
+    server: Connection,
+    queries: Any,
+    *,
+    parameters: SearchParameters,
+    batch_size: SupportsIndex | None,
+    prefetch: SupportsIndex,
+    show_progress: bool,
+    on_item_error: str | None,
+    callbacks: Callbacks,
+    timeout: float | None,
+) -> CallGenerator[Any]:
+    """`Client.search`."""
+    with progress(show_progress, queries, "searching") as advance:
+        collector = RowCollector(callbacks, advance)
+        template = clip_pb2.Request(search=parameters.to_request())
+        sending = Sending.of(batch_size, prefetch, timeout)
+        return (
+            yield from _on_rows(
+                server, collector, queries, template, sending, on_item_error, "search"
+            )
+        )
+
+
+def delete(
+    server: Connection, ids: Iterable[str] | None, condition: Any, timeout: float | None
+) -> CallGenerator[int]:
+    """`Client.delete`."""
+    if isinstance(ids, str):
+        raise TypeError(f"pass several ids, not one: delete([{ids!r}])")
+    named = [str(each) for each in ids or ()]
+    if ids is not None and not named:
+        return 0
+    request = clip_pb2.DeleteRequest(ids=named, filter=to_json_filter(condition))
+    response: clip_pb2.Response = yield server.send(clip_pb2.Request(delete=request), timeout)
+    return response.delete.count
+
+
+def count(
+    server: Connection, condition: Any, target: str, timeout: float | None
+) -> CallGenerator[int]:
+    """`Client.count`."""
+    parameters = SearchParameters(filter=condition, target=target).to_request()
+    request = clip_pb2.CountRequest(filter=parameters.filter, target=parameters.target)
+    response: clip_pb2.Response = yield server.send(clip_pb2.Request(count=request), timeout)
+    return response.count.count
+
+
 def profile(
     server: Connection, content: Any, timeout: float | None
 ) -> CallGenerator[dict[str, float]]:
@@ -226,7 +301,7 @@ def _encoding(
     server: Connection,
     collector: Collector,
     sending: Sending,
-    parameters: Parameters,
+    template: clip_pb2.Request,
     first: Future[Any] | None = None,
 ) -> Encoding:
     def send(request: clip_pb2.Request) -> Future[clip_pb2.Response]:
@@ -238,9 +313,37 @@ def _encoding(
         collector,
         batch_size=sending.batch_size,
         prefetch=sending.prefetch,
-        template=clip_pb2.EncodeRequest(options=parameters.options, model=parameters.model),
+        template=template,
         first=first,
     )
+
+
+def _encode_template(parameters: Parameters) -> clip_pb2.Request:
+    """A request to encode, without items."""
+    encode = clip_pb2.EncodeRequest(options=parameters.options, model=parameters.model)
+    return clip_pb2.Request(encode=encode)
+
+
+def _on_rows(
+    server: Connection,
+    collector: RowCollector,
+    items: Any,
+    template: clip_pb2.Request,
+    sending: Sending,
+    on_item_error: str | None,
+    name: str,
+) -> CallGenerator[Any]:
+    """Sends items to the indexer: the Documents, if all of them are, else a result of each."""
+    policy = _item_policy(on_item_error, collector.callbacks)
+    yield from _encoding(server, collector, sending, template).run(iterate(items, name))
+    result: Any = None
+    if collector.keeps:
+        documents = collector.documents
+        result = collector.results
+        if documents is not None or is_document_list(items):
+            result = returned(items, documents or [])
+    _warn(collector.truncated)
+    return _finish(result, collector.failures, collector.total, policy)
 
 
 def _embedded(
@@ -250,7 +353,8 @@ def _embedded(
     collector = ResultCollector(into_documents=False)
     asked = server.send(_info_request(), timeout)
     sending = Sending(timeout=timeout)
-    yield from _encoding(server, collector, sending, Parameters()).run(raw_items)
+    template = _encode_template(Parameters())
+    yield from _encoding(server, collector, sending, template).run(raw_items)
     model = (yield asked).info
     return collector.embeddings(model.dim), collector, model.logit_scale
 

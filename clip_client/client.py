@@ -18,6 +18,7 @@ from clip_client.connection import Connection, check_seconds
 from clip_client.errors import InvalidInputError, ItemFailure
 from clip_client.results import Info, Label, Ranking
 from clip_client.sansio import drive_async, drive_sync
+from clip_client.search_parameters import SearchParameters
 from clip_client.tls import Trust
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ M = TypeVar("M", bound=MatchedDocument)
 Raise = Literal["raise"]
 Return = Literal["return"]
 OnItemError = Literal["raise", "return"]
+Target = Literal["both", "texts", "images"]
 Failures = list[ItemFailure]
 Embeddings = NDArray[np.float32]
 
@@ -630,6 +632,208 @@ class Client:
             )
         )
 
+    def index(
+        self,
+        content: Any,
+        *,
+        ids: Iterable[Any] | None = None,
+        tags: Iterable[Mapping[str, Any]] | None = None,
+        batch_size: SupportsIndex | None = None,
+        prefetch: SupportsIndex = PREFETCH,
+        show_progress: bool = False,
+        on_item_error: OnItemError | None = None,
+        on_done: Callback | None = None,
+        on_error: Callback | None = None,
+        on_always: Callback | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> Any:
+        """Stores texts and images in the server's collection, with their embeddings.
+
+        content: items as `encode` accepts them; a dict may have an `id` and `tags` besides its
+            content, and Documents have both. A row with the same id is replaced, so a call that
+            was interrupted can be repeated.
+        ids, tags: one for each item, in place of the items' own. An item without an id gets its
+            path or URL as its id, or else a hash of its content.
+        on_done, on_error, on_always, on_item_error, batch_size, prefetch, show_progress,
+        timeout: as for `encode`; `results` of a Batch are the ids.
+
+        Returns the id of each item, None for those that failed; if all items are Documents, the
+        Documents. They are on disk, and found by searches, when it returns. Raises ItemsError,
+        ServerError, ConnectionFailedError, ClientClosedError, InvalidInputError or TypeError.
+        """
+        _refuse_async(content, "index")
+        return drive_sync(
+            calls.index(
+                self._connection,
+                content,
+                ids=ids,
+                tags=tags,
+                batch_size=batch_size,
+                prefetch=prefetch,
+                show_progress=show_progress,
+                on_item_error=on_item_error,
+                callbacks=Callbacks(on_done, on_error, on_always),
+                timeout=timeout,
+            )
+        )
+
+    async def aindex(
+        self,
+        content: Any,
+        *,
+        ids: Iterable[Any] | None = None,
+        tags: Iterable[Mapping[str, Any]] | None = None,
+        batch_size: SupportsIndex | None = None,
+        prefetch: SupportsIndex = PREFETCH,
+        show_progress: bool = False,
+        on_item_error: OnItemError | None = None,
+        on_done: Callback | None = None,
+        on_error: Callback | None = None,
+        on_always: Callback | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> Any:
+        return await drive_async(
+            calls.index(
+                self._connection,
+                content,
+                ids=ids,
+                tags=tags,
+                batch_size=batch_size,
+                prefetch=prefetch,
+                show_progress=show_progress,
+                on_item_error=on_item_error,
+                callbacks=Callbacks(on_done, on_error, on_always),
+                timeout=timeout,
+            )
+        )
+
+    def search(
+        self,
+        content: Any,
+        *,
+        limit: SupportsIndex | None = 10,
+        filter: Mapping[str, Any] | str | None = None,
+        target: Target = "both",
+        score_threshold: float | None = None,
+        min_relevance: float | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        batch_size: SupportsIndex | None = None,
+        prefetch: SupportsIndex = PREFETCH,
+        show_progress: bool = False,
+        on_item_error: OnItemError | None = None,
+        on_done: Callback | None = None,
+        on_error: Callback | None = None,
+        on_always: Callback | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> Any:
+        """Searches the server's collection: for each query a list of Match, closest first.
+
+        content: the queries, texts and images as `encode` accepts them.
+        limit: matches of each query; None: the server's own setting.
+        filter: a condition on tags, such as `{"price": {"$lt": 50}, "colour": "red"}`.
+        target: what is found, 'texts', 'images' or 'both'.
+        score_threshold: the least score of a match; with the metric L2 the greatest distance.
+        min_relevance: from 0 to 1: the least relevance of a match.
+        parameters: the same as a dict.
+        on_done, on_error, on_always, on_item_error, batch_size, prefetch, show_progress,
+        timeout: as for `encode`; `results` of a Batch are the matches.
+
+        If all queries are Documents, their `.matches` are set, with the scores in `.scores` of
+        each, and the Documents are returned. Raises ItemsError, ServerError,
+        ConnectionFailedError, ClientClosedError, InvalidInputError or TypeError.
+        """
+        _refuse_async(content, "search")
+        asked = SearchParameters(limit, filter, target, score_threshold, min_relevance)
+        return drive_sync(
+            calls.search(
+                self._connection,
+                content,
+                parameters=asked.updated(parameters),
+                batch_size=batch_size,
+                prefetch=prefetch,
+                show_progress=show_progress,
+                on_item_error=on_item_error,
+                callbacks=Callbacks(on_done, on_error, on_always),
+                timeout=timeout,
+            )
+        )
+
+    async def asearch(
+        self,
+        content: Any,
+        *,
+        limit: SupportsIndex | None = 10,
+        filter: Mapping[str, Any] | str | None = None,
+        target: Target = "both",
+        score_threshold: float | None = None,
+        min_relevance: float | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        batch_size: SupportsIndex | None = None,
+        prefetch: SupportsIndex = PREFETCH,
+        show_progress: bool = False,
+        on_item_error: OnItemError | None = None,
+        on_done: Callback | None = None,
+        on_error: Callback | None = None,
+        on_always: Callback | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> Any:
+        asked = SearchParameters(limit, filter, target, score_threshold, min_relevance)
+        return await drive_async(
+            calls.search(
+                self._connection,
+                content,
+                parameters=asked.updated(parameters),
+                batch_size=batch_size,
+                prefetch=prefetch,
+                show_progress=show_progress,
+                on_item_error=on_item_error,
+                callbacks=Callbacks(on_done, on_error, on_always),
+                timeout=timeout,
+            )
+        )
+
+    def delete(
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        filter: Mapping[str, Any] | str | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> int:
+        """Removes rows from the server's collection: by their ids, or those that fulfil a filter.
+
+        Returns how many there were. Raises ServerError, ConnectionFailedError, ClientClosedError
+        or InvalidInputError.
+        """
+        return drive_sync(calls.delete(self._connection, ids, filter, timeout))
+
+    async def adelete(
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        filter: Mapping[str, Any] | str | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> int:
+        return await drive_async(calls.delete(self._connection, ids, filter, timeout))
+
+    def count(
+        self,
+        *,
+        filter: Mapping[str, Any] | str | None = None,
+        target: Target = "both",
+        timeout: float | None = TIMEOUT,
+    ) -> int:
+        """The number of rows in the server's collection, all or those that fulfil a filter."""
+        return drive_sync(calls.count(self._connection, filter, target, timeout))
+
+    async def acount(
+        self,
+        *,
+        filter: Mapping[str, Any] | str | None = None,
+        target: Target = "both",
+        timeout: float | None = TIMEOUT,
+    ) -> int:
+        return await drive_async(calls.count(self._connection, filter, target, timeout))
+
     def profile(self, content: Any = "", *, timeout: float | None = TIMEOUT) -> dict[str, float]:
         """Prints a latency breakdown of a request as a tree, and returns it in milliseconds.
 
@@ -682,7 +886,9 @@ class Client:
         return f"Client({str(self._connection.address)!r})"
 
 
-for _name in ("encode", "rank", "classify", "profile", "info"):
+for _name in (
+    "encode", "rank", "classify", "index", "search", "delete", "count", "profile", "info"
+):  # fmt: skip
     getattr(Client, f"a{_name}").__doc__ = getattr(Client, _name).__doc__
 
 

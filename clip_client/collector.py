@@ -77,13 +77,13 @@ class ResultCollector:
         advance: Advance = lambda _: None,
         into_documents: bool = True,
     ) -> None:
-        self._callbacks = callbacks or Callbacks()
+        self.callbacks = callbacks or Callbacks()
         self._parameters = parameters or Parameters()
         self.failures: list[ItemFailure] = []
         self.total = 0
         # Texts that were truncated to the model's context length.
         self.truncated = 0
-        self.keeps = self._callbacks.on_done is None
+        self.keeps = self.callbacks.on_done is None
         # Whether `on_error` took the error of a request.
         self.handled = False
         self._advance = advance
@@ -96,7 +96,7 @@ class ResultCollector:
         """Registers an item before it is read."""
         if self._into_documents and is_document(raw_item):
             self._documents[index] = raw_item
-        elif self._callbacks:
+        elif self.callbacks:
             self._documents[index] = PlainDocument.of(raw_item)
 
     def read(self, index: int, item: Item) -> None:
@@ -108,11 +108,11 @@ class ResultCollector:
     def add(self, batch: Batch, truncated: int = 0) -> None:
         """Adds the next batch, and calls back."""
         self.truncated += truncated
-        if self._callbacks:
+        if self.callbacks:
             documents = document_list([self._documents[index] for index in batch.indices])
             batch = replace(batch, docs=documents, parameters=self._parameters.given)
         self.keep(batch)
-        self._callbacks.call(batch, batch.succeeded() if self._callbacks.on_done else None)
+        self.callbacks.call(batch, batch.succeeded() if self.callbacks.on_done else None)
         self._advance(len(batch.indices))
 
     def fail(self, batch: Batch) -> bool:
@@ -121,7 +121,7 @@ class ResultCollector:
             self.keep(batch)
             return False
         self.add(batch)
-        self.handled = self._callbacks.on_error is not None
+        self.handled = self.callbacks.on_error is not None
         return self.handled
 
     def keep(self, batch: Batch) -> None:
@@ -164,7 +164,7 @@ class ResultCollector:
 
 
 @contextmanager
-def progress(shown: bool, items: Any) -> Iterator[Advance]:
+def progress(shown: bool, items: Any, doing: str = "encoding") -> Iterator[Advance]:
     """Shows a progress bar on stderr that counts items, if `shown`."""
     if not shown:
         yield lambda _: None
@@ -173,7 +173,7 @@ def progress(shown: bool, items: Any) -> Iterator[Advance]:
     from rich.console import Console
 
     columns = (
-        parts.TextColumn("encoding"),
+        parts.TextColumn(doing),
         parts.BarColumn(),
         parts.MofNCompleteColumn(),
         parts.TextColumn("{task.fields[rate]}"),

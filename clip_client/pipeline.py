@@ -16,6 +16,7 @@ from clip_client.documents import is_document
 from clip_client.envelope import MESSAGE_BYTES
 from clip_client.errors import InvalidInputError, ItemFailure, ServerError
 from clip_client.labels import brief, label
+from clip_client.matches import ids_in, matches_in
 from clip_client.proto import clip_pb2
 from clip_client.sansio import CallGenerator
 
@@ -27,6 +28,8 @@ TEXTS, IMAGES = 128, 32
 Send = Callable[[clip_pb2.Request], Future[clip_pb2.Response]]
 Inputs = Iterator[Any] | AsyncIterator[Any]
 Reading = clip_pb2.Item | ItemFailure | Future[clip_pb2.Item]
+# The field of each request that holds its items.
+_ITEMS = {"encode": "items", "index": "items", "search": "queries"}
 _END = object()
 
 
@@ -37,7 +40,7 @@ class Collector(Protocol):
         """Registers an item before it is read."""
 
     def read(self, index: int, item: clip_pb2.Item) -> None:
-        """Registers the content of an item."""
+        """Registers the content of an item before it is sent, and may add to it."""
 
     def add(self, batch: Batch, truncated: int = 0) -> None:
         """Adds a batch. truncated: its texts that were longer than the model reads."""
@@ -52,13 +55,15 @@ class Collector(Protocol):
 class RequestBatch:
     """The items of one request, and those among them that could not be read."""
 
-    def __init__(self, batch_size: int | None, template: clip_pb2.EncodeRequest) -> None:
+    def __init__(self, batch_size: int | None, template: clip_pb2.Request) -> None:
         self.indices: list[int] = []
         self._names: list[Any] = []
         self.failures: list[ItemFailure] = []
         # Filled in place: adding a message to another copies it.
         self._request = clip_pb2.Request()
-        self._request.encode.CopyFrom(template)
+        self._request.CopyFrom(template)
+        self._kind = template.WhichOneof("body") or ""
+        self._items = getattr(getattr(self._request, self._kind), _ITEMS[self._kind])
         self._batch_size = batch_size
         self._limit = batch_size or IMAGES
         self._rows: list[int] = []
@@ -80,7 +85,7 @@ class RequestBatch:
             if not self._rows:
                 self._limit = self._batch_size or (TEXTS if item.HasField("text") else IMAGES)
             self._rows.append(len(self.indices))
-            self._request.encode.items.append(item)
+            self._items.append(item)
             self._bytes += size
         self.indices.append(index)
         self._names.append(name)
@@ -89,6 +94,7 @@ class RequestBatch:
     def take_request(self) -> clip_pb2.Request | None:
         """Returns the request and releases it; None if there is nothing to send."""
         request, self._request = self._request, clip_pb2.Request()
+        self._items = None
         return request if self._rows else None
 
     def failed(self, error: Exception) -> Batch:
@@ -96,20 +102,37 @@ class RequestBatch:
         empty = np.empty((len(self.indices), 0), np.float32)
         return Batch(self.indices, empty, self.failures, error)
 
-    def batch(self, response: clip_pb2.EncodeResponse | None) -> Batch:
+    def batch(self, response: clip_pb2.Response | None) -> Batch:
         """The batch for an answer, each row at the place of its item."""
+        empty = np.empty((len(self.indices), 0), np.float32)
         if response is None:
-            empty = np.empty((len(self.indices), 0), np.float32)
             return Batch(self.indices, empty, self.failures)
-        rows = _matrix(response, len(self._rows))
+        answer = getattr(response, self._kind)
+        failures = [self._failure(error) for error in answer.errors]
+        ordered = sorted(self.failures + failures, key=lambda failure: failure.index)
+        if self._kind != "encode":
+            return Batch(self.indices, empty, ordered, results=self._results(answer))
+        rows = _matrix(answer, len(self._rows))
         if len(self._rows) == len(self.indices):
             embeddings = rows
         else:
-            embeddings = np.full((len(self.indices), response.dim), np.nan, np.float32)
+            embeddings = np.full((len(self.indices), answer.dim), np.nan, np.float32)
             embeddings[self._rows] = rows
-        failures = [self._failure(error) for error in response.errors]
-        ordered = sorted(self.failures + failures, key=lambda failure: failure.index)
         return Batch(self.indices, embeddings, ordered)
+
+    def _results(self, answer: Any) -> list[Any]:
+        """What an indexer answered for each item; None for those that failed."""
+        found = ids_in(answer) if self._kind == "index" else matches_in(answer)
+        if len(found) != len(self._rows):
+            raise ServerError(f"the answer to {len(self._rows)} items holds {len(found)} results")
+        results: list[Any] = [None] * len(self.indices)
+        for row, result in zip(self._rows, found, strict=True):
+            results[row] = result
+        return results
+
+    def truncated(self, response: clip_pb2.Response | None) -> int:
+        """How many of its texts were longer than the model reads."""
+        return int(getattr(response, self._kind).truncated) if response else 0
 
     def _failure(self, error: clip_pb2.ItemError) -> ItemFailure:
         row = self._rows[error.index]
@@ -133,7 +156,7 @@ class Encoding:
         *,
         batch_size: int | None,
         prefetch: int,
-        template: clip_pb2.EncodeRequest,
+        template: clip_pb2.Request,
         first: Future[Any] | None = None,
     ) -> None:
         self._send = send
@@ -153,7 +176,6 @@ class Encoding:
         index = 0
         try:
             while (raw_item := (yield from _pull(raw_items))) is not _END:
-                self._collector.begin(index, raw_item)
                 name = brief(raw_item)
                 if not self._is_added(index, reading := self._begin(index, raw_item), name):
                     self._reading.append((index, reading, name))
@@ -173,6 +195,7 @@ class Encoding:
 
     def _begin(self, index: int, raw_item: Any) -> Reading:
         try:
+            self._collector.begin(index, raw_item)
             begun = inputs.to_item(raw_item)
         # Any exception, even from an item's own class, fails that item alone.
         except Exception as error:
@@ -200,10 +223,9 @@ class Encoding:
 
     def _put(self, index: int, item: clip_pb2.Item | ItemFailure, name: Any) -> bool:
         """Adds an item to the filling request, if there is room; returns whether."""
-        has_room = self._filling.add(index, item, name)
-        if has_room and isinstance(item, clip_pb2.Item):
+        if isinstance(item, clip_pb2.Item):
             self._collector.read(index, item)
-        return has_room
+        return self._filling.add(index, item, name)
 
     def _dispatch(self) -> CallGenerator[None]:
         """Sends the filling request as soon as fewer than `prefetch` are in flight."""
@@ -219,7 +241,7 @@ class Encoding:
         while self._in_flight and (len(self._in_flight) > limit or _is_done(self._in_flight[0][1])):
             request_batch, answer = self._in_flight.popleft()
             try:
-                response = (yield answer).encode if answer else None
+                response = (yield answer) if answer else None
                 batch = request_batch.batch(response)
                 if self._first is not None:
                     yield self._first
@@ -227,13 +249,13 @@ class Encoding:
                 if not self._collector.fail(request_batch.failed(error)):
                     raise
             else:
-                self._collector.add(batch, response.truncated if response else 0)
+                self._collector.add(batch, request_batch.truncated(response))
 
     def _salvage(self) -> None:
         """Keeps answers that arrived out of order when the call ends with an error."""
         for request_batch, answer in self._in_flight:
             try:
-                response = answer.result(0).encode if answer else None
+                response = answer.result(0) if answer else None
                 batch = request_batch.batch(response)
             except Exception as error:
                 batch = request_batch.failed(error)

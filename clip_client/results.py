@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from clip_client.proto import clip_pb2
 from clip_client.proto.clip_pb2 import InfoResponse
 
 
@@ -31,6 +33,54 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Match:
+    """One match of `search`."""
+
+    id: str
+    # The cosine or the inner product; with the metric `l2` the distance, smaller is closer.
+    score: float
+    # From 0 to 1: how far the score stands out from those of the collection's other rows. None
+    # while the collection is too small to say.
+    relevance: float | None
+    # `text` or `image`.
+    modality: str
+    # The text of a text, and where the item came from, such as a path; '' if there is none.
+    text: str
+    uri: str
+    tags: Mapping[str, Any]
+    # `cosine`, `ip` or `l2`.
+    metric: str
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The score by the name of its metric, and the relevance if there is one."""
+        found = {self.metric: self.score}
+        return found if self.relevance is None else {**found, "relevance": self.relevance}
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What the server's collection is."""
+
+    # `local` or `milvus`.
+    engine: str
+    rows: int
+    # Rows that the approximate index holds; the others are searched exactly.
+    indexed: int
+    dim: int
+    model: str
+    # COSINE, IP or L2.
+    metric: str
+    # As it is in use: Flat, IVF1024, HNSW32.
+    index_method: str
+
+    @classmethod
+    def of(cls, message: clip_pb2.Collection) -> Collection:
+        """The same, from the server's answer."""
+        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
 class Info:
     """The server's model and limits. `dataclasses.asdict` makes a dict of it, for JSON."""
 
@@ -52,8 +102,13 @@ class Info:
     max_item_bytes: int
     max_request_bytes: int
     max_request_items: int
+    # Of a flow with an indexer; else None.
+    collection: Collection | None = None
 
     @classmethod
     def of(cls, response: InfoResponse) -> Info:
         """The same, from the server's answer."""
-        return cls(**{field.name: getattr(response, field.name) for field in fields(cls)})
+        values = {field.name: getattr(response, field.name) for field in fields(cls)}
+        held = response.collection if response.HasField("collection") else None
+        values["collection"] = held and Collection.of(held)
+        return cls(**values)

@@ -12,11 +12,11 @@ from docarray.typing import ID
 from jina import requests
 
 from clip_client.proto import clip_pb2 as pb
+from clip_client.tags import tags_to_dict
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.executors.clip_executor import ClipExecutor
 from clip_server.executors.documents import ClipDoc, ClipMatch
 from clip_server.executors.indexer_parameters import IndexerParameters
-from clip_server.rpc.items import tags_to_dict
 from clip_server.rpc.search_parameters import SearchParameters
 from clip_server.search.service import SearchService
 

@@ -85,6 +85,24 @@ def flow(
     }
 
 
+def search_flow(
+    folder: Path, encoder: dict[str, Any] | None = None, **indexer: Any
+) -> dict[str, Any]:
+    """The same flow with an indexer, whose collection is in a folder."""
+    spec = flow("onnx", **(encoder or {}))
+    spec["executors"].append(
+        {
+            "name": "indexer",
+            "uses": {
+                "jtype": "CLIPIndexer",
+                "with": {"path": str(folder), **indexer},
+                "metas": {"py_modules": ["clip_server.executors.indexer"]},
+            },
+        }
+    )
+    return spec
+
+
 @dataclass
 class Server:
     """A server process and where it answers."""
@@ -206,6 +224,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def onnx_server(start: Start) -> Server:
     return start(flow("onnx"))
+
+
+@pytest.fixture(scope="session")
+def search_server(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return start(search_flow(tmp_path_factory.mktemp("collection") / "rows"))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ ALLOWED = {
     "clip_server.preprocess": GROUND,
     "clip_server.towers": GROUND,
     "clip_server.rpc": ["clip_client.proto", "clip_client.envelope", *GROUND],
-    "clip_server.search": ["clip_client.proto", *GROUND, "clip_server.rpc"],
+    "clip_server.search": ["clip_client.proto", "clip_client.tags", *GROUND, "clip_server.rpc"],
     # Second floor: the catalogue of models.
     "clip_server.models": [*GROUND, "clip_server.towers", "clip_server.preprocess"],
     # Third floor.
@@ -42,8 +42,8 @@ ALLOWED = {
                            *GROUND, "clip_server.preprocess", "clip_server.models",
                            "clip_server.rpc", "clip_server.runtimes"],
     # Fifth floor: the processes of a server, and the commands.
-    "clip_server.executors": ["clip_client.proto", "clip_client.scores", *GROUND,
-                              "clip_server.engine", "clip_server.models",
+    "clip_server.executors": ["clip_client.proto", "clip_client.scores", "clip_client.tags",
+                              *GROUND, "clip_server.engine", "clip_server.models",
                               "clip_server.preprocess", "clip_server.rpc",
                               "clip_server.runtimes", "clip_server.search"],
     "clip_server.gateway": ["clip_client", *GROUND, "clip_server.rpc"],

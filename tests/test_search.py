@@ -10,30 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLES, Http, Server, Start, flow
+from conftest import SAMPLES, Http, Server, Start, flow, search_flow
 
 IMAGES = sorted(SAMPLES.glob("*.png"))
 TEXTS = ["a smiling cat", "a red car", "a slice of pizza"]
-
-
-def search_flow(folder: Path, encoder: dict[str, Any] | None = None, **indexer: Any) -> Any:
-    spec = flow("onnx", **(encoder or {}))
-    spec["executors"].append(
-        {
-            "name": "indexer",
-            "uses": {
-                "jtype": "CLIPIndexer",
-                "with": {"path": str(folder), **indexer},
-                "metas": {"py_modules": ["clip_server.executors.indexer"]},
-            },
-        }
-    )
-    return spec
-
-
-@pytest.fixture(scope="session")
-def search_server(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    return start(search_flow(tmp_path_factory.mktemp("collection") / "rows"))
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from clip_client.proto import clip_pb2 as pb
+from clip_client.tags import tags_to_dict
 from clip_server.errors import RequestError
-from clip_server.rpc.items import tags_to_dict
 from clip_server.rpc.search_parameters import SearchParameters
 
 

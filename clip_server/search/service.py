@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from clip_client.proto import clip_pb2 as pb
+from clip_client.tags import tags_to_dict
 from clip_server import __version__
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.rpc.errors import FAILED, check_count, error_response
-from clip_server.rpc.items import content_id, tags_to_dict
+from clip_server.rpc.items import content_id
 from clip_server.search import filters, open_store
 from clip_server.search.fingerprint import Fingerprint
 from clip_server.search.relevance import Background
