@@ -2,7 +2,7 @@
 # docker run -p 51000-51002:51000-51002 -v clip-models:/models clip-microservice
 # docker run -e CLIP_MODEL=ViT-B-32::openai ... clip-microservice my-flow.yml
 #
-# EXTRA is a runtime's; its flow is the default one. onnx-gpu and tensorrt need a BASE with CUDA:
+# EXTRA is a runtime's; its flow is the default one. onnx-gpu needs a BASE with CUDA:
 # docs/gpu.md.
 ARG BASE=python:3.12-slim
 FROM ${BASE} AS python

@@ -16,9 +16,16 @@ def missing_package(packages: Sequence[str]) -> str | None:
     """
     for package in packages:
         names = package.split("|")
-        if not any(map(find_spec, names)):
+        if not any(map(_is_installed, names)):
             return names[0]
     return None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def install_hint(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""TensorRT and pycuda where there is no GPU: engines are graphs that onnxruntime computes.
+"""TensorRT, pycuda and cuda-core without a GPU: engines are graphs that onnxruntime computes.
 
 As the real ones they take only shapes of the profile that was chosen, and read and write only
 memory that was copied to the device.
@@ -6,6 +6,7 @@ memory that was copied to the device.
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import sys
 from contextlib import suppress
@@ -24,23 +25,33 @@ _DTYPES = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(float)"
 
 class FakeGpu:
     """What the fakes share. capacity: bytes that one allocation may have. contexts: made so far.
-    builds: engines built so far. depth: of pushed contexts. opened: whether the GPU is in use."""
+    builds: engines built so far. depth: of pushed contexts. current: whether one is set for
+    good. opened: whether the GPU is in use."""
 
     def __init__(self) -> None:
         self.capacity = 1 << 40
         self.contexts = self.builds = self.depth = 0
-        self.opened = False
+        self.opened = self.current = False
         self.memory: dict[int, NDArray[np.uint8]] = {}
 
+    @property
+    def is_active(self) -> bool:
+        return self.current or self.depth > 0
 
-def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """Puts both in the place of the real ones."""
+
+def install(monkeypatch: pytest.MonkeyPatch, driver: str = "pycuda") -> FakeGpu:
+    """Puts TensorRT's fake, and that of `pycuda` or `cuda-core`, in the place of the real ones."""
     gpu = FakeGpu()
-    driver = _driver(gpu)
-    package = ModuleType("pycuda")
-    package.driver = driver  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pycuda", package)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    for name in ("pycuda", "pycuda.driver", "cuda", "cuda.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    if driver == "pycuda":
+        modules = {"pycuda": ModuleType("pycuda"), "pycuda.driver": _pycuda(gpu)}
+        modules["pycuda"].driver = modules["pycuda.driver"]  # type: ignore[attr-defined]
+    else:
+        modules = {"cuda": ModuleType("cuda"), "cuda.core": _cuda_core(gpu)}
+        modules["cuda"].core = modules["cuda.core"]  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "tensorrt", _library(gpu))
     monkeypatch.setattr(cuda, "device_count", lambda: 1)
     return gpu
@@ -50,7 +61,7 @@ class FakeMemoryError(Exception):
     """pycuda's."""
 
 
-def _driver(gpu: FakeGpu) -> Any:
+def _pycuda(gpu: FakeGpu) -> Any:
     driver: Any = ModuleType("pycuda.driver")
 
     class Allocation:
@@ -109,6 +120,70 @@ def _driver(gpu: FakeGpu) -> Any:
     return driver
 
 
+def _cuda_core(gpu: FakeGpu) -> Any:
+    core: Any = ModuleType("cuda.core")
+
+    class Stream:
+        handle = 7
+
+        def sync(self) -> None: ...
+
+    class Buffer:
+        """Memory of the GPU, or by its address of the host; or the beginning of one of them."""
+
+        def __init__(self, handle: int, size: int, owner: object = None) -> None:
+            self.handle, self.size, self.owner = handle, size, owner
+
+        @classmethod
+        def from_handle(cls, handle: int, size: int, *, owner: object) -> Buffer:
+            return cls(handle, size, owner)
+
+        def copy_from(self, source: Buffer, *, stream: Stream) -> None:
+            assert isinstance(stream, Stream)
+            assert self.size == source.size
+            self.content()[...] = source.content()
+
+        def content(self) -> NDArray[np.uint8]:
+            if self.handle in gpu.memory:
+                return gpu.memory[self.handle][: self.size]
+            place = (ctypes.c_uint8 * self.size).from_address(self.handle)
+            return np.frombuffer(place, np.uint8)
+
+    class Allocation(Buffer):
+        def __del__(self) -> None:
+            gpu.memory.pop(self.handle, None)
+
+    class Device:
+        name, compute_capability = "Imaginary", (9, 0)
+
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def set_current(self) -> None:
+            # It stays so; nothing has to be undone.
+            gpu.opened = gpu.current = True
+
+        def create_stream(self) -> Stream:
+            return Stream()
+
+        def allocate(self, size: int, *, stream: Stream) -> Buffer:
+            assert isinstance(stream, Stream)
+            if size > gpu.capacity:
+                raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: not enough memory")
+            address = max(gpu.memory, default=0) + 1
+            gpu.memory[address] = np.zeros(size, np.uint8)
+            return Allocation(address, size)
+
+    class LegacyPinnedMemoryResource:
+        def allocate(self, size: int) -> Buffer:
+            memory = np.zeros(size, np.uint8)
+            return Buffer(memory.ctypes.data, size, owner=memory)
+
+    core.Device, core.Buffer = Device, Buffer
+    core.LegacyPinnedMemoryResource = LegacyPinnedMemoryResource
+    return core
+
+
 def _library(gpu: FakeGpu) -> Any:
     trt: Any = ModuleType("tensorrt")
 
@@ -140,7 +215,7 @@ def _library(gpu: FakeGpu) -> Any:
 
         def execute_async_v3(self, stream: int) -> bool:
             assert stream == 7
-            assert gpu.depth, "no context is active"
+            assert gpu.is_active, "no context is active"
             source, target = self.engine.source, self.engine.target
             dtype = np.dtype(_DTYPES[source.type])
             size = int(np.prod(self.shape)) * dtype.itemsize
@@ -216,7 +291,7 @@ def _library(gpu: FakeGpu) -> Any:
             return profile
 
         def build_serialized_network(self, network: Any, config: Any) -> bytes:
-            assert gpu.depth or not gpu.opened, "no context is active"
+            assert gpu.is_active or not gpu.opened, "no context is active"
             gpu.builds += 1
             return pickle.dumps((network.graph, config.profiles))
 

@@ -77,6 +77,7 @@ FRAMEWORKS = {
              "clip_server.towers.onnx_file", "clip_server.convert"],
     "faiss": ["clip_server.search.local", "clip_server.search.segments"],
     "pycuda": ["clip_server.runtimes.cuda"],
+    "cuda": ["clip_server.runtimes.cuda"],
     "onnxscript": ["clip_server.convert.export"],
 }  # fmt: skip
 
@@ -181,6 +182,7 @@ def test_the_gateway_does_without_inference() -> None:
 
 # What a distribution is imported as, where that is not its own name.
 IMPORTED_AS = {
+    "cuda_core": "cuda",
     "grpcio": "grpc",
     "grpcio_health_checking": "grpc_health",
     "grpcio_reflection": "grpc_reflection",

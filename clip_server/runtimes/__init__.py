@@ -125,7 +125,7 @@ RUNTIMES: tuple[RuntimeSpec, ...] = (
         "TensorRT",
         "clip_server.runtimes.tensorrt:TensorrtRuntime",
         extras=("tensorrt", "tensorrt-rtx"),
-        packages=("tensorrt|tensorrt_rtx", "pycuda", "onnx"),
+        packages=("tensorrt|tensorrt_rtx", "cuda.core|pycuda", "onnx"),
         devices=("CUDA",),
         precisions=("fp16", "fp32"),
         # The second suffix is that of NVIDIA's own tools.

@@ -139,7 +139,7 @@ class EngineTower:
         self._profiles = tensorrt_engines.profiles_of(engine, self._input)
         self.least = min((profile.least for profile in self._profiles), key=math.prod)
         self._most = max(profile.most[0] for profile in self._profiles)
-        self._idle: list[_Lane] = []
+        self._idle: list[_ExecutionSlot] = []
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """A batch of any size, converted to the input's dtype, to embeddings [B, D].
@@ -154,22 +154,22 @@ class EngineTower:
         index = fitting(self._profiles, batch.shape)
         least = self._profiles[index].least
         with self._gpu.active():
-            # As many lanes as threads have ever called at once.
-            lane = self._idle.pop() if self._idle else self._new_lane()
+            # As many slots as threads have ever called at once.
+            slot = self._idle.pop() if self._idle else self._new_slot()
             try:
-                return lane.run(index, batch, max(len(batch), least[0]))
+                return slot.run(index, batch, max(len(batch), least[0]))
             finally:
-                # Whatever came of it: pycuda cannot free memory where no context is active.
-                self._idle.append(lane)
+                # Whatever came of it: memory cannot be freed where no context is active.
+                self._idle.append(slot)
 
     def _new_context(self) -> Any:
         return self._engine.create_execution_context()
 
-    def _new_lane(self) -> _Lane:
+    def _new_slot(self) -> _ExecutionSlot:
         context = self._new_context()
         if context is None:
             raise OutOfMemoryError("no memory for an execution context")
-        return _Lane(
+        return _ExecutionSlot(
             self._gpu.driver,
             context,
             (self._input, self.dtype),
@@ -177,8 +177,8 @@ class EngineTower:
         )
 
 
-class _Lane:
-    """What a batch needs for itself on the GPU: a stream, a context and buffers.
+class _ExecutionSlot:
+    """A stream, an execution context and buffers: one batch at a time needs them for itself.
 
     source, target: the name and dtype of the input and of the output.
     """
@@ -190,9 +190,10 @@ class _Lane:
         source: tuple[str, np.dtype[Any]],
         target: tuple[str, np.dtype[Any]],
     ) -> None:
-        self._context, self._stream = context, driver.Stream()
+        self._context, self._stream = context, driver.new_stream()
         (self._source, source_dtype), (self._target, target_dtype) = source, target
-        self._fed, self._read = Buffer(driver, source_dtype), Buffer(driver, target_dtype)
+        self._fed = Buffer(driver, self._stream, source_dtype)
+        self._read = Buffer(driver, self._stream, target_dtype)
         self._profile = 0
 
     def run(self, profile: int, batch: NDArray[Any], size: int) -> NDArray[np.float32]:
@@ -211,11 +212,11 @@ class _Lane:
         read = self._read.reserve(tuple(context.get_tensor_shape(self._target)))
         context.set_tensor_address(self._source, self._fed.address)
         context.set_tensor_address(self._target, self._read.address)
-        self._fed.upload(fed, stream)
+        self._fed.upload(fed)
         if not context.execute_async_v3(stream.handle):
             said = tensorrt_engines.take_errors() or "TensorRT could not compute the batch"
             raise OutOfMemoryError(said) if "memory" in said else RuntimeError(said)
-        self._read.download(read, stream)
+        self._read.download(read)
         stream.synchronize()
         return read[: len(batch)].astype(np.float32)
 
