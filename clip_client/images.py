@@ -72,7 +72,8 @@ def _of_0_to_255(array: NDArray[Any]) -> NDArray[Any]:
         )
     if array.dtype.kind == "f" and most <= 1 + _TOLERANCE:
         array = np.rint(array * 255)
-    return np.clip(array, 0, 255)
+    clipped: NDArray[Any] = np.clip(array, 0, 255)
+    return clipped
 
 
 def _advice(array: NDArray[Any]) -> str:

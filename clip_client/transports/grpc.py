@@ -26,6 +26,7 @@ from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust, server_certificate
 from clip_client.transports.base import CONNECT_SECONDS, broken
+from clip_client.transports.jina_gateway import DRY_RUN, jina_gateway_error
 from clip_client.transports.multiplex import Multiplexer
 
 _STREAM, _INFO = "/clip.v1.Clip/Stream", "/clip.v1.Clip/Info"
@@ -112,8 +113,7 @@ class _StreamLink:
         try:
             responses = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            hidden = error.details() == "Internal error from Core"
-            raise (await self._hidden_error() if hidden else self._error(error)) from None
+            raise await self._explained(error) from None
         if isinstance(responses, clip_pb2.Responses):
             return responses
         raise broken(self._address.unreachable("the server ended the stream", self._proxy))
@@ -121,6 +121,21 @@ class _StreamLink:
     async def close(self) -> None:
         self._call.cancel()
         await self._channel.close()
+
+    async def _explained(self, error: grpc.aio.AioRpcError) -> ClipError:
+        if error.details() == "Internal error from Core":
+            return await self._hidden_error()
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED and await self._is_jina_gateway():
+            return jina_gateway_error(self._address)
+        return self._error(error)
+
+    async def _is_jina_gateway(self) -> bool:
+        dry_run: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(DRY_RUN)
+        try:
+            await dry_run(b"", metadata=self._metadata, timeout=CONNECT_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
 
     async def _hidden_error(self) -> ClipError:
         """The error for a stream that the server ended while a request was being written.

@@ -17,6 +17,7 @@ from clip_client.proxies import environment_proxy
 from clip_client.sessions import open_session, reason
 from clip_client.tls import Trust
 from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
+from clip_client.transports.jina_gateway import is_jina_gateway, jina_gateway_error
 
 _PROTOBUF = "application/x-protobuf"
 # The most requests in flight, and so connections.
@@ -33,6 +34,7 @@ class HttpTransport:
 
     def __init__(self, address: Address, headers: dict[str, str], trust: Trust) -> None:
         self._address = address
+        self._trust = trust
         self._proxy = environment_proxy(str(address))
         self._http = open_session(
             # The whole exchange has its own deadline, above the transports.
@@ -51,7 +53,12 @@ class HttpTransport:
                 if self._http.closed:
                     raise ClientClosedError
                 async with self._ask(kind, request) as reply:
-                    return self._read(kind, reply, await reply.read())
+                    content = await reply.read()
+                    if reply.status == 404 and await is_jina_gateway(
+                        self._address, self._trust, self._proxy
+                    ):
+                        raise jina_gateway_error(self._address)
+                    return self._read(kind, reply, content)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise self._address.unreachable(reason(error), self._proxy) from None
         except aiohttp.ClientError as error:
@@ -66,7 +73,8 @@ class HttpTransport:
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         url = f"{self._address}/{kind}"
         if kind == "info":
-            return self._http.get(url, proxy=self._proxy, allow_redirects=False)
+            model = {"model": request.info.model} if request.info.model else None
+            return self._http.get(url, params=model, proxy=self._proxy, allow_redirects=False)
         # Not the bytes themselves: aiohttp warns of large ones.
         content = io.BytesIO(getattr(request, kind).SerializeToString())
         return self._http.post(url, data=content, proxy=self._proxy, allow_redirects=False)

@@ -12,6 +12,7 @@ from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust
 from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
+from clip_client.transports.jina_gateway import is_jina_gateway, jina_gateway_error
 from clip_client.transports.multiplex import Multiplexer
 
 
@@ -38,16 +39,20 @@ def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> M
             raise status_error(str(address), status, body, proxy) from None
         except (OSError, TimeoutError, InvalidHandshake) as error:
             raise address.unreachable(error, proxy) from None
-        return _SocketLink(address, socket, proxy)
+        return _SocketLink(address, socket, proxy, trust)
 
     return Multiplexer(open_link)
 
 
 class _SocketLink:
-    def __init__(self, address: Address, socket: ClientConnection, proxy: str | None) -> None:
+    def __init__(
+        self, address: Address, socket: ClientConnection, proxy: str | None, trust: Trust
+    ) -> None:
         self._address = address
         self._proxy = proxy
         self._socket = socket
+        self._trust = trust
+        self._has_answered = False
 
     async def write(self, requests: bytes) -> None:
         await self._socket.send(requests)
@@ -56,8 +61,13 @@ class _SocketLink:
         try:
             frame = await self._socket.recv()
         except ConnectionClosed as error:
+            if not self._has_answered and await is_jina_gateway(
+                self._address, self._trust, self._proxy
+            ):
+                raise jina_gateway_error(self._address) from None
             reason = f"the connection broke: {error}"
             raise broken(self._address.unreachable(reason, self._proxy)) from None
+        self._has_answered = True
         try:
             if isinstance(frame, bytes):
                 return clip_pb2.Responses.FromString(frame)
