@@ -851,12 +851,16 @@ class Client:
     ) -> dict[str, float]:
         return await drive_async(calls.profile(self._connection, content, timeout))
 
-    def info(self, timeout: float | None = TIMEOUT) -> Info:
-        """The server's model, runtime, device, `dim`, `logit_scale`, version and limits."""
-        return drive_sync(calls.info(self._connection, timeout))
+    def info(self, timeout: float | None = TIMEOUT, *, model: str = "") -> Info:
+        """The server's model, runtime, device, `dim`, `logit_scale`, version and limits.
 
-    async def ainfo(self, timeout: float | None = TIMEOUT) -> Info:
-        return await drive_async(calls.info(self._connection, timeout))
+        model: which of the server's models, by its name or that of its executor; by default the
+            first.
+        """
+        return drive_sync(calls.info(self._connection, timeout, model))
+
+    async def ainfo(self, timeout: float | None = TIMEOUT, *, model: str = "") -> Info:
+        return await drive_async(calls.info(self._connection, timeout, model))
 
     def close(self) -> None:
         """Closes the connection. Requests still in flight in other threads fail."""

@@ -16,6 +16,7 @@ A dict may have `id` and `tags` too, and other kinds of content that are empty.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -223,7 +224,8 @@ def _mapping(raw_item: Mapping[Any, Any]) -> Item | Read:
             "a dict holds one of 'text', 'image' or 'uri', and optionally 'id' and 'tags'; this "
             f"one has {names}"
         )
-    return _of_kind(_KEYS[filled[0]], raw_item[filled[0]])
+    begun = _of_kind(_KEYS[filled[0]], raw_item[filled[0]])
+    return _identified(begun, raw_item.get("id"), raw_item.get("tags"))
 
 
 def _is_empty(value: Any) -> bool:
@@ -234,8 +236,33 @@ def _document(document: Any) -> Item | Read:
     for name, kind in CONTENT_FIELDS.items():
         value = getattr(document, name, None)
         if not _is_empty(value):
-            return _of_kind(kind, value)
+            begun = _of_kind(kind, value)
+            return _identified(
+                begun, getattr(document, "id", None), getattr(document, "tags", None)
+            )
     raise InvalidInputError(f"the {type(document).__name__} has no text, blob, tensor or uri")
+
+
+def _identified(begun: Item | Read, id_: Any, tags: Any) -> Item | Read:
+    """The same with an id and tags, which executors other than the encoder may need."""
+    given = Item(id=str(id_ or ""))
+    if tags:
+        # Those that JSON cannot hold are not sent: the embedding does not depend on them.
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            given.tags.update(tags)
+    if not given.ByteSize():
+        return begun
+    if isinstance(begun, Item):
+        begun.MergeFrom(given)
+        return begun
+    read = begun
+
+    def identified() -> Item:
+        item = read()
+        item.MergeFrom(given)
+        return item
+
+    return identified
 
 
 def _of_kind(kind: str, value: Any) -> Item | Read:

@@ -320,3 +320,12 @@ def test_urls_that_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_image_leaves_no_str_a_text() -> None:
     assert inputs.as_image("cat") == {"image": "cat"}
     assert inputs.as_image(b"JPEG") == b"JPEG"
+
+
+def test_ids_and_tags_are_sent() -> None:
+    sent = item({"text": "a", "id": 7, "tags": {"page": 3, "of": ["x"]}})
+    assert (sent.text, sent.id, sent.tags["page"], list(sent.tags["of"])) == ("a", "7", 3, ["x"])
+    for thing in ({"image": png(), "id": "b"}, {"uri": "data:,b", "id": "b"}):
+        assert item(thing).id == "b"
+    # What JSON cannot hold does not keep an item from being encoded.
+    assert item({"text": "a", "tags": {"x": object()}}).text == "a"

@@ -12,7 +12,7 @@ import pytest
 import requests
 from conftest import SAMPLES, Server, Start, flow
 
-from clip_client import Client
+from clip_client import Client, ServerError
 from clip_client.proto import clip_pb2 as pb
 
 jina = pytest.importorskip("jina")
@@ -173,6 +173,19 @@ def test_an_encoder_by_its_name(two_encoders: Server) -> None:
             assert set(found.embedding) == {1.0}
         (found,) = jina_post(two_encoders, protocol, "/encode", [doc(text="a")])
         assert len(set(found.embedding)) > 100
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_encoder_by_its_name_from_the_client(two_encoders: Server, protocol: str) -> None:
+    second: dict[str, Any] = {"parameters": {"model_name": "second"}}
+    with Client(getattr(two_encoders, protocol)) as client:
+        assert np.unique(client.encode(["a", "b"], **second)) == [1]
+        (ranking, _) = client.rank("a", ["b", "c"], **second)
+        assert ranking.cosine == pytest.approx(1)
+        assert len(np.unique(client.encode(["a"]))) > 100
+        assert client.info(model="second").runtime != client.info().runtime
+        with pytest.raises(ServerError, match="no encoder here is named 'third'"):
+            client.encode(["a"], parameters={"model_name": "third"})
 
 
 def test_calls_one_after_the_other_go_round(two_encoders: Server) -> None:

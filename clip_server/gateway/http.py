@@ -124,7 +124,8 @@ class HttpListener(Listener):
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _info(self, request: Request) -> Response:
-        info = await self._answer("info", pb.InfoRequest(), request)
+        asked = pb.InfoRequest(model=request.query_params.get("model", ""))
+        info = await self._answer("info", asked, request)
         if PROTOBUF in request.headers.get("accept", ""):
             return Response(info.SerializeToString(), media_type=PROTOBUF)
         return _json(_fields(info))
