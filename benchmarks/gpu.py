@@ -99,9 +99,9 @@ def _loaded(options: argparse.Namespace, checkpoint: Path) -> dict[str, Contesta
         try:
             found[name] = make(checkpoint)
         except (ConfigurationError, ImportError) as error:
-            console.remark(f"{name} is left out: {error}")
+            console.log(f"{name} is left out: {error}")
         else:
-            console.remark(f"{name}: loaded in {time.perf_counter() - start:.1f} s")
+            console.log(f"{name}: loaded in {time.perf_counter() - start:.1f} s")
     if not found:
         raise SystemExit("nothing can run here")
     return found
@@ -138,7 +138,7 @@ def _report_parity(contestants: Mapping[str, Contestant], checkpoint: Path) -> b
     card, _ = load_checkpoint("", checkpoint)
     source = contestants.get(SOURCE)
     if source is None:
-        console.remark(f"vectors are NOT COMPARED: there is no {SOURCE}")
+        console.log(f"vectors are NOT COMPARED: there is no {SOURCE}")
         return True
     pixels, tokens = samples(card, "image"), samples(card, "text")
     expected = source.encode_image(pixels), source.encode_text(tokens)
@@ -166,7 +166,7 @@ def _measured(
         for _ in range(rounds):
             for name, who in contestants.items():
                 rates[what][name].append(_rate(work, who, seconds))
-        console.remark(f"{what}: measured")
+        console.log(f"{what}: measured")
     return rates
 
 

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_table(measured)
             results += measured
     except ClipServerError as error:
-        console.remark(f"clip_server.benchmark: {error}")
+        console.log(f"clip_server.benchmark: {error}")
         return 1
     console.write_json(
         options.json,
@@ -151,7 +151,7 @@ def _measure(
             # Loaded in the call: memory is for one model at a time.
             results += _times(model_options.load(variant, name, options), options)
         except ConfigurationError as error:
-            console.remark(f"{variant}: {error}")
+            console.log(f"{variant}: {error}")
             unavailable.append({"model": name, "variant": str(variant), "why": str(error)})
     if not results:
         raise ConfigurationError(f"nothing of {name} could be timed")

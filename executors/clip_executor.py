@@ -2,15 +2,14 @@
 
 import sys
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any
 
 import grpc
 from jina import Executor
-from jina.serve.runtimes.servers.grpc import GRPCServer
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.launch.process_setup import follow_parent, return_memory_when_idle
+from clip_server.launch import jina_internals
+from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
 from clip_server.rpc.grpc_service import clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
 
@@ -23,7 +22,7 @@ class ClipExecutor(Executor):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS})
-        follow_parent()
+        die_with_parent()
         return_memory_when_idle()
 
     @staticmethod
@@ -49,19 +48,4 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
         return ours or await continuation(handler_call_details)
 
 
-_setup_server = GRPCServer.setup_server
-
-
-async def _setup_with_clip(server: GRPCServer) -> None:
-    """Jina's own set-up, with clip.v1 on the same port: a call through Jina's protocol costs
-    several times as much, and has one answer for all that is in it."""
-    executor = getattr(server._request_handler, "_executor", None)
-    if isinstance(executor, ClipExecutor):
-        others = server.grpc_tracing_server_interceptors or []
-        server.grpc_tracing_server_interceptors = [*others, _ClipCalls(executor)]
-        # Jina would leave it behind in the temporary directory; none has snapshots.
-        Path(server._request_handler._snapshot_parent_directory).rmdir()
-    await _setup_server(server)
-
-
-GRPCServer.setup_server = _setup_with_clip
+jina_internals.intercept_calls(ClipExecutor, _ClipCalls)

@@ -16,6 +16,7 @@ GROUND = [
     "clip_server.install",
     "clip_server.model_card",
     "clip_server.launch.process_setup",
+    "clip_server.commands.console",
 ]
 # A module may import its own room and those to the right of it, nothing else of ours.
 ALLOWED = {
@@ -25,6 +26,11 @@ ALLOWED = {
     "clip_server.install": [],
     "clip_server.model_card": [],
     "clip_server.launch.process_setup": [],
+    "clip_server.commands.console": [],
+    # Shared by the processes that Jina starts.
+    "clip_server.launch.ports": GROUND,
+    "clip_server.launch.jina_internals": [*GROUND, "clip_server.launch.ports",
+                                          "clip_server.rpc.documents"],
     # Commands whose modules lie in a room below what they show.
     "clip_server.models.__main__": [*GROUND, "clip_server.runtimes", "clip_server.models",
                                     "clip_server.towers"],
@@ -43,10 +49,13 @@ ALLOWED = {
                            "clip_server.rpc", "clip_server.runtimes"],
     # Fifth floor: the processes of a server, and the commands.
     "clip_server.executors": ["clip_client.proto", "clip_client.scores", "clip_client.tags",
-                              *GROUND, "clip_server.engine", "clip_server.models",
+                              *GROUND, "clip_server.launch.jina_internals",
+                              "clip_server.engine", "clip_server.models",
                               "clip_server.preprocess", "clip_server.rpc",
                               "clip_server.runtimes", "clip_server.search"],
-    "clip_server.gateway": ["clip_client", *GROUND, "clip_server.rpc"],
+    "clip_server.gateway": ["clip_client", *GROUND, "clip_server.launch.jina_internals",
+                            "clip_server.rpc"],
+    "clip_server.launch.server": [*GROUND, "clip_server.gateway", "clip_server.launch"],
     "clip_server.launch": [*GROUND, "clip_server.runtimes", "clip_server.executors.parameters",
                            "clip_server.executors.indexer_parameters"],
     "clip_server.commands": [*GROUND, "clip_server.models", "clip_server.runtimes"],
@@ -58,15 +67,12 @@ ALLOWED = {
                              "clip_server.models", "clip_server.preprocess",
                              "clip_server.runtimes"],
     # The roof.
-    "clip_server.__main__": ["clip_client.proto", *GROUND, "clip_server.launch",
-                             "clip_server.gateway", "clip_server.rpc.documents",
-                             "clip_server.runtimes"],
+    "clip_server.__main__": [*GROUND, "clip_server.launch", "clip_server.runtimes"],
 }  # fmt: skip
 # Who may know a framework.
 FRAMEWORKS = {
-    "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.launch.flow",
-             "clip_server.launch.flow_keys",
-             "clip_server.__main__"],
+    "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.launch.jina_internals",
+             "clip_server.launch.server"],
     "docarray": ["clip_server.executors", "clip_server.gateway.documents",
                  "clip_server.rpc.documents"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",

@@ -166,13 +166,20 @@ def test_without_torch(start: Start, tmp_path: Path) -> None:
     server.stop()
 
 
-def test_the_welcome(onnx_server: Server) -> None:
+def test_the_banner(onnx_server: Server) -> None:
     output = onnx_server.output()
     assert re.search(r"ready in \d+\.\d s", output)
-    for word in ("emoji-small::embedded", "256", "onnx", "cpu", *onnx_server.addresses):
+    for word in (
+        "emoji-small::embedded",
+        "256",
+        "onnx",
+        "cpu",
+        "1 replica",
+        *onnx_server.addresses,
+    ):
         assert word in output
-    # Bound to loopback, so nothing is said of other networks.
-    assert "network" not in output
+    # Bound to loopback, so there is nothing to warn about.
+    assert "WARNING" not in output
 
 
 def test_only_loopback_where_told(onnx_server: Server) -> None:
@@ -193,7 +200,7 @@ def press_ctrl_c(server: Server) -> None:
 
 
 @pytest.mark.parametrize("end", [tell, press_ctrl_c])
-def test_what_is_under_way_is_finished(start: Start, end: Callable[[Server], None]) -> None:
+def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], None]) -> None:
     """Over each transport; and a client that never stops sending keeps nothing alive."""
     server = start(flow())
     family = server.family()
@@ -248,8 +255,8 @@ def test_ended_while_starting(start: Start) -> None:
 @pytest.mark.parametrize(
     ("end", "says"),
     [
-        ("os.kill(os.getpid(), 9)", "was killed (SIGKILL), perhaps for want of memory"),
-        ("os._exit(3)", "ended by itself (exit code 3)"),
+        ("os.kill(os.getpid(), 9)", "was killed (SIGKILL), perhaps because memory ran out"),
+        ("os._exit(3)", "exited by itself (exit code 3)"),
     ],
     ids=["killed", "exited"],
 )
@@ -271,7 +278,8 @@ def test_replicas(start: Start) -> None:
     spec = flow()
     spec["executors"][0]["uses"]["replicas"] = 2  # where clip-as-service's pages show it
     server = start(spec)
-    assert "replicas stands under uses:" in server.output()
+    assert "executor clip: replicas belongs next to uses:" in server.output()
+    assert "2 replicas" in server.output()
     assert len(server.family()) == 4  # the command, the gateway, two encoders
     with Client(server.grpc) as client:
         expected = client.encode(["a cat"])
@@ -286,7 +294,7 @@ def test_replicas(start: Start) -> None:
     assert server.process.wait(GONE_SECONDS) == 0
     assert_gone(family, server.ports)
     assert "clip/rep-" in server.output()
-    assert "was killed (SIGKILL), perhaps for want of memory" in server.output()
+    assert "was killed (SIGKILL), perhaps because memory ran out" in server.output()
 
 
 def test_the_only_encoder_dies(start: Start) -> None:
@@ -361,7 +369,7 @@ def test_ipv6_alone(start: Start) -> None:
         assert f"{scheme}://[::1]:{port}" in server.output()
         with Client(f"{scheme}://[::1]:{port}") as client:
             assert client.encode(["a cat"]).shape == (1, 256)
-    assert "network" not in server.output()
+    assert "WARNING" not in server.output()
     for process in server.family():
         for connection in process.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN:
@@ -379,5 +387,5 @@ def test_ipv6_and_ipv4(start: Start) -> None:
         for host in ("[::1]", "127.0.0.1"):
             with Client(f"{scheme}://{host}:{port}") as client:
                 assert client.encode(["a cat"]).shape == (1, 256)
-    assert "open to every network" in server.output()
+    assert "WARNING: listening on all network interfaces" in server.output()
     server.stop()

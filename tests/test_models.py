@@ -46,12 +46,12 @@ def test_a_model_is_found_by_any_of_its_names(capsys: pytest.CaptureFixture[str]
 
 def test_the_list_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["RN50x4", "ViT-B-16-SigLIP::"]) == 1
-    assert "no name has 'RN50x4' and 'ViT-B-16-SigLIP::' in it" in capsys.readouterr().err
+    assert "no name contains 'RN50x4' and 'ViT-B-16-SigLIP::'" in capsys.readouterr().err
     assert command.main(["ViT-B-16-SigLIP::"]) == 0
-    header, row = capsys.readouterr().out.splitlines()
+    header, _, row = capsys.readouterr().out.splitlines()
     columns = ["name", "dimensions", "context", "image", "runtimes", "licence", "cached"]
-    assert header.split() == columns
-    *cells, cached = row.split()
+    assert header.replace("|", " ").split() == columns
+    *cells, cached = row.replace("|", " ").split()
     assert cells == ["ViT-B-16-SigLIP::webli", "768", "64", "224", "torch", "Apache-2.0"]
     assert cached in ("yes", "no")
 

@@ -1,1 +1,1 @@
-"""What the command-line programs share."""
+"""Shared by the command-line programs: output and options."""

@@ -1,4 +1,4 @@
-"""What the commands show: progress and remarks on stderr, tables on stdout."""
+"""Output of the commands: messages and progress on stderr, tables on stdout."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 Advance: TypeAlias = Callable[[int], None]
 
 
-def remark(message: str) -> None:
-    """Tells the person at the terminal."""
+def log(message: str) -> None:
+    """Prints a message on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
-    """A bar on stderr, where that is a terminal. It draws only when it is advanced: a thread
-    that draws would take time from what is measured."""
+    """Shows a progress bar on stderr, if that is a terminal.
+
+    It is drawn only when it advances: a thread that draws would distort what is measured.
+    """
+    # Imported here: a server's processes log, and show no progress.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -42,11 +51,18 @@ def progress(what: str, total: int) -> Iterator[Advance]:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table, as Markdown; every column but the first is aligned to the right."""
+    """Prints a table as Markdown, with columns of numbers aligned to the right."""
+    numeric = [all(cell[:1].isdigit() for cell in cells) for cells in zip(*rows, strict=True)]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    for first, *others in (columns, rules, *rows):
-        cells = (first.ljust(widths[0]), *map(str.rjust, others, widths[1:]))
+    rules = [
+        "-" * (width - 1) + (":" if right else "-")
+        for width, right in zip(widths, numeric, strict=True)
+    ]
+    for row in (columns, rules, *rows):
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
         print("|", " | ".join(cells), "|")
 
 
@@ -65,7 +81,7 @@ def write_json(file: Path | None, content: Any) -> None:
 
 
 def _file_to_be(text: str) -> Path:
-    # Said before the work, not after it.
+    # Checked before the work, not after it.
     file = Path(text)
     if file.is_dir() or not file.parent.is_dir():
         raise ArgumentTypeError(f"{text!r} is not a file in a folder that exists")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server import runtimes
-from clip_server.commands.console import print_table, remark
+from clip_server.commands import console
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         near = _convert(options)
     except ClipServerError as error:
-        remark(f"clip_server.convert: {error}")
+        console.log(f"clip_server.convert: {error}")
         return 1
     return 0 if near else 1
 
@@ -96,7 +96,7 @@ def _convert(options: argparse.Namespace) -> bool:
     chosen = [tower for tower in TOWERS if getattr(options, tower)] or TOWERS
     paths = {tower: folder / files[tower] for tower in chosen}
     _refuse_mixture(folder, card, precision, paths)
-    remark(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
+    console.log(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
     source, expected = _embedded(name, path, card, chosen)
 
     held, tensors = load_checkpoint(name, path)
@@ -172,15 +172,15 @@ def _made(
 ) -> Parity | None:
     """Makes a tower's file, and compares what it gives with what the source gave; None where
     this machine cannot run it."""
-    remark(f"{path.name}: being made")
+    console.log(f"{path.name}: being made")
     start = time.perf_counter()
     target.write(tower, path)
     made = f"{path.name}: made in {time.perf_counter() - start:.1f} s"
     encode = target.open(path)
     if encode is None:
-        remark(f"{made}; NOT COMPARED with its source: there is no GPU here to run it")
+        console.log(f"{made}; NOT COMPARED with its source: there is no GPU here to run it")
         return None
-    remark(f"{made}; comparing")
+    console.log(f"{made}; comparing")
     return Parity.of(encode(samples(card, tower)), expected)
 
 
@@ -192,7 +192,7 @@ def _report(
         for path, parity in zip(paths.values(), found, strict=True)
     ]
     columns = ["tower", "size", f"least cosine with {source}", "greatest difference", precision]
-    print_table(columns, rows)
+    console.print_table(columns, rows)
 
 
 def _figures(parity: Parity | None, precision: Precision) -> list[str]:

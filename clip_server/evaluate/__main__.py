@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns, unavailable = _measure(options, task)
         _report(options, task, columns, unavailable)
     except (ClipServerError, ClipError) as error:
-        console.remark(f"clip_server.evaluate: {error}")
+        console.log(f"clip_server.evaluate: {error}")
         return 1
     return 0
 
@@ -123,7 +123,7 @@ def _measure(
         try:
             columns.append(_embedded(_engine(variant, options), task))
         except ConfigurationError as error:
-            console.remark(f"{variant}: {error}")
+            console.log(f"{variant}: {error}")
             unavailable[str(variant)] = str(error)
     if not columns:
         raise ConfigurationError("nothing could be evaluated")
@@ -162,9 +162,9 @@ def _report(
     unavailable: Mapping[str, str],
 ) -> None:
     for place, why in list(task.left_out.items())[:_SHOWN]:
-        console.remark(f"left out: {place}: {why}")
+        console.log(f"left out: {place}: {why}")
     if len(task.left_out) > _SHOWN:
-        console.remark(f"left out: {len(task.left_out) - _SHOWN:,} more; --json has them all")
+        console.log(f"left out: {len(task.left_out) - _SHOWN:,} more; --json has them all")
     scores = _scores(task, columns)
     reference = next((each.name for each in columns if each.name == _REFERENCE), columns[0].name)
     print(

@@ -21,7 +21,8 @@ from clip_server.gateway.replicas import replica_pools
 from clip_server.gateway.router import Router
 from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
-from clip_server.launch.process_setup import follow_parent, return_memory_when_idle
+from clip_server.launch import jina_internals
+from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
 
 LISTENERS: dict[str, type[Listener]] = {
     "grpc": GrpcListener,
@@ -44,7 +45,7 @@ class ClipGateway(BaseServer, BaseGateway):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        follow_parent()
+        die_with_parent()
         return_memory_when_idle()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
@@ -82,18 +83,16 @@ class ClipGateway(BaseServer, BaseGateway):
         infos = await asyncio.gather(*(pool.find_info(self.is_cancel) for pool in self._pools))
         if self.is_cancel.is_set():
             return None
-        # A Jina client learns the endpoints' schemas from here.
-        await self.streamer._get_endpoints_input_output_models(is_cancel=self.is_cancel)
-        nodes = {node.name: node for node in self.streamer.topology_graph.all_nodes}
+        endpoints = await jina_internals.learn_endpoints(self)
         executors = [
             FlowExecutor(
                 pool,
-                frozenset(nodes[pool.name].endpoints or ()),
+                endpoints[pool.name],
                 info if info and info.dim else None,
                 bool(info and info.HasField("collection")),
             )
             for pool, info in zip(self._pools, infos, strict=True)
-            if pool.name in nodes
+            if pool.name in endpoints
         ]
         return Topology(executors, json.loads(self.runtime_args.graph_conditions))
 

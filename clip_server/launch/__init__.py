@@ -1,1 +1,1 @@
-"""Starting a server: a flow's YAML, its ports, and what every process sets up."""
+"""Starts a server: reads a flow's YAML, checks ports, sets up and watches processes."""

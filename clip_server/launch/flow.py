@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from clip_server.commands import console
 from clip_server.errors import ConfigurationError
-from clip_server.launch import flow_keys, ports
+from clip_server.launch import flow_keys, jina_internals, ports
 from clip_server.launch.flow_keys import as_mapping, section
 from clip_server.runtimes import RuntimeSpec, by_executor
 
@@ -134,10 +135,7 @@ def expand(spec: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigurationError(
                 f"the flow uses the environment variable {name}, which is not set"
             )
-    from jina.jaml import JAML
-
-    expanded: dict[str, Any] = JAML.expand_dict(dict(spec))
-    return expanded
+    return jina_internals.expand_variables(spec)
 
 
 def prepare(
@@ -319,7 +317,7 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
         # Jina would ignore it here without a word; clip-as-service's own pages show it so.
         executor.setdefault("replicas", uses.pop("replicas"))
         uses.pop("replicas", None)
-        _say("replicas stands under uses: in the flow; taken as written beside uses:")
+        console.log(f"clip_server: warning: {place}: replicas belongs next to uses:, not under it")
     metas = section(uses.get("metas"), flow_keys.METAS, f"{place}: uses: metas")
     modules = _modules(executor)
     for module in modules:
@@ -346,7 +344,10 @@ def _prepare_indexer(executor: dict[str, Any], place: str) -> None:
     uses = executor["uses"]
     if uses["jtype"] == _ANNLITE[1]:
         uses["jtype"] = "CLIPIndexer"
-        _say(f"{place}: {_ANNLITE[1]} is replaced by CLIPIndexer; the collection begins empty")
+        console.log(
+            f"clip_server: {place}: {_ANNLITE[1]} is replaced by CLIPIndexer; the collection "
+            "begins empty"
+        )
     # Where AnnLite kept its rows.
     if "workspace" in executor and not uses["with"].keys() & {"path", "uri"}:
         uses["with"]["path"] = executor["workspace"]
@@ -488,7 +489,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _say(message: str) -> None:
-    print(f"clip_server: {message}", file=sys.stderr)

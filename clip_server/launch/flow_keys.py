@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 from clip_server.errors import ConfigurationError
+from clip_server.launch import jina_internals
 
 # Read by our gateway; everything else under `gateway:` is Jina's.
 GATEWAY_PARAMETERS = ("max_request_bytes", "max_queued_bytes")
@@ -177,8 +178,6 @@ def _elsewhere(spec: Section) -> list[Section]:
 
 def _check_value(key: str, value: Any, spec: Section, place: str) -> None:
     """Raises ConfigurationError where Jina's parser would end the process with its usage."""
-    from jina.helper import ArgNamespace
-
     name = next(each for each in spec.parsers if key in _aliases(each).values())
     parser = _parser(name)
     action = next(each for each in parser._actions if each.dest == key)
@@ -192,7 +191,7 @@ def _check_value(key: str, value: Any, spec: Section, place: str) -> None:
     if isinstance(value, bool) or (isinstance(value, list) and action.nargs is None):
         raise ConfigurationError(f"{where}: {_shown(value)} is not one text or number")
     try:
-        parser.parse_known_args(ArgNamespace.kwargs2list({key: value}))
+        jina_internals.check_option(parser, key, value)
     except (TypeError, ValueError, argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         why = re.sub(r"^argument [^:]*: ", "", str(error))
         raise ConfigurationError(f"{where}: {_shown(value)}: {why}") from None
@@ -216,23 +215,7 @@ def _aliases(name: str) -> dict[str, str]:
 
 @cache
 def _parser(name: str) -> argparse.ArgumentParser:
-    """One of Jina's parsers, which raises what is wrong instead of printing its usage."""
-    import jina.parsers
-    from jina.parsers.flow import set_flow_parser
-
-    makers: dict[str, Callable[[], argparse.ArgumentParser]] = {
-        "flow": set_flow_parser,
-        "gateway": jina.parsers.set_gateway_parser,
-        "deployment": jina.parsers.set_deployment_parser,
-        "client": jina.parsers.set_client_cli_parser,
-    }
-    parser = makers[name]()
-
-    def fail(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    parser.error = fail  # type: ignore[method-assign]
-    return parser
+    return jina_internals.parser(name)
 
 
 def _shown(value: Any) -> str:

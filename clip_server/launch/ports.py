@@ -1,4 +1,4 @@
-"""The addresses a server listens on: whether they can be had, and free ones."""
+"""Checks the addresses that a server listens on, and finds free ports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from clip_server.errors import ConfigurationError
 
-# Below what systems give to outgoing connections.
-_CHOSEN_FROM = range(16384, 32768)
+# Ports for executors: below those that systems give to outgoing connections.
+CHOSEN_FROM = range(16384, 32768)
 
 
 def check(host: str, ports: Sequence[int]) -> None:
@@ -29,28 +29,36 @@ def check(host: str, ports: Sequence[int]) -> None:
                 taken.append(port)
             elif error.errno == errno.EACCES:
                 raise ConfigurationError(
-                    f"port {port} needs the rights of an administrator: choose one above 1023"
+                    f"port {port} needs administrator rights: choose one above 1023"
                 ) from None
             else:
                 raise ConfigurationError(
-                    f"host: {host} is not an address of this machine; 127.0.0.1 is, for this "
-                    "machine only, and 0.0.0.0 for every network it is on"
+                    f"host: {host} is not an address of this machine; use 127.0.0.1 for this "
+                    "machine only, or 0.0.0.0 for all its network interfaces"
                 ) from None
     if taken:
         held = " and ".join(f"{port}{_holder(port)}" for port in taken)
         raise ConfigurationError(
-            f"in use on {host}: port {held}; end what uses it, or choose another port with "
+            f"in use on {host}: port {held}; stop that process, or choose another port with "
             "--port or `port:` in the flow"
         )
 
 
 def free_port(host: str) -> int:
     """A port on which nothing listens."""
-    for port in random.sample(_CHOSEN_FROM, len(_CHOSEN_FROM)):
-        with suppress(OSError):
-            _bind(host, port)
+    for port in random.sample(CHOSEN_FROM, len(CHOSEN_FROM)):
+        if is_free(host, port):
             return port
     raise ConfigurationError(f"no port is free on {host}")
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there."""
+    try:
+        _bind(host, port)
+    except OSError:
+        return False
+    return True
 
 
 def _bind(host: str, port: int) -> None:
@@ -59,13 +67,13 @@ def _bind(host: str, port: int) -> None:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         with socket.socket(family, kind, protocol) as probe:
-            if os.name == "posix":  # as servers do: connections just closed do not matter
+            if os.name == "posix":  # as servers do: ignore connections that were just closed
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
 
 
 def _holder(port: int) -> str:
-    """Who listens on a port, in parentheses; empty where the system does not say."""
+    """The process that listens on a port, in parentheses; empty if the system does not tell."""
     sockets = set()
     for table in ("tcp", "tcp6"):
         with suppress(OSError):

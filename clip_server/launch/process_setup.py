@@ -1,4 +1,4 @@
-"""What every process of the server does about its parent and the outside world."""
+"""Process setup: signals, the parent's death, malloc arenas, proxies, closed output, event loop."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_ARENA_MAX = -8  # malloc.h of glibc
-_ARENAS = 2
+_MAX_ARENAS = 2
 # A process is idle if it used less than this share of a core for this long.
 _IDLE_SECONDS, _IDLE_SHARE = 5.0, 0.05
 # Growth that is worth returning.
 _GROWTH_BYTES = 16 << 20
 
 
-def follow_parent() -> None:
-    """Leaves it to the parent when this process ends. Call it in the event loop's thread.
+def die_with_parent() -> None:
+    """Makes this process ignore Ctrl-C and exit when its parent does (on Linux).
 
-    A terminal's Ctrl-C reaches every process at once; the parent alone heeds it, and ends the
-    others in an order in which nothing under way is lost. And when the parent itself ends,
-    however that happens, this process gets SIGTERM (on Linux): Jina's own clean-up runs in the
-    parent, so one that is killed would leave its children behind, holding their ports.
+    Call it in the thread of the event loop. A terminal's Ctrl-C reaches every process at once;
+    only the parent handles it, and stops the others in an order that loses no request in flight.
+    If the parent is killed, it can no longer do that: the kernel then sends SIGTERM to this
+    process, which would otherwise live on and hold its port.
     """
     with contextlib.suppress(RuntimeError, NotImplementedError):
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
@@ -42,20 +42,21 @@ def follow_parent() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the call above took hold
+    if os.getppid() != parent:  # the parent ended before prctl took effect
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def limit_malloc_arenas() -> None:
-    """Has all threads share two heaps, in this process and those it forks (glibc only).
+    """Makes all threads share two malloc arenas, in this process and its forks (glibc only).
 
-    By default each thread has its own, so memory freed by one cannot be used for the next image,
-    decoded by another, and the process grows for hours. Nothing gets slower: the libraries that
-    allocate in parallel have allocators of their own.
+    By default each thread allocates from an arena of its own. Memory that decoding an image leaves
+    free in one arena cannot be used by the next image, decoded on another thread, so that memory
+    grows for hours. Nothing gets slower: the libraries that allocate in hot loops have allocators
+    of their own.
     """
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # musl has no such call, nor the heaps
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
+        with contextlib.suppress(AttributeError):  # musl has neither mallopt nor arenas
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _MAX_ARENAS)
 
 
 def return_memory_when_idle() -> None:
@@ -88,23 +89,34 @@ def _resident_bytes() -> int:
 
 
 def bypass_proxies() -> None:
-    """Has gRPC ignore the environment's proxies, in this process and those it forks.
+    """Makes gRPC ignore the environment's proxies, in this process and its forks.
 
-    The server's own calls, from process to process, would never get through one. The hub is
-    still reached through a proxy: its client knows nothing of this variable.
+    A proxy would never forward the server's calls from process to process. The Hugging Face hub
+    is still reached through a proxy: its client does not read this variable.
     """
-    # An empty value stands before http_proxy and https_proxy, and means none.
+    # gRPC reads it before http_proxy and https_proxy; an empty value means no proxy.
     os.environ["grpc_proxy"] = ""  # noqa: SIM112
 
 
-def tolerate_closed_output() -> None:
-    """Lets stdin, stdout and stderr be closed at any time, for this process and those it forks.
+def use_uvloop() -> None:
+    """Makes this process and its forks run their event loops on uvloop, where it is installed.
 
-    A server outlives whoever reads its log. What cannot be written, because the reader of a pipe
-    has gone or the disk is full, is dropped. Call it once, before anything is written.
+    It comes with Jina, except on Windows, and serves a fifth to a third more requests.
     """
-    # A closed stream leaves its number to the next file or socket, which would then receive what
-    # libraries print.
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+
+def tolerate_closed_output() -> None:
+    """Keeps this process and its forks running when stdin, stdout or stderr is closed.
+
+    A server outlives the reader of its log. Output that cannot be written, because the pipe is
+    closed or the disk is full, is dropped. Call it once, before anything is written.
+    """
+    # The next file or socket opened would get the descriptor of a closed stream, and receive
+    # the output of libraries.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)

@@ -1,4 +1,4 @@
-"""Why a process of the flow could not start, reported to the command that started it."""
+"""Collects the reasons why processes of the flow could not start."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Writes up to this size are not mixed with those of other processes.
-_MOST_BYTES = 4096
+# Writes to a pipe up to this size are atomic (PIPE_BUF on Linux).
+_MAX_BYTES = 4096
 
 
 class StartFailures:
-    """Collects what the processes of a flow, forked from this one, fail with.
+    """Receives startup errors from the processes of a flow, forked from this one, over a pipe.
 
-    Replicas fail alike; each reason is kept once.
+    Each reason is kept once: replicas tend to fail alike.
     """
 
     def __init__(self) -> None:
@@ -24,13 +24,13 @@ class StartFailures:
         self._noticed: list[str] = []
 
     def watch(self, start: Callable[..., Any]) -> Callable[..., Any]:
-        """`start`, which runs in the new process, with its failures reported."""
+        """Wraps `start`, which runs in a new process, to report its exceptions."""
 
         def watched(*arguments: Any, **options: Any) -> Any:
             try:
                 return start(*arguments, **options)
             except SystemExit as end:
-                # An executor of ours that says why; nothing else needs to be printed.
+                # One of our executors exits with the reason; there is no need to print more.
                 if isinstance(end.code, str):
                     self.report(end.code.removeprefix("clip_server: "))
                     sys.exit(1)
@@ -44,14 +44,14 @@ class StartFailures:
     def report(self, reason: str) -> None:
         """Adds a reason, as one line."""
         line = " ".join(reason.split())
-        os.write(self._write, line.encode()[: _MOST_BYTES - 1] + b"\n")
+        os.write(self._write, line.encode()[: _MAX_BYTES - 1] + b"\n")
 
     def add(self, reason: str) -> None:
-        """What this process noticed itself."""
+        """Adds a reason that this process found."""
         self._noticed.append(reason)
 
     def reasons(self) -> list[str]:
-        """What was reported so far."""
+        """The reasons reported so far."""
         try:
             reported = os.read(self._read, 1 << 16).decode(errors="replace").splitlines()
         except BlockingIOError:

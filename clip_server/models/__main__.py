@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from clip_server import runtimes
+from clip_server.commands import console
 from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import ModelCard
 from clip_server.models import weights, zoo
@@ -42,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name in zoo.names() if _fits(name, options.filters)]
     if not names:
         wanted = " and ".join(map(repr, options.filters))
-        print(f"clip_server.models: no name has {wanted} in it", file=sys.stderr)
+        console.log(f"clip_server.models: no name contains {wanted}")
         return 1
     listed = [_listed(zoo.resolve(name)) for name in names]
     if options.json:
         print(json.dumps([asdict(each) for each in listed], indent=2, ensure_ascii=False))
     else:
-        _print(listed)
+        console.print_table(_COLUMNS, [*map(_cells, listed)])
     return 0
 
 
@@ -83,13 +84,6 @@ def _listed(card: ModelCard) -> Listed:
         cached=card.name == zoo.EMBEDDED or weights.cached(card) is not None,
         other_names=tuple(zoo.other_names(card.name)),
     )
-
-
-def _print(listed: Sequence[Listed]) -> None:
-    rows = [_COLUMNS, *map(_cells, listed)]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def _cells(each: Listed) -> tuple[str, ...]:

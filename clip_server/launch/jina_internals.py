@@ -1,0 +1,247 @@
+"""Every internal of Jina that this server replaces or uses, with the reason for each.
+
+Jina 3.34 is the last of its line, so its faults stay. tests/test_jina_internals.py shows each of
+them in unpatched Jina: a test that fails there names a patch that is no longer needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from clip_server.launch import ports
+
+if TYPE_CHECKING:
+    import grpc
+
+_ENVIRONMENT = {
+    "JINA_LOG_LEVEL": "ERROR",
+    "GRPC_VERBOSITY": "ERROR",
+    # By default Jina chooses executors' ports among those that systems give to outgoing
+    # connections, one of which could take a port before the executor listens on it.
+    "JINA_RANDOM_PORT_MIN": str(ports.CHOSEN_FROM.start),
+    "JINA_RANDOM_PORT_MAX": str(ports.CHOSEN_FROM.stop - 1),
+}
+
+
+# --- Importing ---
+
+
+def import_jina(*, without_torch: bool = False) -> None:
+    """Imports Jina with what concerns the process as a whole patched. May be called again."""
+    warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with _no_folders_in_home(), _hidden_torch(without_torch):
+        import jina.helper
+        import jina.orchestrate.flow.base
+        import jina.orchestrate.orchestrator as orchestrator
+        import jina.serve.executors
+
+        from clip_server.rpc.documents import UntypedDoc
+    # Jina looks for free ports on IPv4 only, and fails for a host such as ::1.
+    jina.helper._single_port_free = ports.is_free
+    # Jina asks three services on the internet for this machine's public address.
+    orchestrator.get_public_ip = lambda *_, **__: None
+    # Jina's document for endpoints without annotations cannot be read with chunks or matches.
+    jina.serve.executors.LegacyDocumentJina = UntypedDoc
+    # Jina's banner shows addresses that are not ours, and pages that this server lacks.
+    jina.orchestrate.flow.base.print = lambda *_: None
+
+
+@contextmanager
+def _hidden_torch(hidden: bool) -> Iterator[None]:
+    """Makes docarray leave torch out, which takes more than a second to import.
+
+    docarray imports it wherever it is installed, to offer torch tensors in documents. Ours have
+    none.
+    """
+    hidden = hidden and "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
+@contextmanager
+def _no_folders_in_home() -> Iterator[None]:
+    """Keeps Jina from creating folders in the home directory, which may not be writable.
+
+    Where it needs them it creates them again.
+    """
+    make_folder = Path.mkdir
+    Path.mkdir = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Path.mkdir = make_folder  # type: ignore[method-assign]
+
+
+# --- The YAML of a flow ---
+
+
+def expand_variables(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A flow with its ${{ ENV.NAME }} replaced, as Jina does it when it loads a file."""
+    from jina.jaml import JAML
+
+    expanded: dict[str, Any] = JAML.expand_dict(dict(spec))
+    return expanded
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """Jina's parser of the options of a flow, gateway, deployment or client, by that name.
+
+    It is the only list of Jina's keys. A mistake raises ValueError, where Jina would print 50
+    lines of usage and end the process.
+    """
+    import jina.parsers
+    from jina.parsers.flow import set_flow_parser
+
+    makers: dict[str, Callable[[], argparse.ArgumentParser]] = {
+        "flow": set_flow_parser,
+        "gateway": jina.parsers.set_gateway_parser,
+        "deployment": jina.parsers.set_deployment_parser,
+        "client": jina.parsers.set_client_cli_parser,
+    }
+    found = makers[name]()
+
+    def fail(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    found.error = fail  # type: ignore[method-assign]
+    return found
+
+
+def check_option(parser: argparse.ArgumentParser, key: str, value: Any) -> None:
+    """Raises what Jina's parser raises for a key of a flow, once for the whole flow.
+
+    Jina itself would parse it in each process, after the models are loaded.
+    """
+    from jina.helper import ArgNamespace
+
+    parser.parse_known_args(ArgNamespace.kwargs2list({key: value}))
+
+
+# --- The processes of a flow ---
+
+
+class FlowProcess:
+    """A process that Jina started: the gateway, or a replica of an executor.
+
+    Jina watches over none of them: one that dies is neither reported nor restarted.
+    """
+
+    def __init__(self, pod: Any) -> None:
+        self._pod = pod
+        self.name: str = pod.name
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative: the signal that killed it. None: it runs."""
+        code: int | None = self._pod.worker.exitcode
+        return code
+
+    @property
+    def is_expected_to_run(self) -> bool:
+        """Whether Jina still waits for its word, that it is ready or that it shut down."""
+        return not self._pod.is_shutdown.is_set()
+
+    def give_up(self) -> None:
+        """Ends Jina's wait for a process that died without a word: forever at startup, and
+        `timeout_ctrl` at shutdown."""
+        self._pod.is_shutdown.set()
+
+
+def flow_processes(flow: Any) -> dict[str, list[FlowProcess]]:
+    """The processes of a flow that was built, by the names of gateway and executors."""
+    found = {}
+    for name, deployment in flow._deployment_nodes.items():
+        pods = [deployment.gateway_pod] if deployment.gateway_pod is not None else []
+        for shard in deployment.shards.values():
+            pods += shard._pods
+        found[name] = [FlowProcess(pod) for pod in pods]
+    return found
+
+
+def executor_addresses(flow: Any) -> dict[str, Any]:
+    """The gRPC addresses of the replicas, by executor, as Jina hands them to the gateway."""
+    found: dict[str, Any] = json.loads(flow._deployment_nodes["gateway"].args.deployments_addresses)
+    return found
+
+
+def wrap_start(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wraps the call that starts the server of a new process.
+
+    Jina logs an exception there and tells the parent only that the process did not start.
+    """
+    import jina.serve.executors.run as pods
+
+    pods.AsyncNewLoopRuntime = wrap(pods.AsyncNewLoopRuntime)
+
+
+def wrap_wait(flow: Any, wrap: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+    """Wraps the wait for a flow's processes to become ready, and silences what Jina logs of it:
+    that the flow was aborted, without the reason."""
+    flow.logger.logger.setLevel(logging.CRITICAL + 1)
+    flow._wait_until_all_ready = wrap(flow._wait_until_all_ready)
+
+
+def close_gateway(flow: Any) -> None:
+    """Drains and stops the gateway while executors can still answer its requests in flight.
+
+    Closing the flow stops executors first, or at the same time.
+    """
+    flow._deployment_nodes["gateway"].close()
+
+
+# --- Inside the gateway and the executors ---
+
+
+async def learn_endpoints(gateway: Any) -> dict[str, frozenset[str]]:
+    """Asks the executors for their endpoints and schemas; the endpoints, by executor.
+
+    Jina's own servers do it in their `setup_server`, which ours replaces. Jina's clients ask the
+    gateway for the schemas in turn.
+    """
+    streamer = gateway.streamer
+    await streamer._get_endpoints_input_output_models(is_cancel=gateway.is_cancel)
+    nodes = streamer.topology_graph.all_nodes
+    return {node.name: frozenset(node.endpoints or ()) for node in nodes}
+
+
+def intercept_calls(
+    executor_class: type, interceptor: Callable[[Any], grpc.aio.ServerInterceptor]
+) -> None:
+    """Adds a gRPC interceptor to the servers of executors of a class.
+
+    It answers clip.v1 on the executor's own port: a call by Jina's protocol costs several times
+    as much, and has one answer for everything in it. Jina offers no way to add a service.
+
+    executor_class: may be subclassed.
+    interceptor: called with the executor.
+    """
+    from jina.serve.runtimes.servers.grpc import GRPCServer
+
+    setup_server = GRPCServer.setup_server
+
+    async def setup_with_interceptor(server: Any) -> None:
+        executor = getattr(server._request_handler, "_executor", None)
+        if isinstance(executor, executor_class):
+            others = server.grpc_tracing_server_interceptors or []
+            server.grpc_tracing_server_interceptors = [*others, interceptor(executor)]
+            # Jina creates it for snapshots, which encoders do not have, and leaves it behind.
+            Path(server._request_handler._snapshot_parent_directory).rmdir()
+        await setup_server(server)
+
+    GRPCServer.setup_server = setup_with_interceptor
