@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Start, flow
+from conftest import Start, flow, free_ports
 
 from clip_client import Client
 from clip_server.__main__ import main
 from clip_server.errors import ConfigurationError
 from clip_server.executors.parameters import EncoderParameters
 from clip_server.launch import flow as flows
+from clip_server.launch.ports import is_free
 
 UNSET = object()
 
@@ -269,12 +270,18 @@ def test_ports_of_the_command_line() -> None:
     def ports(*wanted: int, spec: dict[str, Any] | None = None) -> Any:
         return prepared(spec or flow(), port=wanted)["gateway"]["port"]
 
-    assert ports(15001, 14001, 13001) == [15001, 14001, 13001]
-    assert ports(15001) == [15001, 15002, 15003]
-    assert ports(15001, spec=changed("with.protocol", "http")) == [15001]
+    three = free_ports(3)
+    assert ports(*three) == three
+    first = next(port for port in free_ports(50) if set(free_after(port, 3)) == {True})
+    assert ports(first) == [first, first + 1, first + 2]
+    assert ports(first, spec=changed("with.protocol", "http")) == [first]
     assert len({0, *ports(0)}) == 4
     with pytest.raises(ConfigurationError, match="one port for each protocol"):
-        ports(15001, 15002)
+        ports(*three[:2])
+
+
+def free_after(port: int, count: int) -> list[bool]:
+    return [is_free("127.0.0.1", port + offset) for offset in range(count)]
 
 
 Refused = Callable[..., str]
