@@ -318,6 +318,9 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
         executor.setdefault("replicas", uses.pop("replicas"))
         uses.pop("replicas", None)
         console.log(f"clip_server: warning: {place}: replicas belongs next to uses:, not under it")
+    if "workspace" in uses:
+        # As clip-as-service's page on retrieval has it.
+        executor.setdefault("workspace", uses.pop("workspace"))
     metas = section(uses.get("metas"), flow_keys.METAS, f"{place}: uses: metas")
     modules = _modules(executor)
     for module in modules:

@@ -73,7 +73,12 @@ EXECUTOR = Section(
 )
 USES = Section(
     "uses:",
-    frozenset({"jtype", "with", "metas", "requests", "dynamic_batching", "py_modules", "replicas"}),
+    frozenset(
+        {
+            *("jtype", "with", "metas", "requests", "dynamic_batching", "py_modules"),
+            *("replicas", "workspace"),
+        }
+    ),
 )
 METAS = Section("metas:", frozenset(_METAS))
 

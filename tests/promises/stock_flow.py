@@ -1,4 +1,4 @@
-"""`python stock_flow.py MODULE PORT PROTOCOL EXECUTOR`: a Flow started in Python, as in Jina's docs.
+"""`python stock_flow.py MODULE PORT PROTOCOL EXECUTOR`: a Flow in Python, as Jina's docs have it.
 
 MODULE is where the Flow comes from, `jina` or `clip_server`.
 
