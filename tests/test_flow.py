@@ -215,6 +215,7 @@ def test_numbers_and_truth_values_in_quotes_are_read() -> None:
         ("version", "1.0"),
         ("with.monitoring", True),
         ("with.env", {"A": "b"}),
+        ("with.compression", "gzip"),
         ("with.timeout_send", 5000),
         ("with.uvicorn_kwargs", {"timeout_keep_alive": 5}),
         ("with.protocol", ["GRPC", "https", "ws"]),

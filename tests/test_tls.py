@@ -7,12 +7,44 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Start, flow
 
+from clip_server.errors import ConfigurationError
+from clip_server.launch import flow as flows
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
+
+
+@needs_openssl
+def test_the_password_of_a_key(tmp_path: Path) -> None:
+    """In either place; a missing or wrong one is one line. Serving with one: tests/promises."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "2", "-passout", "pass:right",
+         "-keyout", key, "-out", certificate, "-subj", "/CN=localhost"],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+
+    def prepared(**keys: Any) -> dict[str, Any]:
+        spec = flow(ports=[0, 0, 0])
+        spec["with"] |= {"ssl_keyfile": str(key), "ssl_certfile": str(certificate), **keys}
+        gateway: dict[str, Any] = flows.prepare(spec)["gateway"]
+        return gateway
+
+    expected = {"ssl_keyfile_password": "right"}
+    assert prepared(ssl_keyfile_password="right")["uvicorn_kwargs"] == expected
+    assert prepared(uvicorn_kwargs=expected)["uvicorn_kwargs"] == expected
+    with pytest.raises(ConfigurationError, match="password: set ssl_keyfile_password"):
+        prepared()
+    with pytest.raises(ConfigurationError, match="or ssl_keyfile_password is wrong"):
+        prepared(ssl_keyfile_password="wrong")
+
+
+@needs_openssl
 def test_tls(start: Start, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
 from jina.serve.runtimes.gateway.gateway import BaseGateway
 from jina.serve.runtimes.servers import BaseServer
 
@@ -52,7 +53,11 @@ class ClipGateway(BaseServer, BaseGateway):
         self._pools = replica_pools(json.loads(args.deployments_addresses), timeout)
         self._max_queued_bytes = max_queued_bytes
         self._options = ListenerOptions(
-            max_request_bytes, bool(args.cors), args.grpc_server_options or {}, _tls(args)
+            max_request_bytes,
+            bool(args.cors),
+            args.grpc_server_options or {},
+            grpc.Compression[args.compression or "NoCompression"],
+            _tls(args),
         )
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()
@@ -118,4 +123,5 @@ def _tls(args: Any) -> Tls | None:
         return None
     if not (key and certificate):
         raise ConfigurationError("TLS needs both ssl_keyfile and ssl_certfile under gateway:")
-    return Tls(Path(key), Path(certificate))
+    password = (args.uvicorn_kwargs or {}).get("ssl_keyfile_password")
+    return Tls(Path(key), Path(certificate), password and str(password))

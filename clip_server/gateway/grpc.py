@@ -20,7 +20,9 @@ class GrpcListener(Listener):
 
     async def start(self) -> None:
         """Opens the port."""
-        self._server = grpc.aio.server(options=list(self._server_options().items()))
+        self._server = grpc.aio.server(
+            options=list(self._server_options().items()), compression=self.options.grpc_compression
+        )
         self._streams = StreamServer(self.call, IN_FLIGHT)
         clip = clip_handlers(self.call, self._streams)
         self._server.add_generic_rpc_handlers((clip, *jina_handlers(self.jina)))
@@ -48,7 +50,7 @@ class GrpcListener(Listener):
         if tls is None:
             self._server.add_insecure_port(address)
         else:
-            pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+            pair = (tls.decrypted_key(), tls.certificate.read_bytes())
             self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
 
     async def stop(self) -> None:

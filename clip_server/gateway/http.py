@@ -66,6 +66,7 @@ class HttpListener(Listener):
             server_header=False,
             ssl_keyfile=str(tls.key) if tls else None,
             ssl_certfile=str(tls.certificate) if tls else None,
+            ssl_keyfile_password=tls.password if tls else None,
             timeout_graceful_shutdown=int(GRACE_SECONDS),
         )
         self._server = uvicorn.Server(config)

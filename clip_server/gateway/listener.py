@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.router import Router
 from clip_server.rpc.multiplexing import Call
@@ -20,10 +22,28 @@ IN_FLIGHT = 64
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files of a server's key and its chain of certificates."""
+    """PEM files of a server's key and its chain of certificates.
+
+    password: of the key; None: it is not encrypted.
+    """
 
     key: Path
     certificate: Path
+    password: str | None = None
+
+    def decrypted_key(self) -> bytes:
+        """The key as PEM without password, which is the only kind that gRPC takes."""
+        pem = self.key.read_bytes()
+        if self.password is None:
+            return pem
+        from cryptography.hazmat.primitives import serialization
+
+        key = serialization.load_pem_private_key(pem, self.password.encode())
+        return key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
 
 
 @dataclass(frozen=True)
@@ -33,12 +53,14 @@ class ListenerOptions:
     max_request_bytes: of one message or HTTP body.
     cors: whether pages of other origins may read HTTP responses.
     grpc_options: of the gRPC server, which override ours.
+    grpc_compression: of gRPC responses, for clients that accept it.
     tls: None: connections are not encrypted.
     """
 
     max_request_bytes: int
     cors: bool = False
     grpc_options: Mapping[str, Any] = field(default_factory=dict)
+    grpc_compression: grpc.Compression = grpc.Compression.NoCompression
     tls: Tls | None = None
 
 

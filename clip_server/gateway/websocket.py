@@ -41,7 +41,7 @@ class WebSocketListener(Listener):
         context, tls = None, self.options.tls
         if tls is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(tls.certificate, tls.key)
+            context.load_cert_chain(tls.certificate, tls.key, tls.password)
         self._server = await serve(
             self._serve,
             self.hosts,

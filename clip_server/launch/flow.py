@@ -21,7 +21,7 @@ from typing import Any
 from clip_server.commands import console
 from clip_server.errors import ConfigurationError
 from clip_server.launch import flow_keys, jina_internals, ports
-from clip_server.launch.flow_keys import as_mapping, section
+from clip_server.launch.flow_keys import TLS_PASSWORD, as_mapping, section
 from clip_server.runtimes import RuntimeSpec, by_executor
 
 DEFAULT_FLOW = "torch-flow.yml"
@@ -43,6 +43,9 @@ _GATEWAY_KEYS = (
     "prefetch",
     "ssl_keyfile",
     "ssl_certfile",
+    TLS_PASSWORD,
+    "uvicorn_kwargs",
+    "compression",
     *flow_keys.GATEWAY_PARAMETERS,
 )
 _PROTOCOLS = {"grpcs": "grpc", "https": "http", "ws": "websocket", "wss": "websocket"}
@@ -233,7 +236,7 @@ def _prepare_gateway(gateway: dict[str, Any], wanted: Sequence[int]) -> dict[str
             f"port: {', '.join(map(str, chosen))}, protocol: {', '.join(protocols)}: there must be "
             "one port for each protocol"
         )
-    _check_tls(gateway)
+    _prepare_tls(gateway)
     ours = {} if "uses" in gateway else {
         "uses": "ClipGateway",
         "py_modules": ["clip_server.gateway"],
@@ -266,9 +269,15 @@ def _protocol(name: Any) -> str:
     return protocol
 
 
-def _check_tls(gateway: Mapping[str, Any]) -> None:
-    """Raises ConfigurationError unless there is no TLS, or a key and its certificate."""
+def _prepare_tls(gateway: dict[str, Any]) -> None:
+    """Raises ConfigurationError unless there is no TLS, or a key and its certificate.
+
+    The password of the key may be given on its own or, as in clip-as-service, under
+    uvicorn_kwargs, the only place where Jina lets it through.
+    """
     files = {key: str(gateway.get(key) or "") for key in ("ssl_keyfile", "ssl_certfile")}
+    uvicorn = as_mapping(gateway.get("uvicorn_kwargs"), "uvicorn_kwargs")
+    password = str(gateway.pop(TLS_PASSWORD, None) or uvicorn.get(TLS_PASSWORD) or "")
     if not any(files.values()):
         return
     for key, name in files.items():
@@ -276,14 +285,22 @@ def _check_tls(gateway: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"TLS needs ssl_keyfile and ssl_certfile: {key} is missing")
         if not Path(name).is_file():
             raise ConfigurationError(f"{key}: there is no file {Path(name).absolute()}")
+    if password:
+        gateway["uvicorn_kwargs"] = {**uvicorn, TLS_PASSWORD: password}
+    elif b"ENCRYPTED" in Path(files["ssl_keyfile"]).read_bytes():
+        raise ConfigurationError(
+            f"ssl_keyfile: {files['ssl_keyfile']} is protected by a password: set {TLS_PASSWORD}, "
+            f"for example to ${{{{ ENV.{TLS_PASSWORD.upper()} }}}}"
+        )
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            files["ssl_certfile"], files["ssl_keyfile"], password=""
+            files["ssl_certfile"], files["ssl_keyfile"], password=password
         )
     except OSError as error:
+        wrong = f", or {TLS_PASSWORD} is wrong" if password else ""
         raise ConfigurationError(
             f"ssl_keyfile and ssl_certfile: {files['ssl_keyfile']} and {files['ssl_certfile']} "
-            f"are not a key without password and its certificate, as PEM ({error})"
+            f"are not a key and its certificate, as PEM{wrong} ({error})"
         ) from None
 
 

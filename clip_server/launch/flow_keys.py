@@ -19,6 +19,7 @@ from clip_server.launch import jina_internals
 
 # Read by our gateway; everything else under `gateway:` is Jina's.
 GATEWAY_PARAMETERS = ("max_request_bytes", "max_queued_bytes")
+TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
 # Understood by Jina's cloud, ignored here.
@@ -58,12 +59,14 @@ TOP = Section(
 )
 WITH = Section(
     "with:",
-    frozenset({*GATEWAY_PARAMETERS, *_PREPARED, "args", "kwargs", *_CLOUD}),
+    frozenset({*GATEWAY_PARAMETERS, TLS_PASSWORD, *_PREPARED, "args", "kwargs", *_CLOUD}),
     ("flow", "gateway", "client", "deployment"),
     frozenset(_OF_EXECUTORS_ONLY),
 )
 GATEWAY = Section(
-    "gateway:", frozenset({*GATEWAY_PARAMETERS, *_PREPARED, "jtype", *_CLOUD}), ("gateway",)
+    "gateway:",
+    frozenset({*GATEWAY_PARAMETERS, TLS_PASSWORD, *_PREPARED, "jtype", *_CLOUD}),
+    ("gateway",),
 )
 EXECUTOR = Section(
     "an executor",
@@ -121,7 +124,7 @@ def section(value: Any, spec: Section, place: str) -> dict[str, Any]:
         found[key] = content
     for key, content in found.items():
         if key not in spec.own:
-            _check_value(key, content, spec, place)
+            found[key] = content = _check_value(key, content, spec, place)
         least = _LEAST.get(key)
         if least is not None:
             found[key] = whole_number(content, f"{place}: {key}", least)
@@ -181,8 +184,12 @@ def _elsewhere(spec: Section) -> list[Section]:
     return [each for each in order if each is not spec]
 
 
-def _check_value(key: str, value: Any, spec: Section, place: str) -> None:
-    """Raises ConfigurationError where Jina's parser would end the process with its usage."""
+def _check_value(key: str, value: Any, spec: Section, place: str) -> Any:
+    """The value of one of Jina's keys; of a choice, as Jina spells it.
+
+    Raises:
+        ConfigurationError: Jina's parser would end the process with its usage.
+    """
     name = next(each for each in spec.parsers if key in _aliases(each).values())
     parser = _parser(name)
     action = next(each for each in parser._actions if each.dest == key)
@@ -190,7 +197,8 @@ def _check_value(key: str, value: Any, spec: Section, place: str) -> None:
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigurationError(f"{where}: {_shown(value)} is not true or false")
-        return
+        return value
+    value = next((each for each in action.choices or () if _spells(value, each)), value)
     if action.type is int:
         whole_number(value, where, _LEAST.get(key, -1))
     if isinstance(value, bool) or (isinstance(value, list) and action.nargs is None):
@@ -200,6 +208,11 @@ def _check_value(key: str, value: Any, spec: Section, place: str) -> None:
     except (TypeError, ValueError, argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         why = re.sub(r"^argument [^:]*: ", "", str(error))
         raise ConfigurationError(f"{where}: {_shown(value)}: {why}") from None
+    return value
+
+
+def _spells(value: Any, choice: Any) -> bool:
+    return isinstance(value, str) and value.lower() == str(choice).lower()
 
 
 def _canonical(key: str, spec: Section) -> str:
