@@ -10,7 +10,20 @@ from clip_client.errors import ConnectionFailedError, InvalidInputError
 from clip_client.proxies import through
 
 # The default port of each scheme.
-SCHEMES = {"grpc": 51000, "grpcs": 443, "http": 80, "https": 443, "ws": 80, "wss": 443}
+SCHEMES = {
+    "grpc": 51000,
+    "grpcs": 443,
+    "http": 80,
+    "https": 443,
+    "ws": 80,
+    "wss": 443,
+    # NVIDIA's Triton Inference Server, over HTTP and gRPC.
+    "triton": 8000,
+    "tritons": 443,
+    "triton+grpc": 8001,
+    "triton+grpcs": 443,
+}
+_SECURE = {"grpcs", "https", "wss", "tritons", "triton+grpcs"}
 # clip-as-service's names.
 _ALIASES = {"websocket": "ws", "websockets": "wss"}
 
@@ -43,13 +56,13 @@ class Address:
         if not host or parts.username is not None or parts.query or parts.fragment:
             raise InvalidInputError(f"{server!r} is not of the form {scheme}://host:port")
         path = parts.path.rstrip("/")
-        if path and scheme.startswith("grpc"):
+        if path and "grpc" in scheme:
             raise InvalidInputError(f"{server!r}: a gRPC address has no path")
         return cls(scheme, host, SCHEMES[scheme] if port is None else port, path)
 
     @property
     def secure(self) -> bool:
-        return self.scheme in ("grpcs", "https", "wss")
+        return self.scheme in _SECURE
 
     @property
     def target(self) -> str:
@@ -64,10 +77,8 @@ class Address:
         detail = str(reason).strip() or type(reason).__name__
         if isinstance(reason, ConnectionError) and reason.errno:
             detail = os.strerror(reason.errno)
-        advice = (
-            f"Is it running there (python -m clip_server), and does that port speak "
-            f"{self.scheme}://?"
-        )
+        server = "tritonserver" if "triton" in self.scheme else "python -m clip_server"
+        advice = f"Is it running there ({server}), and does that port speak {self.scheme}://?"
         if proxy:
             advice = f"Is that proxy right? NO_PROXY={self.host} goes without it."
         error = ConnectionFailedError(

@@ -17,6 +17,10 @@ _VARIABLES = {
     "wss": ("wss", "https"),
     "grpc": ("grpc", "https", "http"),
     "grpcs": ("grpc", "https", "http"),
+    "triton": ("http",),
+    "tritons": ("https",),
+    "triton+grpc": ("grpc", "https", "http"),
+    "triton+grpcs": ("grpc", "https", "http"),
 }
 
 

@@ -34,6 +34,9 @@ ALLOWED = {
     # Commands whose modules lie in a room below what they show.
     "clip_server.models.__main__": [*GROUND, "clip_server.runtimes", "clip_server.models",
                                     "clip_server.towers"],
+    # Models of a repository for Triton, which run in its processes.
+    "clip_server.convert.triton.models": ["clip_server.errors", "clip_server.model_card",
+                                          "clip_server.preprocess"],
     # First floor.
     "clip_server.preprocess": GROUND,
     "clip_server.towers": GROUND,
@@ -78,7 +81,7 @@ FRAMEWORKS = {
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",
               "clip_server.models.weights", "clip_server.convert.export"],
     "open_clip": ["clip_server.runtimes.torch"],
-    "onnxruntime": ["clip_server.runtimes.onnx"],
+    "onnxruntime": ["clip_server.runtimes.onnx", "clip_server.convert.triton.models.tower"],
     "onnx": ["clip_server.towers.builder", "clip_server.towers.graph",
              "clip_server.towers.onnx_file", "clip_server.convert"],
     "faiss": ["clip_server.search.local", "clip_server.search.segments"],

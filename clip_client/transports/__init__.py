@@ -18,6 +18,10 @@ _MODULES = {
     "https": "http",
     "ws": "websocket",
     "wss": "websocket",
+    "triton": "triton",
+    "tritons": "triton",
+    "triton+grpc": "triton",
+    "triton+grpcs": "triton",
 }
 
 

@@ -14,7 +14,7 @@ from clip_client.proxies import through
 CONNECT_SECONDS = 10.0
 
 # The code for a status whose body does not name one: mostly a proxy's answer.
-_STATUS_CODES = {
+STATUS_CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
     403: "UNAUTHENTICATED",
@@ -53,7 +53,7 @@ def status_error(where: str, status: int, body: bytes, proxy: str | None = None)
     detail = body[:200].decode("utf-8", "replace").strip()
     if status == 404:
         detail = f"is this the address of a CLIP server? {detail}"
-    code = _STATUS_CODES.get(status, "UNKNOWN")
+    code = STATUS_CODES.get(status, "UNKNOWN")
     return server_error(
         code, f"{where}{through(proxy)} answered with status {status}: {detail}".rstrip(": ")
     )

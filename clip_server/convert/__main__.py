@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from clip_server import runtimes
 from clip_server.commands import console
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity
+from clip_server.convert.triton.config import BACKENDS
 from clip_server.errors import ClipServerError, ConfigurationError, UnknownModelError
 from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import PRECISIONS, ModelCard, Precision
@@ -34,9 +36,11 @@ from clip_server.towers import registry
 
 if TYPE_CHECKING:
     from clip_server.convert.writers import Encode, Writer
+    from clip_server.models.weights import Tensors
 
 # The kinds of files that towers are converted to.
 _FILES = {spec.files.kind: spec.files for spec in runtimes.RUNTIMES if spec.files}
+_TRITON = "triton"
 _FLOW = """
 In a flow:
 
@@ -73,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|PATH",
         help="a model's name; a checkpoint or the folder of one; or architecture::PATH",
     )
-    parser.add_argument("--to", choices=sorted(_FILES), default="onnx", help="onnx by default")
+    parser.add_argument(
+        "--to",
+        choices=[*sorted(_FILES), _TRITON],
+        default="onnx",
+        help="onnx by default; triton: a model repository for NVIDIA's Triton Inference Server",
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 by default")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
@@ -83,31 +92,116 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--context-length", type=int, metavar="N", help="tokens that a text is cut to; the model's"
     )
+    _add_triton_options(parser.add_argument_group("with --to triton"))
     return parser
+
+
+def _add_triton_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--towers",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help=f"the backend that runs the towers; {BACKENDS[0]} by default",
+    )
+    group.add_argument(
+        "--gpus",
+        type=_numbers,
+        default=(),
+        metavar="0,1",
+        help="that run the towers; by default all that Triton sees, or else the CPU",
+    )
+    group.add_argument(
+        "--version", type=_positive, default=1, metavar="N", help="version of the models; 1"
+    )
+    group.add_argument(
+        "--labels", type=Path, metavar="FILE", help="default prompts of zero_shot, one per line"
+    )
+
+
+def _numbers(given: str) -> list[int]:
+    return [int(number) for number in given.split(",")]
+
+
+def _positive(given: str) -> int:
+    if (number := int(given)) < 1:
+        raise ValueError
+    return number
 
 
 def _convert(options: argparse.Namespace) -> bool:
     """Converts, and says whether what came of it is near enough to its source."""
-    from clip_server.convert.writers import writer  # says what is not installed
-
     name, path = _located(options.name)
     card = _with_context(zoo.resolve(name, path), options.context_length)
+    if options.to == _TRITON:
+        return _convert_to_repository(options, name, path, card)
+    from clip_server.convert.writers import writer  # says what is not installed
+
     precision, folder, files = options.precision, options.out, _FILES[options.to].names
     chosen = [tower for tower in TOWERS if getattr(options, tower)] or TOWERS
     paths = {tower: folder / files[tower] for tower in chosen}
     _refuse_mixture(folder, card, precision, paths)
-    console.log(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
-    source, expected = _embedded(name, path, card, chosen)
+    card, near = _write_towers(options, name, path, card, paths, partial(writer, options.to))
+    converted.write(folder, card, precision)
+    print(_FLOW.format(folder=folder.resolve(), executor=runtimes.of_files(options.to).executor))
+    return near
 
+
+def _convert_to_repository(
+    options: argparse.Namespace, name: str, path: Path | None, card: ModelCard
+) -> bool:
+    """Writes a model repository of Triton; says as `_convert` does whether it is near enough."""
+    from clip_server.convert.triton.repository import Repository
+    from clip_server.convert.writers import OnnxWriter, TensorrtGraphWriter
+
+    if options.image or options.text:
+        raise ConfigurationError("--to triton writes both towers: leave --image and --text out")
+    repository = Repository(
+        options.out,
+        backend=options.towers,
+        version=options.version,
+        gpus=options.gpus,
+        prompts=_read_lines(options.labels),
+    )
+    repository.check(card)
+    paths = {tower: repository.graph(tower) for tower in TOWERS}
+    writer = TensorrtGraphWriter if options.towers == "tensorrt" else OnnxWriter
+    card, near = _write_towers(options, name, path, card, paths, writer)
+    repository.write(card, options.precision)
+    print(repository.instructions())
+    return near
+
+
+def _read_lines(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--labels {file} cannot be read: {error}") from None
+
+
+def _write_towers(
+    options: argparse.Namespace,
+    name: str,
+    path: Path | None,
+    card: ModelCard,
+    paths: Mapping[Tower, Path],
+    writer: Callable[[ModelCard, Tensors, Precision], Writer],
+) -> tuple[ModelCard, bool]:
+    """Writes and compares towers: the card with the checkpoint's logit scale, and whether all are
+    near enough to their source."""
+    precision: Precision = options.precision
+    console.log(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
+    source, expected = _embedded(name, path, card, list(paths))
     held, tensors = load_checkpoint(name, path)
     card = replace(card, logit_scale=held.logit_scale)
-    target = writer(options.to, card, tensors, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = [_made(target, card, tower, paths[tower], expected[tower]) for tower in chosen]
-    converted.write(folder, card, precision)
-    _report(source, precision, paths, found)
-    print(_FLOW.format(folder=folder.resolve(), executor=runtimes.of_files(options.to).executor))
-    return all(parity is None or parity.suffices(precision) for parity in found)
+    target = writer(card, tensors, precision)
+    for file in paths.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+    found = [_made(target, card, tower, paths[tower], expected[tower]) for tower in paths]
+    shown = {str(path.relative_to(options.out)): path for path in paths.values()}
+    _report(source, precision, shown, found)
+    return card, all(parity is None or parity.suffices(precision) for parity in found)
 
 
 def _located(given: str) -> tuple[str, Path | None]:
@@ -185,11 +279,12 @@ def _made(
 
 
 def _report(
-    source: str, precision: Precision, paths: Mapping[Tower, Path], found: Sequence[Parity | None]
+    source: str, precision: Precision, paths: Mapping[str, Path], found: Sequence[Parity | None]
 ) -> None:
+    """Prints a table of the files, each under the name that `paths` has for it."""
     rows = [
-        [path.name, _megabytes(path), *_figures(parity, precision)]
-        for path, parity in zip(paths.values(), found, strict=True)
+        [name, _megabytes(path), *_figures(parity, precision)]
+        for (name, path), parity in zip(paths.items(), found, strict=True)
     ]
     columns = ["tower", "size", f"least cosine with {source}", "greatest difference", precision]
     console.print_table(columns, rows)

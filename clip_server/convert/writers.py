@@ -90,10 +90,18 @@ class OnnxWriter:
         return _torch_towers(self._card, self._tensors)
 
 
-class TensorrtWriter(OnnxWriter):
-    """Engines of the same graphs, for the GPU that is here, or any where there is none."""
+class TensorrtGraphWriter(OnnxWriter):
+    """The same graphs, in operators that TensorRT has."""
 
     target = "tensorrt"
+
+    def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
+        runtimes.find("tensorrt").check_precision(precision)
+        super().__init__(card, tensors, precision)
+
+
+class TensorrtWriter(TensorrtGraphWriter):
+    """Engines of these graphs, for the GPU that is here, or any where there is none."""
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         tensorrt_engines.library()
