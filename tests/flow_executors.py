@@ -64,3 +64,42 @@ class Indexer(Executor):
     def refuse(self, **_: Any) -> None:
         """Fails with what the client should read."""
         raise RequestError("the index is empty")
+
+
+class Length(Executor):
+    """Stands beside the encoder."""
+
+    @requests
+    def measure(self, docs, **_):
+        for doc in docs:
+            doc.tags["length"] = len(doc.blob or doc.text)
+
+
+class Page(BaseDoc):
+    """A part of a Tree."""
+
+    number: int = 1
+
+
+class Tree(BaseDoc):
+    """Refers to itself, and to one class twice."""
+
+    text: Optional[str] = None  # noqa: UP045
+    blob: Optional[bytes] = None  # noqa: UP045
+    embedding: Optional[NdArray] = None  # noqa: UP045
+    tags: Dict[str, Any] = {}  # noqa: UP006, RUF012
+    first: Optional[Page] = None  # noqa: UP045
+    pages: DocList[Page] = DocList[Page]()
+    child: Optional["Tree"] = None
+
+
+class Join(Executor):
+    """Waits for both."""
+
+    @requests
+    def join(self, docs: DocList[Tree], **_: Any) -> DocList[Tree]:
+        """Notes what came from each."""
+        for doc in docs:
+            doc.tags["encoded"] = doc.embedding is not None
+            doc.embedding = doc.embedding * 2
+        return docs

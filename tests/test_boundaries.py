@@ -76,7 +76,7 @@ ALLOWED = {
 FRAMEWORKS = {
     "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.launch.jina_internals",
              "clip_server.launch.server"],
-    "docarray": ["clip_server.executors", "clip_server.gateway.documents",
+    "docarray": ["clip_server.executors", "clip_server.gateway",
                  "clip_server.rpc.documents"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",
               "clip_server.models.weights", "clip_server.convert.export"],

@@ -41,6 +41,16 @@ def around(start: Start) -> Server:
 
 
 @pytest.fixture(scope="module")
+def branches(start: Start) -> Server:
+    """An executor beside the encoder, and one that waits for both."""
+    spec = flow()
+    beside = {**executor("length", "Length", "flow_executors.py"), "needs": "gateway"}
+    join = {**executor("join", "Join", "flow_executors.py"), "needs": ["clip", "length"]}
+    spec["executors"] += [beside, join]
+    return start(spec)
+
+
+@pytest.fixture(scope="module")
 def two_encoders(start: Start) -> Server:
     """The second gives ones, and has two replicas."""
     spec = flow()
@@ -111,6 +121,19 @@ def test_an_executor_that_fails_is_named_and_shows_nothing_of_the_server(
     assert not re.search(r"secret|OSError|Traceback|\.py", str(raised.value))
     with pytest.raises(Exception, match="the index is empty"):
         jina_post(around, protocol, "/refuse", [doc(text="a")])
+
+
+def test_branches_of_a_flow_are_joined(branches: Server, onnx_server: Server) -> None:
+    with Client(onnx_server.grpc) as plain, Client(branches.grpc) as client:
+        expected = plain.encode(["a cat", CAT]) * 2
+        np.testing.assert_allclose(client.encode(["a cat", CAT]), expected, rtol=1e-4, atol=1e-4)
+    found = jina_post(branches, "grpc", "/encode", [doc(text="a cat"), doc(blob=CAT)])
+    np.testing.assert_allclose([each.embedding for each in found], expected, rtol=1e-4, atol=1e-4)
+    assert [each.tags for each in found] == [
+        {"length": len("a cat"), "encoded": True},
+        {"length": len(CAT), "encoded": True},
+    ]
+    assert found[1].blob == CAT
 
 
 def test_an_executor_by_its_name(around: Server) -> None:

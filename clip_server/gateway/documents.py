@@ -1,4 +1,4 @@
-"""clip.v1 requests as Jina's documents and back, where other executors take part."""
+"""Documents of any class, and clip.v1 requests as documents and back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,44 @@ from typing import Any
 import numpy as np
 from docarray import DocList
 from docarray.base_doc import AnyDoc
+from docarray.utils.reduce import reduce
 from google.protobuf import json_format
-from jina.types.request.data import DataRequest
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.rpc.documents import ClipDoc, ClipMatch, ClipPart
+
+
+class FlowDoc(AnyDoc):
+    """A document as some executor declares it; its fields are whatever was sent."""
+
+    @classmethod
+    def _get_field_annotation(cls, field: str) -> type[FlowDoc]:
+        del field
+        return FlowDoc
+
+    @classmethod
+    def _get_field_annotation_array(cls, field: str) -> Any:
+        del field
+        return DocList[FlowDoc]
+
+    def update(self, other: Any) -> None:
+        """Adds the fields of the same document from another branch of the flow.
+
+        As docarray does, which knows only declared fields: lists are joined, documents below and
+        dicts merged, and of anything else the other's is taken unless it is None.
+        """
+        mine = vars(self)
+        for name, value in vars(other).items():
+            if isinstance(value, DocList) and isinstance(mine.get(name), DocList):
+                reduce(mine[name], value)
+            elif isinstance(value, dict) and isinstance(mine.get(name), dict):
+                mine[name].update(value)
+            elif isinstance(value, list) and isinstance(mine.get(name), list):
+                mine[name].extend(value)
+            elif value is not None:
+                mine[name] = value
+
 
 _NOT_ANSWERED = "the flow's answer has no embedding for this item"
 
@@ -28,23 +60,6 @@ def rank_documents(request: pb.RankRequest) -> DocList[ClipDoc]:
     """The query, with the candidates as its matches."""
     matches = DocList[ClipMatch](ClipMatch(**_fields(item)) for item in request.candidates)
     return DocList[ClipDoc]([ClipDoc(**_fields(request.query), matches=matches)])
-
-
-def data_request(endpoint: str, docs: DocList[Any], parameters: dict[str, Any]) -> DataRequest:
-    """A request for Jina."""
-    request = DataRequest()
-    request.document_array_cls = DocList[docs.doc_type]  # type: ignore[name-defined]
-    request.data.docs = docs
-    request.header.exec_endpoint = endpoint
-    request.parameters = parameters
-    return request
-
-
-def answered_documents(response: DataRequest) -> Sequence[Any]:
-    """The documents of a response, whatever their class is."""
-    response.document_array_cls = DocList[AnyDoc]
-    docs: Sequence[Any] = response.docs
-    return docs
 
 
 def encode_response(

@@ -14,6 +14,7 @@ from jina.serve.runtimes.servers import BaseServer
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.collection import open_collection
+from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
 from clip_server.gateway.jina_protocol import JinaRequestHandler
@@ -88,7 +89,7 @@ class ClipGateway(BaseServer, BaseGateway):
         infos = await asyncio.gather(*(pool.find_info(self.is_cancel) for pool in self._pools))
         if self.is_cancel.is_set():
             return None
-        endpoints = await jina_internals.learn_endpoints(self)
+        endpoints = await jina_internals.learn_endpoints(self, FlowDoc)
         executors = [
             FlowExecutor(
                 pool,

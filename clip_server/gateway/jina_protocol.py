@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import grpc
+from docarray import DocList
 from google.protobuf import empty_pb2, json_format
 from google.protobuf.message import DecodeError
 from jina.excepts import InternalNetworkError
@@ -16,6 +18,7 @@ from jina.types.request.data import DataRequest
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
+from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.topology import Topology
 from clip_server.rpc.errors import FAILED
 from clip_server.rpc.grpc_service import Context, abort, parse, unary_handler
@@ -123,11 +126,42 @@ class JinaRequestHandler:
         serialized: bytes = status.SerializeToString()
         return serialized
 
-    async def endpoints(self) -> bytes:
-        """A serialized `jina.EndpointsProto`: the endpoints and their schemas."""
-        found = await self._handler.endpoint_discovery(empty_pb2.Empty(), None)
+    def endpoints(self) -> bytes:
+        """A serialized `jina.EndpointsProto`: the endpoints and the schemas of their documents."""
+        schemas: dict[str, Any] = {}
+        for executor in self._topology.executors:
+            for endpoint, schema in executor.endpoints.items():
+                first = schemas.setdefault(endpoint, {"input": schema["input"]["model"]})
+                schemas[endpoint] = {
+                    **first,
+                    "output": schema["output"]["model"],
+                    "is_generator": schema["is_generator"],
+                    "is_singleton_doc": schema["is_singleton_doc"],
+                }
+        found = jina_pb2.EndpointsProto(endpoints=sorted(schemas))
+        found.schemas.update(schemas)
         serialized: bytes = found.SerializeToString()
         return serialized
+
+    async def post(
+        self, endpoint: str, docs: DocList[Any], parameters: Mapping[str, Any], target: str = ""
+    ) -> Sequence[FlowDoc]:
+        """The documents with which the flow answers `docs`.
+
+        target: a pattern of the executors that get them.
+
+        Raises:
+            RequestError: no executor answers `endpoint`, or one failed.
+        """
+        request = DataRequest()
+        request.document_array_cls = DocList[docs.doc_type]  # type: ignore[name-defined]
+        request.data.docs = docs
+        request.header.exec_endpoint, request.header.target_executor = endpoint, target
+        request.parameters = dict(parameters)
+        response = await self.send(request)
+        response.document_array_cls = DocList[FlowDoc]
+        answered: Sequence[FlowDoc] = response.docs
+        return answered
 
 
 def jina_handlers(jina: JinaRequestHandler) -> list[grpc.GenericRpcHandler]:
@@ -149,7 +183,7 @@ def jina_handlers(jina: JinaRequestHandler) -> list[grpc.GenericRpcHandler]:
 
     async def discover(message: bytes, _: Context) -> bytes:
         parse(empty_pb2.Empty, message)
-        return await jina.endpoints()
+        return jina.endpoints()
 
     methods = {
         "JinaRPC": {"Call": grpc.stream_stream_rpc_method_handler(call)},

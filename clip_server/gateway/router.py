@@ -103,20 +103,17 @@ class Router:
         parameters = {
             "normalize": request.options.normalize,
             "minibatch_size": request.options.minibatch_size,
-            "model_name": request.model or None,
+            "model_name": request.model,
         }
-        answered = await self._jina.send(documents.data_request("/encode", docs, parameters))
+        answered = await self._jina.post("/encode", docs, parameters)
         info = self._topology.encoder(request.model).info
-        return documents.encode_response(
-            docs, documents.answered_documents(answered), info.dim if info else 0
-        )
+        return documents.encode_response(docs, answered, info.dim if info else 0)
 
     async def _rank(self, request: pb.RankRequest) -> pb.RankResponse:
         check_count(len(request.candidates) + 1, self.max_request_items)
         docs = documents.rank_documents(request)
-        parameters = {"model_name": request.model or None}
-        answered = await self._jina.send(documents.data_request("/rank", docs, parameters))
-        return documents.rank_response(docs[0], documents.answered_documents(answered))
+        answered = await self._jina.post("/rank", docs, {"model_name": request.model})
+        return documents.rank_response(docs[0], answered)
 
     def _refuse_if_full(self, size: int) -> None:
         # One that is larger than the bound is taken by an idle server.

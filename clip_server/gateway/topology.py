@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError, RequestError
@@ -21,13 +22,13 @@ class FlowExecutor:
     """One executor of the flow, as it describes itself when the gateway starts.
 
     pool: its replicas.
-    endpoints: the endpoints that it binds.
+    endpoints: those that it binds, with their schemas as Jina discovers them.
     info: its model, if it encodes and speaks clip.v1; else None.
     is_indexer: whether it holds a collection, and speaks clip.v1.
     """
 
     pool: ReplicaPool
-    endpoints: Collection[str]
+    endpoints: Mapping[str, Any]
     info: pb.InfoResponse | None
     is_indexer: bool = False
 
@@ -97,6 +98,10 @@ class Topology:
         known = ", ".join(f"{each.info.model} ({each.name})" for each in self.encoders if each.info)
         raise RequestError(f"no encoder here is named {model[:100]!r}; this server has {known}")
 
+    def binds(self, endpoint: str) -> bool:
+        """Whether an executor answers `endpoint` by name, not only as any other."""
+        return any(endpoint in each.endpoints for each in self.executors)
+
     def route(self, endpoint: str, model: str = "", target: str = "") -> Route:
         """The way of a request for `endpoint`.
 
@@ -106,9 +111,8 @@ class Topology:
         Raises:
             RequestError: no executor answers it, or the pattern is invalid.
         """
-        is_bound = any(endpoint in each.endpoints for each in self.executors)
         named = _WITH_MODEL.fullmatch(endpoint)
-        if named and not model and not is_bound:
+        if named and not model and not self.binds(endpoint):
             endpoint, model = named.groups()
         chosen = self.encoder(model)
         answering = [

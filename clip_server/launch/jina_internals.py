@@ -208,16 +208,29 @@ def close_gateway(flow: Any) -> None:
 # --- Inside the gateway and the executors ---
 
 
-async def learn_endpoints(gateway: Any) -> dict[str, frozenset[str]]:
-    """Asks the executors for their endpoints and schemas; the endpoints, by executor.
+async def learn_endpoints(gateway: Any, document: type) -> dict[str, dict[str, Any]]:
+    """Asks the executors for their endpoints; the schemas of each, by executor and endpoint.
 
-    Jina's own servers do it in their `setup_server`, which ours replaces. Jina's clients ask the
-    gateway for the schemas in turn.
+    Jina's own servers do it in their `setup_server`, which ours replaces. They make a class of
+    documents from each schema, which fails for one that refers to itself and loses fields of
+    documents below others.
+
+    document: the class for all of them, with which branches of the flow are merged.
     """
+    from google.protobuf import json_format
+    from jina.serve.runtimes.gateway.graph import topology_graph
+
+    topology_graph.create_base_doc_from_schema = lambda *_, **__: document
     streamer = gateway.streamer
-    await streamer._get_endpoints_input_output_models(is_cancel=gateway.is_cancel)
-    nodes = streamer.topology_graph.all_nodes
-    return {node.name: frozenset(node.endpoints or ()) for node in nodes}
+    graph = streamer.topology_graph
+    await graph._get_all_endpoints(
+        streamer._connection_pool, retry_forever=True, is_cancel=gateway.is_cancel
+    )
+    return {
+        node.name: json_format.MessageToDict(node._endpoints_proto[0].schemas)
+        for node in graph.all_nodes
+        if node._endpoints_proto is not None
+    }
 
 
 def intercept_calls(
