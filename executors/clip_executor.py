@@ -22,8 +22,12 @@ class ClipExecutor(Executor):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS})
-        die_with_parent()
-        return_memory_when_idle()
+        # Jina passes them in the process of its own that it starts for an executor. One made in
+        # Python is part of its caller's process, whose signals and memory are not ours.
+        self.is_served = bool(arguments.get("runtime_args"))
+        if self.is_served:
+            die_with_parent()
+            return_memory_when_idle()
 
     @staticmethod
     def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -7,3 +7,6 @@ class CLIPEncoder(BaseCLIPEncoder):
     """Encodes with TensorRT."""
 
     runtime = "tensorrt"
+    parameter_order = (
+        "name", "device", "num_worker_preprocess", "minibatch_size", "access_paths", "dtype",
+    )  # fmt: skip

@@ -7,3 +7,6 @@ class CLIPEncoder(BaseCLIPEncoder):
     """Encodes with PyTorch, through open_clip."""
 
     runtime = "torch"
+    parameter_order = (
+        "name", "device", "jit", "num_worker_preprocess", "minibatch_size", "access_paths", "dtype",
+    )  # fmt: skip

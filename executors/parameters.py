@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from clip_server.engine.engine import MAX_QUEUED_ITEMS
@@ -34,6 +34,8 @@ class EncoderParameters:
         request, and on a decoded image.
     max_queued_items: while so many are in flight, further requests are refused.
     cache_bytes: of embeddings kept to answer the same items again; 0: none.
+    max_length: tokens that texts are truncated to, start and end included; None: the model's
+        context length.
     """
 
     name: str = "ViT-B-32::openai"
@@ -50,6 +52,7 @@ class EncoderParameters:
     max_pixels: int = at_least(1, MAX_PIXELS)
     max_queued_items: int = at_least(1, MAX_QUEUED_ITEMS)
     cache_bytes: int = at_least(0, 0)
+    max_length: int | None = field(default=None, metadata={"least": 2})
 
     @classmethod
     def names(cls) -> list[str]:
@@ -65,6 +68,9 @@ class EncoderParameters:
                 allowed.
         """
         values = {key: value for key, value in given.items() if value not in (None, "")}
+        for name in ("traversal_paths", "access_paths"):
+            if isinstance(values.get(name), (list, tuple)):
+                values[name] = ",".join(map(str, values[name]))
         if "traversal_paths" in values:
             warnings.warn(
                 "traversal_paths is the old name of access_paths: rename it", stacklevel=2
@@ -82,7 +88,7 @@ def parse_access_paths(paths: str) -> list[str]:
     Raises ConfigurationError for anything else.
     """
     fields_of = {"r": "", "c": "chunks", "m": "matches"}
-    letters = paths.replace(" ", "").removeprefix("@").split(",")
+    letters = [letter.strip().removeprefix("@") for letter in paths.split(",")]
     if not all(letter in fields_of for letter in letters):
         raise ConfigurationError(
             f"access_paths {paths!r}: allowed are '@r' (the documents sent), '@c' (their "

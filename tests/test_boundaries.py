@@ -51,7 +51,8 @@ ALLOWED = {
                            *GROUND, "clip_server.preprocess", "clip_server.models",
                            "clip_server.rpc", "clip_server.runtimes"],
     # Fifth floor: the processes of a server, and the commands.
-    "clip_server.executors": ["clip_client.proto", "clip_client.scores", "clip_client.tags",
+    "clip_server.executors": ["clip_client.errors", "clip_client.images", "clip_client.proto",
+                              "clip_client.scores", "clip_client.tags",
                               *GROUND, "clip_server.launch.jina_internals",
                               "clip_server.engine", "clip_server.models",
                               "clip_server.preprocess", "clip_server.rpc",

@@ -21,7 +21,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -40,6 +40,7 @@ from clip_server.engine.scheduler import (
 )
 from clip_server.engine.workers import Workers
 from clip_server.errors import ItemError, RequestError
+from clip_server.model_card import TextSpec
 from clip_server.models import tokenizer_files
 from clip_server.preprocess.image import ImageTransform
 from clip_server.preprocess.tokenizer import pad, tokenizer_for
@@ -124,6 +125,7 @@ class Engine:
     transform: how images are decoded; None: as the model card says, with scaled decoding.
     max_queued_items: further requests are refused while this many items are in flight.
     cache_bytes: size of the embedding cache; 0: no cache.
+    max_length: tokens that texts are truncated to; 0, or more than the model's context: to that.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Engine:
         transform: ImageTransform | None = None,
         max_queued_items: int = MAX_QUEUED_ITEMS,
         cache_bytes: int = 0,
+        max_length: int = 0,
     ) -> None:
         self.runtime = runtime
         self.card = runtime.card
@@ -144,7 +147,9 @@ class Engine:
         self._encode_text = Halving(runtime.encode_text)
         self._minibatch_size = minibatch_size
         self._max_queued_items = max_queued_items
-        self._tokenizer = tokenizer_for(tokenizer_files.located(self.card.text))
+        text = self.card.text
+        self._tokenizer = tokenizer_for(tokenizer_files.located(_truncated(text, max_length)))
+        self._padding = replace(self._tokenizer.spec, context_length=text.context_length)
         self._transform = transform or ImageTransform(self.card.image)
         self._preprocess_workers = Workers(num_worker_preprocess, "preprocess")
         # One thread unless the runtime allows two: some frameworks must always be called from the
@@ -383,7 +388,7 @@ class Engine:
             if batch[0].is_image:
                 encode = partial(self._encode_image, np.stack(contents))
             else:
-                encode = partial(self._encode_text, pad(contents, self._tokenizer.spec))
+                encode = partial(self._encode_text, pad(contents, self._padding))
             started = time.perf_counter()
             embeddings = encode()
         except Exception:
@@ -432,6 +437,11 @@ class _LatencyEstimate:
     def of(self, batch: Batch) -> float:
         """Seconds that a batch is expected to take; infinite before the first of its kind."""
         return len(batch) * self._seconds[batch[0].is_image]
+
+
+def _truncated(spec: TextSpec, max_length: int) -> TextSpec:
+    """`spec` with a context of `max_length` tokens, if that is shorter; 0: as it is."""
+    return replace(spec, context_length=min(max_length or spec.context_length, spec.context_length))
 
 
 def _is_bulk(pending: PendingItem) -> bool:

@@ -46,10 +46,15 @@ class Ranked:
 
 
 class Service:
-    """Answers clip.v1 requests. Use it from the engine's event loop."""
+    """Answers clip.v1 requests. Use it from the engine's event loop.
 
-    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
-        self.engine = engine
+    modality: the one that it encodes, `text` or `image`; None: both.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: Limits | None = None, modality: str | None = None
+    ) -> None:
+        self.engine, self.modality = engine, modality
         self.limits = limits or Limits()
 
     async def handle(self, request: pb.Request) -> pb.Response:
@@ -151,6 +156,7 @@ class Service:
             version=__version__,
             max_item_bytes=self.limits.max_item_bytes,
             max_request_items=self.limits.max_request_items,
+            modality=self.modality or "",
         )
 
     def to_item(self, item: pb.Item) -> Item:
@@ -165,10 +171,12 @@ class Service:
         return self.check(content)
 
     def check(self, content: str | bytes) -> Item:
-        """Returns `content`, or an ItemError if it is empty or too large."""
+        """Returns `content`, or an ItemError if it is empty, too large, or of another modality."""
+        modality = "text" if isinstance(content, str) else "image"
         if not content or (isinstance(content, str) and not content.strip()):
-            what = "text" if isinstance(content, str) else "image"
-            return ItemError(f"an empty {what} has no embedding")
+            return ItemError(f"an empty {modality} has no embedding")
+        if self.modality not in (None, modality):
+            return ItemError(f"this encoder takes no {modality}s: it encodes {self.modality}s only")
         if len(content) > self.limits.max_item_bytes:
             return ItemError(
                 f"the item has {len(content) / 2**20:.1f} MiB; the server takes at most "

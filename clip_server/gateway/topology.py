@@ -114,11 +114,11 @@ class Topology:
         named = _WITH_MODEL.fullmatch(endpoint)
         if named and not model and not self.binds(endpoint):
             endpoint, model = named.groups()
-        chosen = self.encoder(model)
+        chosen = self._together(self.encoder(model)) if not model else [self.encoder(model)]
         answering = [
             each
             for each in self._targeted(target)
-            if each.answers(endpoint) and (target or each.info is None or each is chosen)
+            if each.answers(endpoint) and (target or each.info is None or each in chosen)
         ]
         if not answering:
             raise RequestError(self._unanswered(endpoint, target))
@@ -139,8 +139,14 @@ class Topology:
             ) from None
         return [each for each in self.executors if pattern.match(each.name)]
 
-    def _all_but_encoders_besides(self, chosen: FlowExecutor) -> str:
-        others = [re.escape(each.name) for each in self.encoders if each is not chosen]
+    def _together(self, encoder: FlowExecutor) -> Sequence[FlowExecutor]:
+        """An encoder and, if it takes only texts or only images, the others of one modality."""
+        if encoder.info is None or not encoder.info.modality:
+            return [encoder]
+        return [each for each in self.encoders if each.info and each.info.modality]
+
+    def _all_but_encoders_besides(self, chosen: Sequence[FlowExecutor]) -> str:
+        others = [re.escape(each.name) for each in self.encoders if each not in chosen]
         return f"(?!({'|'.join(others)})$)" if others else ""
 
     def _unanswered(self, endpoint: str, target: str) -> str:

@@ -32,6 +32,9 @@ LOOPBACK = "127.0.0.1"
 
 _EXECUTORS = "clip_server.executors."
 _INDEXER = f"{_EXECUTORS}indexer"
+_HUB = f"{_EXECUTORS}clip_hub"
+# The classes in the modules of our executors; in the others, CLIPEncoder.
+_CLASSES = {_INDEXER: ["CLIPIndexer"], _HUB: ["CLIPImageEncoder", "CLIPTextEncoder"]}
 # The indexer in clip-as-service's examples, whose package no longer installs.
 _ANNLITE = ("annlite.executor", "AnnLiteIndexer")
 # Written under `with:`, meant for the gateway.
@@ -399,7 +402,7 @@ def _module(name: str) -> str:
 
 def _executors() -> list[str]:
     """The names of our executors' modules."""
-    return [*by_executor(), _INDEXER.removeprefix(_EXECUTORS)]
+    return [*by_executor(), *(module.removeprefix(_EXECUTORS) for module in _CLASSES)]
 
 
 def _check_names(executors: Sequence[Mapping[str, Any]]) -> None:
@@ -450,13 +453,17 @@ def _check_encoders(executor: Mapping[str, Any], place: str) -> None:
     uses = executor["uses"] if isinstance(executor.get("uses"), dict) else {}
     for module in uses.get("metas", {}).get("py_modules", []):
         if module.startswith(_EXECUTORS):
-            name = "CLIPIndexer" if module == _INDEXER else "CLIPEncoder"
-            if uses["jtype"] != name:
+            names = _CLASSES.get(module, ["CLIPEncoder"])
+            if uses["jtype"] not in names:
                 raise ConfigurationError(
-                    f"{place}: jtype: {uses['jtype']}: the class in {module} is {name}"
+                    f"{place}: jtype: {uses['jtype']}: the class in {module} is "
+                    f"{' or '.join(names)}"
                 )
-            check = _check_indexer if module == _INDEXER else _check_encoder
-            check(module, uses["with"], f"{place}: uses: with")
+            if module == _HUB:
+                _check_hub_encoder(uses["jtype"], uses["with"], f"{place}: uses: with")
+            else:
+                check = _check_indexer if module == _INDEXER else _check_encoder
+                check(module, uses["with"], f"{place}: uses: with")
         elif not ("extra_search_paths" in executor or Path(module).exists() or _is_module(module)):
             kind = "file" if module.endswith(".py") else "module or file"
             raise ConfigurationError(
@@ -488,6 +495,13 @@ def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> No
     if package := runtime.missing_package():
         raise ConfigurationError(_not_installed(runtime, package))
     importlib.import_module(module).CLIPEncoder.prepare(given)
+
+
+def _check_hub_encoder(name: str, parameters: Mapping[str, Any], place: str) -> None:
+    try:
+        getattr(importlib.import_module(_HUB), name).prepare(parameters)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place}: {error}") from None
 
 
 def _check_indexer(_: str, parameters: Mapping[str, Any], place: str) -> None:

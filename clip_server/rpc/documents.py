@@ -12,7 +12,9 @@ from docarray.typing import NdArray
 class ClipPart(BaseDoc):
     """A text or an image.
 
-    text, blob (an encoded image) or uri (a `data:` URI): one of them is the content.
+    text, blob (an encoded image), tensor (pixels), uri (a `data:` URI): one of them is the content.
+    tensor: [H, W] or [H, W, C], of 0 to 255, or floats of 0 to 1.
+    modality: `text` or `image`, for encoders of one of them.
     embedding: [D] float32, set by /encode.
     error: why there is no embedding.
     scores: of a match, set by /rank: `clip_score` and `clip_score_cosine`.
@@ -20,9 +22,11 @@ class ClipPart(BaseDoc):
 
     text: Optional[str] = None
     blob: Optional[bytes] = None
+    tensor: Optional[NdArray] = None  # type: ignore[type-arg]
     uri: Optional[str] = None
     embedding: Optional[NdArray] = None  # type: ignore[type-arg]
     error: Optional[str] = None
+    modality: Optional[str] = None
     tags: Dict[str, Any] = {}
     scores: Dict[str, float] = {}
 
@@ -53,5 +57,4 @@ class UntypedDoc(ClipDoc):
     neither the uri nor the error of a ClipDoc.
     """
 
-    tensor: Optional[NdArray] = None  # type: ignore[type-arg]
     url: Optional[str] = None

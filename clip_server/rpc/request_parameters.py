@@ -96,9 +96,10 @@ def _encoding(name: str, value: Any) -> str:
 
 
 def _paths(name: str, value: Any) -> str:
-    if not isinstance(value, str):
+    paths = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(path, str) for path in paths):
         raise RequestError(f"{name} is {shown(value)}, which is not a string like '@r' or '@r,c'")
-    return value
+    return ",".join(paths)
 
 
 _READERS = {

@@ -148,6 +148,18 @@ def find(name: str) -> RuntimeSpec:
     raise ConfigurationError(f"no runtime is named {name!r}; there are {', '.join(names())}")
 
 
+def first_installed() -> RuntimeSpec:
+    """The first runtime in the table whose packages are installed.
+
+    Raises:
+        ConfigurationError: there is none; the message says how to install one.
+    """
+    for spec in RUNTIMES:
+        if spec.missing_package() is None:
+            return spec
+    raise ConfigurationError(f"no runtime is installed; on this machine: {install_options()}")
+
+
 def of_files(kind: str) -> RuntimeSpec:
     """The runtime that serves towers converted to a kind of file, such as `torchscript`."""
     return next(spec for spec in RUNTIMES if spec.files and spec.files.kind == kind)
