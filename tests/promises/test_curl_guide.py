@@ -81,6 +81,13 @@ def test_a_data_uri_is_an_image(http: Http, expected: Any) -> None:
     np.testing.assert_allclose(rows(answer["data"]), expected[[3]], rtol=1e-3, atol=1e-3)
 
 
+def test_a_remote_image_is_refused_alone(http: Http, expected: Any, sample_url: str) -> None:
+    """clip-as-service's server fetched any address; ours says what to send instead."""
+    fetched, sentence = post(http, [{"uri": sample_url}, {"text": "First do it"}])["data"]
+    assert "data:" in fetched["error"]
+    np.testing.assert_allclose(rows([sentence]), expected[[0]], rtol=1e-4, atol=1e-4)
+
+
 def test_what_comes_back_has_the_shape_of_the_guide(http: Http) -> None:
     answer = post(http, entries(text=["hello, world!"]))
     header = answer["header"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import requests
 import yaml
 from conftest import Http, Server, Start, flow, free_ports
 from guide import CAT, DIM, SENTENCES
@@ -186,30 +185,6 @@ def test_the_log_level_is_jinas(piped: Server, onnx_server: Server) -> None:
     assert "DEBUG" not in onnx_server.output()
 
 
-def test_cross_origin_requests(start: Start) -> None:
-    """A flow of one protocol has one port; `cors` is for web pages of other origins."""
-    spec = flow()
-    (port,) = free_ports(1)
-    spec["with"] = {"host": "127.0.0.1", "protocol": "http", "port": port, "cors": True}
-    server = start(spec)
-    with Http(f"http://127.0.0.1:{port}") as http:
-        headers = {
-            "Origin": "https://a.web.page",
-            "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "content-type",
-        }
-        for path in ("/post", "/encode"):
-            asked = http.options(path, headers=headers)
-            assert asked.status_code == 200
-            assert asked.headers["access-control-allow-origin"] in ("*", "https://a.web.page")
-        answer = http.post(
-            "/post", json={"data": [{"text": "hello"}]}, headers={"Origin": "https://a.web.page"}
-        )
-        assert answer.status_code == 200
-        assert "access-control-allow-origin" in answer.headers
-    server.stop()
-
-
 # Custom models in ONNX
 
 
@@ -276,7 +251,7 @@ def test_a_custom_model(start: Start, tmp_path: Path, integers: str) -> None:
     server.stop()
 
 
-# TLS
+# TLS, and requests of other origins
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +279,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     "schemes",
     [
         pytest.param(["https"], marks=pytest.mark.slow),
-        ["websockets"],
+        pytest.param(["websockets"], marks=pytest.mark.slow),
         ["grpcs", "https", "wss"],
     ],
     ids="+".join,
@@ -327,26 +302,35 @@ def test_tls_with_a_key_that_has_a_password(
         with Client(address, ca_file=certificate["ssl_certfile"]) as client:
             assert client.encode(SENTENCES).shape == (3, DIM)
     if "https" in schemes:
-        answer = requests.post(
-            f"https://localhost:{ports[schemes.index('https')]}/post",
-            json={"data": [{"text": "hello"}], "execEndpoint": "/"},
-            verify=certificate["ssl_certfile"],
-            timeout=30,
-        )
-        assert len(answer.json()["data"][0]["embedding"]) == DIM
+        with Http(f"https://localhost:{ports[schemes.index('https')]}") as http:
+            http.verify = certificate["ssl_certfile"]
+            check_cross_origin_requests(http)
     server.stop()
+
+
+def check_cross_origin_requests(http: Http) -> None:
+    """`cors: true` lets web pages of other origins ask."""
+    page = {"Origin": "https://a.web.page"}
+    asking = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    for path in ("/post", "/encode"):
+        asked = http.options(path, headers=page | asking)
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] in ("*", page["Origin"])
+        answer = http.post(path, json={"data": [{"text": "hello"}]}, headers=page)
+        assert "access-control-allow-origin" in answer.headers
+        assert len(answer.json()["data"][0]["embedding"]) == DIM
 
 
 # GPUs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "seen"),
-    [
-        ("RR", ["0", "0", "1"]),
-        pytest.param("RR1:3", ["1", "1", "2"], marks=pytest.mark.slow),
-        pytest.param("2", ["2", "2", "2"], marks=pytest.mark.slow),
-    ],
+    [("RR", ["0", "0", "1"]), ("RR1:3", ["1", "1", "2"]), ("2", ["2", "2", "2"])],
 )
 def test_each_replica_sees_its_gpu(
     start: Start, tmp_path: Path, devices: str, seen: list[str]

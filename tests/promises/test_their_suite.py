@@ -330,10 +330,9 @@ def test_transform_arbitrary_tensor(c: Client, shape: tuple[int, int, int], scal
     ("parameters", "said"),
     [
         ({"name": "ABC"}, "ABC"),
-        ({"name": "ABC", "model_path": str(SAMPLES)}, "ABC"),
         ({"name": "ViT-B/32", "model_path": "no/such/folder"}, "no/such/folder"),
     ],
-    ids=["name", "name and path", "path"],
+    ids=["name", "path"],
 )
 def test_a_wrong_model_is_an_error_at_the_start(
     start: Start, parameters: dict[str, Any], said: str
