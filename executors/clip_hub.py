@@ -51,7 +51,8 @@ class _OneModality(BaseCLIPEncoder):
     @classmethod
     def read_parameters(cls, given: Mapping[str, Any]) -> EncoderParameters:
         """See BaseCLIPEncoder."""
-        values = {_ALIASES.get(key, key): value for key, value in given.items()}
+        values = {_ALIASES[key]: value for key, value in given.items() if key in _ALIASES}
+        values |= {key: value for key, value in given.items() if key not in _ALIASES}
         values.pop("use_default_preprocessing", None)
         name = values.get("name") or "openai/clip-vit-base-patch32"
         for key in _BASES & values.keys():
