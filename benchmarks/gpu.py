@@ -150,7 +150,7 @@ def _report_parity(contestants: Mapping[str, Contestant], checkpoint: Path) -> b
         near &= min(cosines) >= least
         verdict = "yes" if min(cosines) >= least else "**no**"
         rows.append([name, *(f"{cosine:.6f}" for cosine in cosines), f"{least}", verdict])
-    columns = [f"least cosine with {SOURCE}", "pictures", "texts", "wanted", "near enough"]
+    columns = [f"lowest cosine with {SOURCE}", "pictures", "texts", "wanted", "near enough"]
     console.print_table(columns, rows)
     return near
 

@@ -188,7 +188,7 @@ def decode(peers: Peers, options: Options) -> Leg:
     everything = _together(found)
     photographs = _together({row: each for row, each in found.items() if row.startswith(PHOTO)})
     goals = [
-        Goal(f"least cosine of {len(cosines)} {which}", ">=", LEAST_COSINE, min(cosines))
+        Goal(f"lowest cosine of {len(cosines)} {which}", ">=", LEAST_COSINE, min(cosines))
         for which, cosines in (("photographs", photographs), ("pictures", everything))
     ]
     share = np.mean(np.array(everything) >= LEAST_COSINE)

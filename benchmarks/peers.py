@@ -94,8 +94,8 @@ class Peers:
         }
         shown = ", ".join(f"{kind} {cosine:.5f}" for kind, cosine in least.items())
         if min(least.values()) < LEAST_COSINE[name]:
-            raise NotAvailableError(f"its vectors are not ours: least cosine {shown}")
-        print(f"  {name}: least cosine to {OURS}: {shown}", flush=True)
+            raise NotAvailableError(f"its vectors are not ours: lowest cosine {shown}")
+        print(f"  {name}: lowest cosine to {OURS}: {shown}", flush=True)
 
     def _drive(self, name: str, protocol: str = "grpc") -> Driver:
         interpreter, script, target = Path(sys.executable), "clip_server_driver.py", ""

@@ -1,8 +1,8 @@
-"""`python -m clip_server.benchmark [NAME ...]`: how fast the runtimes are by themselves.
+"""`python -m clip_server.benchmark [NAME ...]`: times the runtimes alone.
 
-No server, tokenizer or decoder takes part: each call is of a runtime's `encode_image` on random
-pixels or `encode_text` on random tokens. These give arrays in the host's memory, so a call ends
-when the device has: a GPU's queue cannot hide work from the timer.
+Without server, tokenizer and decoder: each call is a runtime's `encode_image` on random pixels or
+`encode_text` on random tokens. Both return arrays in the host's memory, so a call ends when the
+device is done, and a GPU's queue cannot hide work from the timer.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from clip_server.model_card import ModelCard
 from clip_server.models import zoo
 from clip_server.runtimes.protocol import Runtime
 
-# Calls that are not timed: the first ones allocate, and choose kernels for the shape.
+# Calls that are not timed: the first ones allocate memory and choose kernels for the shape.
 _WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a tower, the items of a batch, and the tokens of each text (0: images)."""
+    """A tower, the size of a batch, and the tokens of each text (0: images)."""
 
     tower: str
     batch_size: int
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The milliseconds of each call of a case, on a runtime that need not be loaded any more."""
+    """The milliseconds of each call of a case. The runtime need no longer be loaded."""
 
     model: str
     runtime: str
@@ -62,16 +62,16 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Milliseconds of a call, whatever other work came between a few of them."""
+        """Milliseconds of a call; robust against a few calls that other work delayed."""
         return float(np.median(self.milliseconds))
 
     @property
     def items_per_second(self) -> float:
-        """Items a second at the median."""
+        """Items per second at the median."""
         return 1000 * self.case.batch_size / self.median
 
     def figures(self) -> dict[str, float]:
-        """Statistics of the calls, in milliseconds; `sd` is of these calls (divided by N)."""
+        """Statistics of the calls, in milliseconds; `sd` is the population's (divided by N)."""
         values = self.milliseconds
         return {
             "mean": float(values.mean()),
@@ -91,7 +91,7 @@ class Result:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status: 0 done, 1 nothing could be timed, 2 misused."""
+    """Runs the command. Exit status: 0 on success, 1 on failure, 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
     results: list[Result] = []
     unavailable: list[dict[str, str]] = []
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Times a model's two towers, by runtime, precision and batch size.",
     )
     parser.add_argument(
-        "names", nargs="*", default=["embedded"], metavar="NAME", help="models; embedded by default"
+        "names", nargs="*", default=["embedded"], metavar="NAME", help="models (default: embedded)"
     )
     model_options.add_arguments(parser)
     parser.add_argument(
@@ -124,17 +124,22 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: [model_options.positive(each) for each in text.split(",")],
         default=[1, 4, 16, 32],
         metavar="N,...",
-        help="1,4,16,32 by default",
+        help="default: 1,4,16,32",
     )
     parser.add_argument(
-        "--repeat", type=model_options.positive, default=30, metavar="N", help="calls timed; 30"
+        "--repeat",
+        type=model_options.positive,
+        default=30,
+        metavar="N",
+        help="number of timed calls (default: 30)",
     )
     parser.add_argument(
         "--tokens",
         type=model_options.positive,
         default=16,
         metavar="N",
-        help="of a text, its start and end included; 16. A full context is timed as well",
+        help="tokens per text, including special tokens (default: 16); the full context is timed "
+        "as well",
     )
     console.add_argument(parser)
     return parser
@@ -143,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(
     name: str, options: argparse.Namespace, unavailable: list[dict[str, str]]
 ) -> list[Result]:
-    """Times a model on every variant there is, one after the other."""
+    """Times a model on every variant that is available, one after the other."""
     zoo.resolve(name, options.model_path)
     results: list[Result] = []
     for variant in model_options.chosen(options):
         try:
-            # Loaded in the call: memory is for one model at a time.
+            # Loaded here and not kept, since memory is for one model at a time.
             results += _times(model_options.load(variant, name, options), options)
         except ConfigurationError as error:
             console.log(f"{variant}: {error}")
@@ -159,7 +164,7 @@ def _measure(
 
 
 def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
-    """Times every case on a runtime, and prints each result as it is there."""
+    """Times every case on a runtime, and prints each result as soon as it is available."""
     kind = f"{runtime.name} {runtime.precision}"
     print(f"{runtime.card.name} on {kind} ({runtime.device})", flush=True)
     cases = list(_cases(runtime.card, options))
@@ -186,7 +191,7 @@ def _times(runtime: Runtime, options: argparse.Namespace) -> Iterator[Result]:
 
 def _cases(card: ModelCard, options: argparse.Namespace) -> Iterator[Case]:
     context = card.text.context_length
-    # A model that takes no shorter texts is always given its full context.
+    # A model that takes no shorter texts always gets its full context.
     typical = context if card.text.trim == "fixed" else min(options.tokens, context)
     yield from (Case("image", size) for size in options.batch_sizes)
     for tokens in dict.fromkeys((typical, context)):
@@ -196,7 +201,7 @@ def _cases(card: ModelCard, options: argparse.Namespace) -> Iterator[Case]:
 def _timed(
     encode: Callable[[NDArray[Any]], NDArray[np.float32]], batch: NDArray[Any], repeat: int
 ) -> NDArray[np.float64]:
-    """Milliseconds of each of `repeat` calls."""
+    """The milliseconds of each of `repeat` calls."""
     for _ in range(_WARM_UP):
         encode(batch)
     milliseconds = []
@@ -208,7 +213,7 @@ def _timed(
 
 
 def _print_table(results: list[Result]) -> None:
-    """One model's medians: a line for each runtime, precision and batch size."""
+    """Prints one model's medians: a row for each runtime, precision and batch size."""
     rows: dict[tuple[str, ...], list[str]] = {}
     columns = ["runtime", "precision", "device", "batch"]
     for each in results:

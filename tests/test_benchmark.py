@@ -55,7 +55,7 @@ def test_lines_table_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert 0 <= figures["sd"] <= figures["max"] - figures["min"]
         rate = result["items_per_second"]
         assert rate == pytest.approx(1000 * size / figures["median"])
-        row = re.search(rf"^\| onnx +\| +{dtype} \| +cpu \| +{size} \| (.*) \|$", printed, re.M)
+        row = re.search(rf"^\| onnx +\| {dtype} +\| cpu +\| +{size} \| (.*) \|$", printed, re.M)
         assert row, printed
         cells = [each.strip() for each in row.group(1).split("|")]
         place = 2 * [("image", 0), ("text", 16), ("text", 77)].index((tower, tokens))

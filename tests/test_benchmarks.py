@@ -57,7 +57,7 @@ def test_the_gpu_benchmark_can_be_tried_without_one(
     assert list(rates["end to end, photos"]) == expected
     assert all(rate > 0 for row in rates.values() for (rate,) in row.values())
     assert len(rates) == 6
-    (heading,) = re.findall(r"^\| least cosine with torch fp32 .*", done.stdout, re.MULTILINE)
+    (heading,) = re.findall(r"^\| lowest cosine with torch fp32 .*", done.stdout, re.MULTILINE)
     assert heading
     assert done.stdout.count("not measured") == 6
 

@@ -18,7 +18,7 @@ from clip_client import Client
 from clip_server.convert import chinese_clip
 from clip_server.convert.__main__ import main
 from clip_server.convert.parity import LEAST_COSINE, Parity
-from clip_server.convert.rewrite import rewritten
+from clip_server.convert.rewrite import rewrite
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import PRECISIONS, Precision
 from clip_server.models import zoo
@@ -114,7 +114,7 @@ def test_every_family_in_every_precision(name: str, tmp_path: Path) -> None:
     for file, batch in inputs.items():
         exact, model = open_tower(tmp_path / file)(batch), onnx.load(tmp_path / file)
         for precision in PRECISIONS[1:]:
-            onnx_file.save(rewritten(model, precision), tmp_path / "less.onnx")
+            onnx_file.save(rewrite(model, precision), tmp_path / "less.onnx")
             parity = Parity.of(open_tower(tmp_path / "less.onnx")(batch), exact)
             assert parity.difference > 0
             assert parity.suffices(precision)
@@ -155,7 +155,7 @@ def convert_without(package: str, out: Path) -> subprocess.CompletedProcess[str]
 def test_without_torch_the_source_is_our_own_graph(tmp_path: Path) -> None:
     done = convert_without("torch", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "least cosine with onnx fp32" in done.stdout
+    assert "lowest cosine with onnx fp32" in done.stdout
 
 
 def test_without_onnx_it_says_what_to_install(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_what_falls_short_is_a_failure(
 ) -> None:
     monkeypatch.setattr(quantize, "LARGEST", 3)  # integers of three bits
     assert main(["embedded", "--text", "--precision", "int8", "--out", str(tmp_path)]) == 1
-    assert f"FALLS SHORT of {LEAST_COSINE['int8']}" in capsys.readouterr().out
+    assert f"FAIL: below {LEAST_COSINE['int8']}" in capsys.readouterr().out
 
 
 def test_graphs_too_large_for_one_file(
@@ -239,10 +239,10 @@ def test_chinese_clips_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
         *("--model-arch", "ViT-B-16", "--pytorch-ckpt-path", "missing/epoch_3.pt"),
         *("--save-onnx-path", "out/vit", "--convert-text", "--convert-vision"),
     ]
-    assert chinese_clip.translated(theirs) == [
+    assert chinese_clip.translate(theirs) == [
         "CN-CLIP/ViT-B-16::missing/epoch_3.pt",
         *("--to", "onnx", "--out", "out/vit", "--context-length", "52", "--text", "--image"),
     ]
     assert main([*theirs, "--precision", "fp16"]) == 1
     assert "no checkpoint at missing/epoch_3.pt" in capsys.readouterr().err
-    assert chinese_clip.translated(["embedded", "--out", "x"]) == ["embedded", "--out", "x"]
+    assert chinese_clip.translate(["embedded", "--out", "x"]) == ["embedded", "--out", "x"]

@@ -135,10 +135,10 @@ def test_retrieval_is_that_of_brute_force(
     expected = brute_force(embedded, pictures)
     assert 0.1 < expected["text to image R@1"] < expected["text to image R@5"] < 1
     assert result["scores"] == pytest.approx(expected)
-    assert (report["pictures"], report["texts"], report["left_out"]) == (24, 48, {})
+    assert (report["images"], report["texts"], report["left_out"]) == (24, 48, {})
     assert (report["reference"], result["name"], result["device"]) == (*["onnx fp32"] * 2, "cpu")
     printed = capsys.readouterr().out
-    assert "emoji-small::embedded: 24 pictures, 48 texts, 0 left out" in printed
+    assert "emoji-small::embedded: 24 images, 48 texts, 0 left out" in printed
     for score, value in expected.items():
         assert re.search(rf"^\| {score} +\| +{100 * value:.2f} \|$", printed, re.MULTILINE)
 
@@ -213,11 +213,11 @@ def test_a_folder_with_files_that_have_no_partner(gallery: Path, tmp_path: Path)
     (folder / "twice.txt").write_text("a dog")
     (folder / "empty.txt").write_text("\n")
     report = evaluate(tmp_path, "retrieval", folder, *ONNX)
-    assert (report["pictures"], report["texts"]) == (1, 2)
+    assert (report["images"], report["texts"]) == (1, 2)
     assert report["left_out"] == {
         str(folder / "empty.png"): f"{folder / 'empty.txt'} has no lines",
-        str(folder / "lonely.png"): "it has no .txt",
-        str(folder / "twice.txt"): "2 pictures have its name, not one",
+        str(folder / "lonely.png"): "it has no .txt file",
+        str(folder / "twice.txt"): "2 images have its name; expected one",
     }
 
 
@@ -268,7 +268,7 @@ def test_embeddings_that_are_not_finite_are_told(gallery: Path, tmp_path: Path) 
     assert len(report["left_out"]) == 6
     for text, why in report["left_out"].items():
         assert "pizza" in text
-        assert why == "onnx fp32 gives it no finite embedding"
+        assert why == "onnx fp32 returned an embedding that is not finite"
     assert 0 < report["results"][0]["scores"]["mean recall"] < 1
 
 
@@ -330,7 +330,7 @@ def test_zero_shot_is_that_of_brute_force(
     assert 0.2 < expected["top-1"] < expected["top-5"] <= 1
     assert report["results"][0]["scores"] == pytest.approx(expected)
     assert [*report["left_out"]] == [str(labelled / "cat" / "notes.png")]
-    assert "25 pictures, 30 texts, 1 left out" in capsys.readouterr().out
+    assert "25 images, 30 texts, 1 left out" in capsys.readouterr().out
 
 
 def test_classes_are_named_by_their_folders(tmp_path: Path) -> None:
@@ -346,8 +346,8 @@ def test_classes_are_named_by_their_folders(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["retrieval", "absent.jsonl"], "absent.jsonl cannot be read: No such file"),
-        (["retrieval", "bad.jsonl"], r"no picture with a caption \(bad.jsonl:1: it is not JSON"),
-        (["retrieval", "lost.jsonl"], "no picture with a caption is left to evaluate"),
+        (["retrieval", "bad.jsonl"], r"no image with a caption \(bad.jsonl:1: it is not JSON"),
+        (["retrieval", "lost.jsonl"], "no image with a caption is left to evaluate"),
         (["zero-shot", "absent"], "absent cannot be read: No such file"),
         (["zero-shot", "empty"], "empty has no subfolders"),
         (["zero-shot", ".", "--classes", "classes"], "classes does not name the class of empty"),

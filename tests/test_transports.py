@@ -16,7 +16,7 @@ from clip_client import Client
 
 TEXTS = ["a cat", "a slice of pizza", "Ein Haus am See", "火箭 🚀 &amp; more", "a " * 120]
 # Between transports only the batches differ, and with them the last bits of float32 sums:
-# the greatest difference against a vector's length. Between runtimes the arithmetic does.
+# the largest difference against a vector's length. Between runtimes the arithmetic does.
 SAME = 1e-5
 COSINE = 0.9999
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_server.convert.parity import Parity, samples
-from clip_server.convert.rewrite import rewritten
+from clip_server.convert.rewrite import rewrite
 from clip_server.convert.writers import OnnxWriter, TorchScriptWriter
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import PRECISIONS, ModelCard
@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.parity")
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     columns = ["architecture", "runtime", "precision"]
-    columns += [f"{tower}: least cosine, greatest difference" for tower in TOWERS]
+    columns += [f"{tower}: lowest cosine, largest difference" for tower in TOWERS]
     _print_row(columns)
     _print_row(["---" for _ in columns])
     near = True
@@ -118,7 +118,7 @@ def _onnx(
             if built or precision == "fp32":
                 writer.write(tower, path)
             else:  # what takes longest, torch's export, is done but once
-                onnx_file.save(rewritten(onnx.load(exact), precision), path)
+                onnx_file.save(rewrite(onnx.load(exact), precision), path)
             found.append(Parity.of(writer.open(path)(samples(card, tower)), expected[tower]))
         yield f"onnx{'' if built else ', exported'}", precision, found
 

@@ -1,7 +1,7 @@
 """`python -m clip_server.convert NAME|PATH --to onnx --precision fp16 --out DIR`.
 
-Writes a folder that a flow serves with `model_path: DIR` and nothing else, and tells how near
-its towers are to the model they come from.
+Writes a folder that a flow serves with `model_path: DIR` alone, and compares its towers with the
+model that they come from.
 """
 
 from __future__ import annotations
@@ -55,22 +55,24 @@ In a flow:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status: 0 done, 1 failed or fallen short, 2 misused."""
+    """Runs the command. Exit status: 0 on success, 1 on failure or low accuracy, 2 on wrong
+    arguments."""
     given = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(chinese_clip.translated(given))
+    options = _parser().parse_args(chinese_clip.translate(given))
     try:
-        near = _convert(options)
+        passed = _convert(options)
     except ClipServerError as error:
         console.log(f"clip_server.convert: {error}")
         return 1
-    return 0 if near else 1
+    return 0 if passed else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m clip_server.convert",
-        description="Converts a model into what a runtime serves, and compares it with its source.",
-        epilog="The flags of Chinese-CLIP's pytorch_to_onnx.py are understood too.",
+        description="Converts a model to files that a runtime serves, and compares them with their "
+        "source.",
+        epilog="The flags of Chinese-CLIP's pytorch_to_onnx.py are supported too.",
     )
     parser.add_argument(
         "name",
@@ -87,10 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
     )
-    parser.add_argument("--image", action="store_true", help="the image tower alone")
-    parser.add_argument("--text", action="store_true", help="the text tower alone")
+    parser.add_argument("--image", action="store_true", help="convert the image tower only")
+    parser.add_argument("--text", action="store_true", help="convert the text tower only")
     parser.add_argument(
-        "--context-length", type=int, metavar="N", help="tokens that a text is cut to; the model's"
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="truncate texts to N tokens (default: the model's)",
     )
     _add_triton_options(parser.add_argument_group("with --to triton"))
     return parser
@@ -129,27 +134,27 @@ def _positive(given: str) -> int:
 
 
 def _convert(options: argparse.Namespace) -> bool:
-    """Converts, and says whether what came of it is near enough to its source."""
-    name, path = _located(options.name)
+    """Converts a model; returns whether its towers are accurate enough."""
+    name, path = _split_path(options.name)
     card = _with_context(zoo.resolve(name, path), options.context_length)
     if options.to == _TRITON:
         return _convert_to_repository(options, name, path, card)
-    from clip_server.convert.writers import writer  # says what is not installed
+    from clip_server.convert.writers import writer  # raises where a package is missing
 
     precision, folder, files = options.precision, options.out, _FILES[options.to].names
     chosen = [tower for tower in TOWERS if getattr(options, tower)] or TOWERS
     paths = {tower: folder / files[tower] for tower in chosen}
     _refuse_mixture(folder, card, precision, paths)
-    card, near = _write_towers(options, name, path, card, paths, partial(writer, options.to))
+    card, passed = _write_towers(options, name, path, card, paths, partial(writer, options.to))
     converted.write(folder, card, precision)
     print(_FLOW.format(folder=folder.resolve(), executor=runtimes.of_files(options.to).executor))
-    return near
+    return passed
 
 
 def _convert_to_repository(
     options: argparse.Namespace, name: str, path: Path | None, card: ModelCard
 ) -> bool:
-    """Writes a model repository of Triton; says as `_convert` does whether it is near enough."""
+    """Writes a model repository for Triton; returns whether its towers are accurate enough."""
     from clip_server.convert.triton.repository import Repository
     from clip_server.convert.writers import OnnxWriter, TensorrtGraphWriter
 
@@ -165,10 +170,10 @@ def _convert_to_repository(
     repository.check(card)
     paths = {tower: repository.graph(tower) for tower in TOWERS}
     writer = TensorrtGraphWriter if options.towers == "tensorrt" else OnnxWriter
-    card, near = _write_towers(options, name, path, card, paths, writer)
+    card, passed = _write_towers(options, name, path, card, paths, writer)
     repository.write(card, options.precision)
     print(repository.instructions())
-    return near
+    return passed
 
 
 def _read_lines(file: Path | None) -> list[str]:
@@ -188,24 +193,24 @@ def _write_towers(
     paths: Mapping[Tower, Path],
     writer: Callable[[ModelCard, Tensors, Precision], Writer],
 ) -> tuple[ModelCard, bool]:
-    """Writes and compares towers: the card with the checkpoint's logit scale, and whether all are
-    near enough to their source."""
+    """Writes towers and compares them with their source. Returns the card, with the checkpoint's
+    logit scale, and whether all are accurate enough."""
     precision: Precision = options.precision
     console.log(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
-    source, expected = _embedded(name, path, card, list(paths))
+    source, expected = _embed_samples(name, path, card, list(paths))
     held, tensors = load_checkpoint(name, path)
     card = replace(card, logit_scale=held.logit_scale)
     target = writer(card, tensors, precision)
     for file in paths.values():
         file.parent.mkdir(parents=True, exist_ok=True)
-    found = [_made(target, card, tower, paths[tower], expected[tower]) for tower in paths]
+    found = [_write_tower(target, card, tower, paths[tower], expected[tower]) for tower in paths]
     shown = {str(path.relative_to(options.out)): path for path in paths.values()}
     _report(source, precision, shown, found)
     return card, all(parity is None or parity.suffices(precision) for parity in found)
 
 
-def _located(given: str) -> tuple[str, Path | None]:
-    """The name, or the path of a checkpoint."""
+def _split_path(given: str) -> tuple[str, Path | None]:
+    """A model's name, or the path of a checkpoint."""
     try:
         zoo.resolve(given)
     except UnknownModelError:
@@ -219,7 +224,7 @@ def _with_context(card: ModelCard, length: int | None) -> ModelCard:
     """The card with another context length.
 
     Raises:
-        ConfigurationError: the text tower has not so many positions, or always takes all.
+        ConfigurationError: the text tower has fewer positions, or needs all of them.
     """
     if length in (None, card.text.context_length):
         return card
@@ -233,7 +238,7 @@ def _with_context(card: ModelCard, length: int | None) -> ModelCard:
 def _refuse_mixture(
     folder: Path, card: ModelCard, precision: Precision, paths: Mapping[Tower, Path]
 ) -> None:
-    """Raises ConfigurationError where a folder keeps a tower that its new card is not of."""
+    """Raises ConfigurationError if a tower of another model or precision would stay in a folder."""
     held = converted.read(folder)
     if held is None or (held.card.name, held.precision) == (card.name, precision):
         return
@@ -245,10 +250,10 @@ def _refuse_mixture(
         )
 
 
-def _embedded(
+def _embed_samples(
     name: str, path: Path | None, card: ModelCard, towers: Sequence[Tower]
 ) -> tuple[str, Mapping[Tower, NDArray[np.float32]]]:
-    """What the source calls itself, and its embeddings of the samples."""
+    """The source's runtime and precision, and its embeddings of the samples."""
     source = _source(name, path)
     encode: dict[Tower, Encode] = {"image": source.encode_image, "text": source.encode_text}
     found = {tower: encode[tower](samples(card, tower)) for tower in towers}
@@ -256,20 +261,20 @@ def _embedded(
 
 
 def _source(name: str, path: Path | None) -> Runtime:
-    """The model in torch; where that is not installed, in graphs of float32."""
+    """The model in torch, or if that is not installed, in float32 graphs."""
     runtime = "onnx" if runtimes.find("torch").missing_package() else "torch"
     return load_runtime(runtime, name, model_path=path, device="cpu")
 
 
-def _made(
+def _write_tower(
     target: Writer, card: ModelCard, tower: Tower, path: Path, expected: NDArray[np.float32]
 ) -> Parity | None:
-    """Makes a tower's file, and compares what it gives with what the source gave; None where
-    this machine cannot run it."""
-    console.log(f"{path.name}: being made")
+    """Writes a tower's file, and compares its embeddings with the source's; None if this machine
+    cannot run it."""
+    console.log(f"{path.name}: converting")
     start = time.perf_counter()
     target.write(tower, path)
-    made = f"{path.name}: made in {time.perf_counter() - start:.1f} s"
+    made = f"{path.name}: converted in {time.perf_counter() - start:.1f} s"
     encode = target.open(path)
     if encode is None:
         console.log(f"{made}; NOT COMPARED with its source: there is no GPU here to run it")
@@ -286,20 +291,20 @@ def _report(
         [name, _megabytes(path), *_figures(parity, precision)]
         for (name, path), parity in zip(paths.items(), found, strict=True)
     ]
-    columns = ["tower", "size", f"least cosine with {source}", "greatest difference", precision]
+    columns = ["tower", "size", f"lowest cosine with {source}", "largest difference", precision]
     console.print_table(columns, rows)
 
 
 def _figures(parity: Parity | None, precision: Precision) -> list[str]:
     if parity is None:
         return ["-", "-", "NOT COMPARED"]
-    short = f"FALLS SHORT of {LEAST_COSINE[precision]}"
-    verdict = "near enough" if parity.suffices(precision) else short
+    failed = f"FAIL: below {LEAST_COSINE[precision]}"
+    verdict = "PASS" if parity.suffices(precision) else failed
     return [f"{parity.cosine:.7f}", f"{parity.difference:.1e}", verdict]
 
 
 def _megabytes(path: Path) -> str:
-    """The size of a graph, with that of the weights beside it."""
+    """The size of a graph, including its separate file of weights."""
     files = [path, path.with_name(f"{path.name}.data")]
     return f"{sum(file.stat().st_size for file in files if file.exists()) / 1e6:.1f} MB"
 

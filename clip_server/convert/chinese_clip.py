@@ -1,4 +1,4 @@
-"""The flags of Chinese-CLIP's own converter, `cn_clip/deploy/pytorch_to_onnx.py`, in ours."""
+"""Translates the flags of Chinese-CLIP's converter, `cn_clip/deploy/pytorch_to_onnx.py`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _ARCHITECTURE = "--model-arch"
 _CONTEXT_LENGTH = 52
 
 
-def translated(arguments: Sequence[str]) -> list[str]:
-    """Arguments of ours; those of Chinese-CLIP's converter become them, others stay.
+def translate(arguments: Sequence[str]) -> list[str]:
+    """Replaces the arguments of Chinese-CLIP's converter by ours; others stay.
 
-    Where that writes `PREFIX.img.fp32.onnx` and its like, we write the folder `PREFIX`.
+    It writes files such as `PREFIX.img.fp32.onnx`; we write the folder `PREFIX`.
     """
     if not any(each.partition("=")[0] == _ARCHITECTURE for each in arguments):
         return list(arguments)

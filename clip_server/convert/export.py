@@ -1,4 +1,4 @@
-"""A tower in torch as an ONNX graph, by torch's own exporter."""
+"""Exports a torch tower as an ONNX graph, with torch's own exporter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ from clip_server.towers.builder import OPSET
 _OUTPUT = "embedding"
 
 
-def exported(
-    tower: nn.Module, name: str, example: NDArray[Any], axes: list[str]
-) -> onnx.ModelProto:
-    """The graph of a tower, in float32.
+def export(tower: nn.Module, name: str, example: NDArray[Any], axes: list[str]) -> onnx.ModelProto:
+    """Exports a tower in float32.
 
     name: of its input.
-    example: a batch of at least two, of which the shape counts.
-    axes: names of the first axes of the input, which may have any length.
+    example: a batch of at least two items, for its shape.
+    axes: names of the first axes of the input, which become dynamic.
 
     Raises:
         ConfigurationError: the exporter is not installed, or cannot export the tower.
@@ -57,7 +55,7 @@ def exported(
 
 
 def _name_output(graph: Any) -> None:
-    """Names the output, which the exporter cannot where a value inside has that name."""
+    """Names the output, which the exporter cannot do if an inner value has that name."""
     for node in graph:
         for value in node.outputs:
             if value.name == _OUTPUT:
@@ -67,7 +65,7 @@ def _name_output(graph: Any) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter has to say of its own working."""
+    """Silences the exporter's own log."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""Graphs that torch wrote, as they were or with their matrix products in float16 or int8.
+"""Rewrites graphs that torch exported: unchanged, or with matrix products in float16 or int8.
 
-Whatever the architecture, what is not a product stays in float32, layer norm and softmax with it,
-and so do the inputs and the outputs.
+Everything else stays in float32, whatever the architecture: layer norm, softmax, inputs and
+outputs.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from clip_server.towers.builder import BUILDERS, GraphBuilder
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
-def rewritten(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
-    """A float32 model in a precision, without the traces that its exporter left in it.
+def rewrite(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    """Rewrites a float32 model in a precision, without its exporter's metadata.
 
-    fp32: as it is.
+    fp32: unchanged.
     fp16: products, of weights or of activations, and weights in float16.
-    int8: products by a matrix of weights in integers, as `quantize` has them; tables in
+    int8: products by a matrix of weights in integers, as in `quantize`; lookup tables in
         float16; convolutions and products of activations stay in float32.
     """
     rewriters = {"fp32": _Rewriter, "fp16": _Fp16Rewriter, "int8": _Int8Rewriter}
-    return rewriters[precision](model, BUILDERS[precision](model.graph.name)).rewritten()
+    return rewriters[precision](model, BUILDERS[precision](model.graph.name)).rewrite()
 
 
 class _Rewriter:
-    """Copies a model node by node; subclasses say which nodes are replaced, and by what."""
+    """Copies a model node by node; subclasses replace some nodes."""
 
     def __init__(self, model: onnx.ModelProto, target: GraphBuilder) -> None:
         self._model, self._target = model, target
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
 
-    def rewritten(self) -> onnx.ModelProto:
+    def rewrite(self) -> onnx.ModelProto:
         """The new model."""
         for node in self._model.graph.node:
-            if not self._replaced(node):
+            if not self._replace(node):
                 self._add(node)
         return self._target.closed(self._model.graph.input, self._model.graph.output)
 
-    def _replaced(self, node: onnx.NodeProto) -> bool:
-        """Adds what stands for a node, if anything does."""
+    def _replace(self, node: onnx.NodeProto) -> bool:
+        """Adds the replacement of a node; returns whether there is one."""
         del node
         return False
 
@@ -70,7 +70,7 @@ class _Rewriter:
         return value
 
     def _matrix(self, name: str) -> NDArray[np.float32] | None:
-        """A weight [I, O] in float32; None where the name is not that of one."""
+        """The float32 weight [I, O] of a name; None if it is something else."""
         tensor = self._weights.get(name)
         if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
             return None
@@ -78,9 +78,9 @@ class _Rewriter:
 
 
 class _Fp16Tables(_Rewriter):
-    """Keeps the tables that rows are taken from in float16."""
+    """Stores lookup tables in float16."""
 
-    def _replaced(self, node: onnx.NodeProto) -> bool:
+    def _replace(self, node: onnx.NodeProto) -> bool:
         if node.op_type != "Gather" or self._matrix(node.input[0]) is None:
             return False
         table, indices = node.input
@@ -96,9 +96,9 @@ class _Fp16Tables(_Rewriter):
 class _Fp16Rewriter(_Fp16Tables):
     """Multiplies in float16."""
 
-    def _replaced(self, node: onnx.NodeProto) -> bool:
+    def _replace(self, node: onnx.NodeProto) -> bool:
         if node.op_type not in _PRODUCTS:
-            return super()._replaced(node)
+            return super()._replace(node)
         output = node.output[0]
         half = onnx.NodeProto(
             name=node.name,
@@ -119,15 +119,15 @@ class _Fp16Rewriter(_Fp16Tables):
                 half = f"{node.output[0]}.input{index}"
                 yield self._target.cast(name, np.float16, half)
             else:
-                yield ""  # left out
+                yield ""  # an optional input that is absent
 
 
 class _Int8Rewriter(_Fp16Tables):
     """Multiplies by matrices of weights in integers."""
 
-    def _replaced(self, node: onnx.NodeProto) -> bool:
+    def _replace(self, node: onnx.NodeProto) -> bool:
         if node.op_type not in ("MatMul", "Gemm"):
-            return super()._replaced(node)
+            return super()._replace(node)
         matrix = self._matrix(node.input[1])
         if matrix is None:
             return False

@@ -1,4 +1,4 @@
-"""The towers of a model as files that a runtime serves: ONNX graphs, TensorRT engines, or
+"""Writers of a model's towers as files that a runtime serves: ONNX graphs, TensorRT engines,
 TorchScript."""
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class Writer(Protocol):
     """Writes one kind of file."""
 
     def write(self, tower: Tower, path: Path) -> None:
-        """Makes a tower's file."""
+        """Writes a tower's file."""
         ...
 
     def open(self, path: Path) -> Encode | None:
-        """A tower's file as it is served; None where this machine has nothing to run it on."""
+        """Opens a tower's file as it is served; None if this machine cannot run it."""
         ...
 
 
 class OnnxWriter:
-    """Graphs built from the weights, or of other architectures exported from torch."""
+    """Writes graphs, built from the weights or, for other architectures, exported from torch."""
 
     target: Target = "onnxruntime"
 
@@ -63,11 +63,11 @@ class OnnxWriter:
         return onnx_runtime.open_tower(path)
 
     def model(self, tower: Tower) -> onnx.ModelProto:
-        """A tower's graph."""
+        """Returns a tower's graph."""
         built = registry.builds(self._card.config)
-        return self._built(tower) if built else self._exported(tower)
+        return self._build(tower) if built else self._export(tower)
 
-    def _built(self, tower: Tower) -> onnx.ModelProto:
+    def _build(self, tower: Tower) -> onnx.ModelProto:
         card, tensors = self._card, self._tensors
         weights.check(tensors, registry.tensor_shapes(card.config))
         kind: Any = {"precision": self._precision, "target": self.target}
@@ -75,15 +75,15 @@ class OnnxWriter:
             return graph.build_visual(card.config, tensors, card.image, **kind)
         return graph.build_textual(card.config, tensors, **kind)
 
-    def _exported(self, tower: Tower) -> onnx.ModelProto:
+    def _export(self, tower: Tower) -> onnx.ModelProto:
         modules = self._modules
-        from clip_server.convert.export import exported
+        from clip_server.convert.export import export
 
         name = "pixels" if tower == "image" else "tokens"
         trimmed = tower == "text" and self._card.text.trim != "fixed"
         axes = ["batch", "length"] if trimmed else ["batch"]
         example = samples(self._card, tower)
-        return rewrite.rewritten(exported(modules[tower], name, example, axes), self._precision)
+        return rewrite.rewrite(export(modules[tower], name, example, axes), self._precision)
 
     @cached_property
     def _modules(self) -> Mapping[Tower, Any]:
@@ -91,7 +91,7 @@ class OnnxWriter:
 
 
 class TensorrtGraphWriter(OnnxWriter):
-    """The same graphs, in operators that TensorRT has."""
+    """Writes the same graphs, in operators that TensorRT has."""
 
     target = "tensorrt"
 
@@ -101,7 +101,7 @@ class TensorrtGraphWriter(OnnxWriter):
 
 
 class TensorrtWriter(TensorrtGraphWriter):
-    """Engines of these graphs, for the GPU that is here, or any where there is none."""
+    """Writes engines of these graphs, for this machine's GPU, or for any if there is none."""
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         tensorrt_engines.library()
@@ -122,7 +122,7 @@ class TensorrtWriter(TensorrtGraphWriter):
 
 
 class TorchScriptWriter:
-    """Towers traced in torch."""
+    """Writes towers traced in torch."""
 
     def __init__(self, card: ModelCard, tensors: weights.Tensors, precision: Precision) -> None:
         self._card = card
@@ -153,7 +153,7 @@ def writer(to: str, card: ModelCard, tensors: weights.Tensors, precision: Precis
     """The writer for `onnx`, `tensorrt` or `torchscript`.
 
     Raises:
-        ConfigurationError: what is to run it has not this precision, or is not installed.
+        ConfigurationError: its runtime lacks this precision, or is not installed.
     """
     if to == "torchscript" and precision == "int8":
         raise ConfigurationError("TorchScript has no int8: convert --to onnx")

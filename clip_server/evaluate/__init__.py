@@ -1,4 +1,4 @@
-"""How well a model does on a person's own pictures, by runtime and precision.
+"""Evaluates a model on a person's own images, by runtime and precision.
 
 `python -m clip_server.evaluate`; see docs/evaluate.md.
 """

@@ -1,5 +1,5 @@
-"""`python -m clip_server.evaluate retrieval|zero-shot PATH`: scores of a model, by runtime and
-precision, side by side."""
+"""`python -m clip_server.evaluate retrieval|zero-shot PATH`: the scores of a model, with a column
+for each runtime and precision."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from clip_server.evaluate.encoders import Encoder, EngineEncoder, ServerEncoder,
 from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.models import zoo
 
-# Faults that are told one by one; all of them are in the JSON file.
+# Skipped items that are listed one by one; all of them are in the JSON file.
 _SHOWN = 20
 _REFERENCE = "torch fp32"
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one encoder made of the data."""
+    """The embeddings of the data by one encoder."""
 
     name: str
     model: str
@@ -39,7 +39,7 @@ class Column:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status: 0 done, 1 could not be done, 2 misused."""
+    """Runs the command. Exit status: 0 on success, 1 on failure, 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
     try:
         task = _read(options)
@@ -62,22 +62,21 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DIR",
-        help="a folder that `python -m clip_server.convert` wrote, to stand beside them; several "
-        "where given again",
+        help="also evaluate this folder, written by `python -m clip_server.convert` (repeatable)",
     )
     shared.add_argument(
-        "--exact", action="store_true", help="decode pictures at full size, as exact in a flow"
+        "--exact", action="store_true", help="decode images at full size, as exact in a flow"
     )
     shared.add_argument(
         "--server",
         metavar="ADDRESS",
-        help="a running server, such as grpc://127.0.0.1:51000; beside it only what --runtime and "
-        "--converted say",
+        help="evaluate a running server, such as grpc://127.0.0.1:51000; then only the runtimes "
+        "and folders named by --runtime and --converted are loaded",
     )
     console.add_argument(shared)
     parser = argparse.ArgumentParser(
         prog="python -m clip_server.evaluate",
-        description="Scores a model on your own pictures, by runtime and precision.",
+        description="Scores a model on your own images, by runtime and precision.",
     )
     tasks = parser.add_subparsers(dest="task", required=True)
     tasks.add_parser(
@@ -85,13 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         parents=[shared],
         help="texts to images and back",
         description="Retrieval over PATH: a JSONL file of images and captions, or a folder of "
-        "pictures with a .txt of captions beside each.",
+        "images, each with a .txt file of captions of the same name.",
     )
     zero_shot = tasks.add_parser(
         "zero-shot",
         parents=[shared],
         help="images to classes",
-        description="Zero-shot classification over PATH: a folder with a subfolder of pictures "
+        description="Zero-shot classification over PATH: a folder with a subfolder of images "
         "for each class.",
     )
     zero_shot.add_argument(
@@ -113,15 +112,15 @@ def _read(options: argparse.Namespace) -> data.Pairs | data.Classes:
 def _measure(
     options: argparse.Namespace, task: data.Pairs | data.Classes
 ) -> tuple[list[Column], dict[str, str]]:
-    """A column of each encoder there is, and why there is none, by its name. Tells `task` what
-    had to be left out."""
+    """Embeds the data with each encoder: their columns, and the reasons for those unavailable, by
+    name. Adds the items that fail to the task's `left_out`."""
     columns: list[Column] = []
     unavailable: dict[str, str] = {}
     if options.server:
-        columns.append(_embedded(ServerEncoder(options.server), task))
+        columns.append(_embed_all(ServerEncoder(options.server), task))
     for variant in _variants(options):
         try:
-            columns.append(_embedded(_engine(variant, options), task))
+            columns.append(_embed_all(_engine(variant, options), task))
         except ConfigurationError as error:
             console.log(f"{variant}: {error}")
             unavailable[str(variant)] = str(error)
@@ -131,7 +130,7 @@ def _measure(
 
 
 def _variants(options: argparse.Namespace) -> list[model_options.Variant]:
-    """What is loaded here; beside a server only what is asked for."""
+    """The variants to load here; with a server, only those asked for."""
     folders = [model_options.of_folder(folder) for folder in options.converted]
     if options.server and not options.runtime:
         return folders
@@ -144,8 +143,8 @@ def _engine(variant: model_options.Variant, options: argparse.Namespace) -> Enco
     return EngineEncoder(str(variant), runtime, options.exact)
 
 
-def _embedded(encoder: Encoder, task: data.Pairs | data.Classes) -> Column:
-    """The encoder's column. It ends the encoder: memory is for one model at a time."""
+def _embed_all(encoder: Encoder, task: data.Pairs | data.Classes) -> Column:
+    """Embeds the data and closes the encoder, since memory is for one model at a time."""
     work = len(task.images) + len(task.texts)
     with closing(encoder), console.progress(encoder.name, work) as advance:
         images = embed(encoder, task.images, advance)
@@ -169,7 +168,7 @@ def _report(
     reference = next((each.name for each in columns if each.name == _REFERENCE), columns[0].name)
     print(
         f"{', '.join(dict.fromkeys(each.model for each in columns))}: "
-        f"{len(task.images):,} pictures, {len(task.texts):,} texts, "
+        f"{len(task.images):,} images, {len(task.texts):,} texts, "
         f"{len(task.left_out):,} left out; in percent, and the difference to {reference}\n"
     )
     console.print_table(["", *scores], _rows(scores, reference))
@@ -178,7 +177,7 @@ def _report(
         {
             "task": options.task,
             "data": str(options.data),
-            "pictures": len(task.images),
+            "images": len(task.images),
             "texts": len(task.texts),
             "left_out": task.left_out,
             "reference": reference,
@@ -191,7 +190,7 @@ def _report(
 def _scores(
     task: data.Pairs | data.Classes, columns: list[Column]
 ) -> dict[str, Mapping[str, float]]:
-    """The scores of each column, over what every one of them could embed."""
+    """The scores of each column, over the items that all of them could embed."""
     failed_images, failed_texts = (
         np.any([np.isnan(rows).any(axis=1) for rows in embeddings], axis=0)
         for embeddings in ([each.images for each in columns], [each.texts for each in columns])

@@ -1,4 +1,4 @@
-"""What is evaluated: pictures with captions, or pictures by class, read from disk."""
+"""Reads the data to evaluate: images with captions, or images by class."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _LINE = 'a line is {"image": "a path", "caption": "a text"}, or a list of texts 
 
 
 class DataError(ClipServerError):
-    """What was to be evaluated cannot be read; the message says where, and what was expected."""
+    """The data cannot be read; the message says where, and what was expected."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures and their captions.
+    """Images and their captions.
 
-    images: each picture once.
-    texts: the captions; image_of: for each the index of its picture.
-    left_out: why something could not be used, by where it stands.
+    images: each once.
+    texts: the captions. image_of: the index of each one's image.
+    left_out: the reasons why something was skipped, by its place (a file and line).
     """
 
     images: list[Path] = field(default_factory=list)
@@ -46,23 +46,23 @@ class Pairs:
     def scores(
         self, images: NDArray[np.float32], texts: NDArray[np.float32]
     ) -> Mapping[str, float]:
-        """Retrieval over those pairs of which both embeddings [N, D] and [T, D] are there."""
+        """Retrieval scores over the pairs of which both embeddings, [N, D] and [T, D], exist."""
         image_of = np.array(self.image_of)
-        # A caption counts where its picture does.
+        # A caption without its image does not count.
         usable = np.isfinite(texts).all(axis=1) & np.isfinite(images[image_of]).all(axis=1)
         if not usable.any():
-            raise DataError("no picture with a caption is left to evaluate")
+            raise DataError("no image with a caption is left to evaluate")
         kept, row_of = np.unique(image_of[usable], return_inverse=True)
         return scores.retrieval(images[kept], texts[usable], row_of)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Pictures by class.
+    """Images by class.
 
-    class_of: for each picture the index of its class.
-    texts: the prompts, all of the first class first, `templates` of them for each class.
-    left_out: as of Pairs.
+    class_of: the index of each image's class.
+    texts: the prompts by class, `templates` of them for each.
+    left_out: as in `Pairs`.
     """
 
     images: list[Path]
@@ -74,12 +74,12 @@ class Classes:
     def scores(
         self, images: NDArray[np.float32], texts: NDArray[np.float32]
     ) -> Mapping[str, float]:
-        """Zero-shot classification of the pictures whose embedding [N, D] is there."""
+        """Zero-shot classification scores of the images whose embedding [N, D] exists."""
         if np.isnan(texts).any():
             raise DataError("a prompt cannot be encoded, so its class cannot be named")
         usable = np.isfinite(images).all(axis=1)
         if not usable.any():
-            raise DataError("no picture is left to evaluate")
+            raise DataError("no image is left to evaluate")
         prompts = texts.reshape(-1, self.templates, texts.shape[1])
         return scores.zero_shot(
             images[usable], scores.ensemble(prompts), np.array(self.class_of)[usable]
@@ -87,18 +87,18 @@ class Classes:
 
 
 def read_pairs(path: Path) -> Pairs:
-    """Pictures and captions from a JSONL file, or from a folder.
+    """Reads images and captions from a JSONL file, or from a folder.
 
-    A line of the file is `{"image": PATH, "caption": TEXT}`; the path is from the file's folder,
-    the caption may be a list, and a picture may stand on several lines. In a folder and those
-    below it, `cat.txt` holds the captions of `cat.png` (or whatever picture has its name), one
-    a line.
+    A line of the file is `{"image": PATH, "caption": TEXT}`; the path is relative to the file,
+    the caption may be a list, and an image may be on several lines. In a folder and its
+    subfolders, `cat.txt` holds the captions of `cat.png` (or of any image with that name), one
+    per line.
 
-    What cannot be used is left out: a line that is not so, an empty caption, a file of a
-    folder without its partner.
+    Malformed lines, empty captions, and files of a folder without their counterpart are left
+    out.
 
     Raises:
-        DataError: neither a file nor a folder, or nothing is left.
+        DataError: the path is neither a file nor a folder, or no pair is left.
     """
     pairs = Pairs()
     indices: dict[Path, int] = {}
@@ -114,20 +114,20 @@ def read_pairs(path: Path) -> Pairs:
         pairs.image_of.extend(indices[image] for _ in texts)
     if not pairs.texts:
         first = next((f" ({place}: {why})" for place, why in pairs.left_out.items()), "")
-        raise DataError(f"{path} has no picture with a caption{first}: {_LINE}")
+        raise DataError(f"{path} has no image with a caption{first}: {_LINE}")
     return pairs
 
 
 def read_classes(folder: Path, names: Path | None, templates: Sequence[str]) -> Classes:
-    """A folder with a subfolder of pictures for each class.
+    """Reads a folder with a subfolder of images for each class.
 
-    names: a file with a class a line: its subfolder, a tab, and what the prompts call it, or
-        the subfolder alone where that is its name. A class whose subfolder is absent only
-        competes with the others. None: all subfolders, by name, with spaces for underscores.
-    templates: each with {} for the name of the class.
+    names: a file with one class per line: its subfolder, a tab, and its name in the prompts; the
+        subfolder alone if that is the name. A class without a subfolder is a distractor. None:
+        all subfolders, by name, with spaces for underscores.
+    templates: of the prompts, each with {} for the name of the class.
 
     Raises:
-        DataError: there is no such folder, no class, or a class is not named.
+        DataError: there is no such folder or no class, or a class has no name.
     """
     subfolders = sorted(each.name for each in _children(folder) if each.is_dir())
     named = {name: name.replace("_", " ") for name in subfolders}
@@ -140,7 +140,7 @@ def read_classes(folder: Path, names: Path | None, templates: Sequence[str]) -> 
             if name not in named:
                 raise DataError(f"{names} does not name the class of {folder / name}")
     if not subfolders:
-        raise DataError(f"{folder} has no subfolders: there is to be one for each class")
+        raise DataError(f"{folder} has no subfolders; expected one for each class")
     images, class_of = [], []
     for index, name in enumerate(named):
         inside = _files(folder / name)
@@ -151,10 +151,10 @@ def read_classes(folder: Path, names: Path | None, templates: Sequence[str]) -> 
 
 
 def read_templates(file: Path) -> list[str]:
-    """A template a line, each with {} for the name of the class.
+    """Reads templates, one per line, each with {} for the name of the class.
 
     Raises:
-        DataError: the file cannot be read or has none, or a line has no {}.
+        DataError: the file cannot be read or is empty, or a line has no {}.
     """
     templates = _text_lines(file)
     for template in templates:
@@ -164,7 +164,7 @@ def read_templates(file: Path) -> list[str]:
 
 
 def _lines(file: Path, left_out: dict[str, str]) -> Iterator[tuple[str, Path, list[str]]]:
-    """Where each line of a JSONL file stands, its picture and its captions."""
+    """The place, image and captions of each line of a JSONL file."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
@@ -197,25 +197,25 @@ def _parse(line: bytes) -> tuple[str, list[str]]:
 
 
 def _folder_pairs(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, Path, list[str]]]:
-    """Each caption file below a folder, its picture and its lines."""
+    """The place, image and captions of each image below a folder that has a caption file."""
     partners: dict[Path, list[Path]] = {}
     for file in _files(folder):
         partners.setdefault(file.with_suffix(""), []).append(file)
     for files in partners.values():
         captions = [file for file in files if file.suffix == ".txt"]
-        pictures = [file for file in files if file.suffix != ".txt"]
-        if len(captions) == len(pictures) == 1:
-            place = str(pictures[0])
+        images = [file for file in files if file.suffix != ".txt"]
+        if len(captions) == len(images) == 1:
+            place = str(images[0])
             try:
                 lines = _text_lines(captions[0])
             except DataError as error:
                 left_out[place] = str(error)
             else:
-                yield place, pictures[0], lines
+                yield place, images[0], lines
         elif captions:
-            left_out[str(captions[0])] = f"{len(pictures)} pictures have its name, not one"
+            left_out[str(captions[0])] = f"{len(images)} images have its name; expected one"
         else:
-            left_out.update({str(picture): "it has no .txt" for picture in pictures})
+            left_out.update({str(image): "it has no .txt file" for image in images})
 
 
 def _class_line(line: str) -> tuple[str, str]:
@@ -224,7 +224,7 @@ def _class_line(line: str) -> tuple[str, str]:
 
 
 def _text_lines(file: Path) -> list[str]:
-    """The lines of a text file that are not empty; one at least."""
+    """The lines of a text file that are not empty, at least one."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except OSError as error:
@@ -238,7 +238,7 @@ def _text_lines(file: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files below a folder, sorted; what is hidden is no one's picture."""
+    """The files below a folder, sorted, without hidden ones."""
     return sorted(
         file
         for file in folder.rglob("*")

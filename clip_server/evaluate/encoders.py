@@ -1,4 +1,4 @@
-"""What embeds the pictures and texts: an engine in this process, or a running server."""
+"""Encoders of images and texts: an engine in this process, or a running server."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from clip_server.engine.engine import Engine
 from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.protocol import Runtime
 
-# Items read and encoded at once: a bound on the bytes of files that are held.
+# Items read and encoded together, which bounds the memory for files.
 _CHUNK = 256
 
 
 class Encoder(Protocol):
-    """Embeds texts and encoded pictures.
+    """Embeds texts and encoded images.
 
-    name, model, device: what embeds, as shown to people; the name is of runtime and precision.
+    name: the runtime and precision, as shown to people. model, device: likewise.
     dim: D, the length of an embedding.
     """
 
@@ -34,11 +34,11 @@ class Encoder(Protocol):
     dim: int
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
-        """Embeddings [N, D], and why an item has none, by its index."""
+        """Returns embeddings [N, D], and the reasons of items that failed, by their index."""
         ...
 
     def close(self) -> None:
-        """Ends what it runs."""
+        """Releases the model or the connection."""
         ...
 
 
@@ -52,12 +52,12 @@ class EngineEncoder:
         self._loop = asyncio.new_event_loop()
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
-        """See Encoder."""
+        """See `Encoder`."""
         encoded = self._loop.run_until_complete(self._engine.encode(items))
         return encoded.embeddings, encoded.errors
 
     def close(self) -> None:
-        """See Encoder."""
+        """See `Encoder`."""
         self._engine.close()
         self._loop.close()
 
@@ -72,27 +72,31 @@ class ServerEncoder:
         self.device, self.dim = info.device, info.dim
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
-        """See Encoder."""
-        # A caption such as "cat.jpg" is a text all the same.
-        things = [{"text": item} if isinstance(item, str) else item for item in items]
-        embeddings, failures = self._client.encode(things, on_item_error="return")
+        """See `Encoder`."""
+        # A caption such as "cat.jpg" is a text, not a path.
+        documents = [{"text": item} if isinstance(item, str) else item for item in items]
+        embeddings, failures = self._client.encode(documents, on_item_error="return")
         return embeddings, {failure.index: failure.message for failure in failures}
 
     def close(self) -> None:
-        """See Encoder."""
+        """See `Encoder`."""
         self._client.close()
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """embeddings: [N, D], NaN in the rows of items that failed; errors: why, by their index."""
+class EmbeddingResult:
+    """Embeddings of items.
+
+    embeddings: [N, D]; NaN in the rows of items that failed.
+    errors: the reasons, by index.
+    """
 
     embeddings: NDArray[np.float32]
     errors: Mapping[int, str]
 
 
-def embed(encoder: Encoder, items: Sequence[str | Path], advance: Advance) -> Embedded:
-    """Embeds texts (str) and the pictures at paths, a chunk at a time."""
+def embed(encoder: Encoder, items: Sequence[str | Path], advance: Advance) -> EmbeddingResult:
+    """Embeds texts (str) and images (paths), a chunk at a time."""
     embeddings = np.full((len(items), encoder.dim), np.nan, np.float32)
     errors: dict[int, str] = {}
     for start in range(0, len(items), _CHUNK):
@@ -108,8 +112,8 @@ def embed(encoder: Encoder, items: Sequence[str | Path], advance: Advance) -> Em
             embeddings[places], failed = encoder.encode(list(contents.values()))
             errors |= {places[row]: why for row, why in failed.items()}
         advance(len(chunk))
-    # A precision may be too small for a model: no item is lost without a word.
+    # A model may overflow in a lower precision: that is reported, not ignored.
     for lost in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-        errors.setdefault(int(lost), f"{encoder.name} gives it no finite embedding")
+        errors.setdefault(int(lost), f"{encoder.name} returned an embedding that is not finite")
     embeddings[list(errors)] = np.nan
-    return Embedded(embeddings, errors)
+    return EmbeddingResult(embeddings, errors)

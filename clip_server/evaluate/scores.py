@@ -1,9 +1,9 @@
-"""Retrieval and classification scores of embeddings. All are shares of 1.
+"""Retrieval and classification scores of embeddings, from 0 to 1.
 
-Every score is a function of ranks: how many wrong answers stand before a query's first right
+Every score is a function of ranks: the number of wrong answers that precede a query's first right
 one, by cosine. **Ties count against the model**: a wrong answer that scores the same as the
-right one stands before it. So a model that gives everything the same vector gets 0, and two
-captions with the same words, of two pictures, cost each other a place.
+right one precedes it. So a model that embeds everything alike scores 0, and the same caption for
+two images lowers the rank of both.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from clip_client.scores import normalize
 
-# Cosines nearer than this are equal. Equal embeddings, in float64, differ by 1e-16 or so with
+# Cosines closer than this are equal. Equal embeddings, in float64, differ by 1e-16 or so with
 # their place in a matrix product; different ones, in float32, by 1e-8 at least.
 TIE = 1e-9
-# Cosines held at once, in float64: 32 MB, however many queries and targets there are.
+# Cosines in memory together, in float64: 32 MB, whatever the number of queries and targets.
 BLOCK = 1 << 22
 RECALLS_AT = (1, 5, 10)
 
@@ -29,11 +29,11 @@ def ranks(
     query_groups: NDArray[Any],
     target_groups: NDArray[Any],
 ) -> NDArray[np.int64]:
-    """How many wrong answers stand before the first right one: [Q], 0 the best.
+    """Counts the wrong answers that precede the first right one: [Q], 0 is the best.
 
-    queries, targets: [Q, D] and [T, D], of any length.
-    query_groups, target_groups: [Q] and [T]; a target is right where its group is the query's,
-        and each query has one at least.
+    queries, targets: [Q, D] and [T, D], normalised or not.
+    query_groups, target_groups: [Q] and [T]; a target is right if its group is the query's, and
+        each query has at least one.
     """
     unit_queries, unit_targets = (normalize(rows).astype(np.float64) for rows in (queries, targets))
     found = np.empty(len(queries), np.int64)
@@ -50,20 +50,21 @@ def ranks(
 def retrieval(
     images: NDArray[np.float32], texts: NDArray[np.float32], image_of: NDArray[np.int64]
 ) -> dict[str, float]:
-    """R@1, R@5, R@10 and mean reciprocal rank, both ways, and the mean of the six recalls.
+    """Recall at 1, 5 and 10 and the mean reciprocal rank, in both directions, and the mean of the
+    six recalls.
 
     images, texts: [N, D] and [T, D].
-    image_of: [T], for each text the row of its image. An image may have several texts: it is
-        found by each, and any of them is a right answer to it.
+    image_of: [T], the row of each text's image. An image may have several texts: each is a query
+        for it, and any of them is a right answer to it.
     """
     numbers = np.arange(len(images))
     scores: dict[str, float] = {}
-    for way, found in (
+    for direction, found in (
         ("text to image", ranks(texts, images, image_of, numbers)),
         ("image to text", ranks(images, texts, numbers, image_of)),
     ):
-        scores |= {f"{way} R@{k}": float((found < k).mean()) for k in RECALLS_AT}
-        scores[f"{way} MRR"] = float((1 / (1 + found)).mean())
+        scores |= {f"{direction} R@{k}": float((found < k).mean()) for k in RECALLS_AT}
+        scores[f"{direction} MRR"] = float((1 / (1 + found)).mean())
     recalls = [score for name, score in scores.items() if "R@" in name]
     return {**scores, "mean recall": float(np.mean(recalls))}
 
@@ -77,9 +78,8 @@ def zero_shot(
 
 
 def ensemble(prompts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Classes [C, D] from the embeddings [C, T, D] of their prompts: the mean of those at length
-    1, at length 1 again, as OpenAI made CLIP's zero-shot classifiers (Radford et al. 2021,
-    section 3.1.4)."""
+    """Embeddings of classes [C, D] from those of their prompts [C, T, D]: normalised, averaged and
+    normalised again, as in CLIP's zero-shot classifiers (Radford et al. 2021, section 3.1.4)."""
     count, templates, dim = prompts.shape
     units = normalize(prompts.reshape(-1, dim)).reshape(count, templates, dim)
     mean: NDArray[np.float32] = units.mean(axis=1)

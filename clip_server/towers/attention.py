@@ -29,7 +29,7 @@ class Attention:
         self._heads, self._width = heads, weight.shape[1]
         self._head_width = self._width // heads
         scale = np.ones(3 * self._width, dtype=np.float32)
-        # Scaling the queries here spares scaling the scores at every call.
+        # Scaling the weights here avoids scaling the scores at every call.
         scale[: self._width] = self._head_width**-0.5
         self._weight, self._bias = weight * scale[:, np.newaxis], bias * scale
 

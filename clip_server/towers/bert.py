@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Added to the attention scores of padding.
 _MASKED = -10000.0
-# Chinese-CLIP was trained with this many tokens, though it has positions for more.
+# The number of tokens that Chinese-CLIP was trained with; it has positions for more.
 _CHINESE_CONTEXT = 52
 
 
@@ -148,7 +148,7 @@ class BertText(TextTower):
         return f"{self.prefix}encoder.layer.{index}."
 
     def attention(self, index: int) -> tuple[str, str, str]:
-        """The Linear layers that make query, key and value in a block."""
+        """The names of the Linear layers for query, key and value in a block."""
         prefix = f"{self.block(index)}attention.self."
         return f"{prefix}query", f"{prefix}key", f"{prefix}value"
 
@@ -183,7 +183,7 @@ class BertText(TextTower):
         return graph.projection(states, self.projection)
 
     def _present(self, graph: GraphBuilder) -> str:
-        """1.0 where there is a token and 0.0 where there is padding: [B, L]."""
+        """1.0 for tokens and 0.0 for padding: [B, L]."""
         pad = graph.constant("pad_id", np.array(self.pad_id, dtype=np.int32))
         padding = graph.op("Equal", "tokens", pad, name="padding")
         tokens = graph.op("Not", padding, name="present")

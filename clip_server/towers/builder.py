@@ -42,7 +42,7 @@ class GraphBuilder:
     def __init__(self, name: str, tensors: Weights | None = None) -> None:
         self._tensors = tensors or {}
         self._constants: set[str] = set()
-        # Weights go straight into this one message: each copy of them takes time and memory.
+        # Weights are written into this message directly: every copy takes time and memory.
         self._model = onnx.ModelProto(
             ir_version=IR_VERSION,
             producer_name="clip-server",
@@ -73,7 +73,7 @@ class GraphBuilder:
         return self._tensors[name].astype(np.float32, copy=False)
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """A constant in the type it has."""
+        """A constant of its own dtype."""
         if name not in self._constants:
             self._constants.add(name)
             self._graph.initializer.add(
@@ -85,7 +85,7 @@ class GraphBuilder:
         return name
 
     def floats(self, name: str, value: NDArray[np.float32]) -> str:
-        """A constant in the type that the graph computes in."""
+        """A constant of the dtype that the graph computes in."""
         return self.constant(name, value.astype(self._float, copy=False))
 
     def integers(self, *values: int) -> str:
@@ -93,15 +93,15 @@ class GraphBuilder:
         return self.constant(f"i64{list(values)}", np.array(values, dtype=np.int64))
 
     def number(self, value: float) -> str:
-        """A float constant with no axis; equal ones are stored once."""
+        """A scalar float constant; equal ones are stored once."""
         return self.floats(f"float({value:.6g})", np.array(value, dtype=np.float32))
 
     def cast(self, source: str, to: npt.DTypeLike, name: str) -> str:
-        """source in numpy's type `to`."""
+        """Casts source to the numpy dtype `to`."""
         return self.op("Cast", source, name=name, to=_onnx_type(to))
 
     def as_computed(self, source: str) -> str:
-        """A float32 source in the type that the graph computes in."""
+        """Casts a float32 source to the dtype that the graph computes in."""
         return source
 
     def linear(
@@ -127,7 +127,7 @@ class GraphBuilder:
         return self.linear(self.cast_from_uint8(source), name, weight, bias)
 
     def cast_from_uint8(self, source: str) -> str:
-        """A uint8 source in the type that the graph computes in."""
+        """Casts a uint8 source to the dtype that the graph computes in."""
         return self.cast(source, self._float, f"{source}.float")
 
     def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
@@ -173,7 +173,7 @@ class GraphBuilder:
     def closed(
         self, sources: Sequence[onnx.ValueInfoProto], targets: Sequence[onnx.ValueInfoProto]
     ) -> onnx.ModelProto:
-        """The model, from inputs to outputs that have nodes already."""
+        """The model, between inputs and outputs whose nodes exist."""
         self._graph.input.extend(sources)
         self._graph.output.extend(targets)
         return self._model
@@ -256,7 +256,7 @@ class Int8Builder(GraphBuilder):
         """uint8 rows [..., I], less `zero`, by a matrix [I, O], plus a bias [O], in float32."""
         integers, scale = quantize.quantized(matrix)
         biases = [] if bias is None else [self.constant(f"{name}.bias", bias)]
-        # An empty name stands for an input that is left out: the zeros of the matrix.
+        # An empty name is an omitted input: the zero points of the matrix.
         left_out = [""] if biases else []
         return self.op(
             "MatMulIntegerToFloat",

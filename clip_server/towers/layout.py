@@ -1,4 +1,4 @@
-"""The positions of a batch that a transformer computes, and the order of their rows."""
+"""Layouts: which positions of a batch a transformer computes, and in which order."""
 
 from __future__ import annotations
 

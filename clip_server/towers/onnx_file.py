@@ -1,4 +1,4 @@
-"""ONNX models of any size in files; protobuf limits a message to 2 GiB."""
+"""Reads and writes ONNX models of any size; protobuf limits a message to 2 GiB."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 @contextmanager
 def packed(model: onnx.ModelProto) -> Iterator[Path | bytes]:
-    """A model as libraries accept it: as bytes, or if it is too large, as a temporary file that
+    """Serializes a model for libraries: to bytes, or if it is too large, to a temporary file that
     exists as long as the context."""
     if fits(model):
         message = model.SerializeToString()
-        del model  # its weights would be in memory twice
+        del model  # or its weights would be in memory twice
         yield message
         return
     with TemporaryDirectory(prefix="clip-server-") as folder:

@@ -1,4 +1,4 @@
-"""Pixels 0..255 to the range that an image tower was trained on."""
+"""Normalises pixels 0..255 to the range that an image tower was trained on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def normalisation(image: ImageSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What pixels 0..255 are multiplied by, and what is then added: each [3, 1, 1]."""
+    """The scale and the offset of pixels 0..255, each [3, 1, 1]."""
     mean, std = (np.array(v, np.float64).reshape(3, 1, 1) for v in (image.mean, image.std))
     return 1 / (255 * std), -mean / std
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 # The largest integer of a weight, and of a row about its zero.
 LARGEST = 127
 ROW_ZERO = 128
-# Stands in for the largest value of a row or column of zeros, to avoid a division by zero.
+# Replaces the largest value of a row or column of zeros, to avoid a division by zero.
 SMALLEST = 1e-30
 # 255 times 128 still fits into 16 signed bits; rounding may add a half to each of the two.
 _LARGEST_PAIR = 128 - 2 * 0.5

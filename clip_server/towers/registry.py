@@ -25,7 +25,7 @@ def image_tower(config: Config) -> ImageTower:
     """The image tower of a configuration; `TorchOnlyImage` where no family accepts it.
 
     Raises:
-        ConfigurationError: it is of a family, and makes no sense.
+        ConfigurationError: it is of a family, and invalid.
     """
     found = filter(None, (family.from_config(config) for family in IMAGE_FAMILIES))
     known = frozenset().union(*(family.keys for family in IMAGE_FAMILIES))
@@ -36,7 +36,7 @@ def text_tower(config: Config) -> TextTower:
     """The text tower of a configuration; `TorchOnlyText` where no family accepts it.
 
     Raises:
-        ConfigurationError: it is of a family, and makes no sense.
+        ConfigurationError: it is of a family, and invalid.
     """
     found = filter(None, (family.from_config(config) for family in TEXT_FAMILIES))
     known = frozenset().union(*(family.keys for family in TEXT_FAMILIES))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
 _PREFIX = "visual."
-# By how much all strides together shrink an image's side.
+# The factor by which all strides together shrink an image's side.
 _SHRINKS = 32
 
 

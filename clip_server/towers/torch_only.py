@@ -82,17 +82,17 @@ class TorchOnlyText(TextTower):
 
 
 def _trim(text: Mapping[str, Any]) -> Trim:
-    """How open_clip's text tower allows texts to be cut."""
+    """The way in which open_clip's text tower allows texts to be trimmed."""
     if "hf_model_name" in text:
         return "masked"
-    # CoCa's class token stands after the padding, at a position of its own.
+    # CoCa's class token comes after the padding, at a fixed position.
     every_position = text.get("no_causal_mask") or text.get("embed_cls")
     at_end_token = text.get("pool_type", "argmax") in ("argmax", "eos")
     return "causal" if at_end_token and not every_position else "fixed"
 
 
 def _unknown(part: Mapping[str, Any], known: frozenset[str]) -> tuple[str, ...]:
-    # Keys that are all known may still describe no tower together.
+    # Known keys may still be an unknown combination.
     return tuple(sorted(part.keys() - known or part.keys()))
 
 

@@ -1,4 +1,4 @@
-"""What a family of towers implements, so that everything else asks and nothing else knows.
+"""The interface of a family of towers: everything that differs between families is behind it.
 
 A family is a subclass of `ImageTower` or `TextTower` in a file of its own, and an entry in
 `registry`. Neither these files nor what they import needs the onnx package: reading a model's
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 # A model's configuration in open_clip's JSON form.
 Config = Mapping[str, Any]
-# Graphs for onnxruntime save a CPU work, with shapes that depend on the texts and operators on
-# uint8; TensorRT takes neither.
+# Graphs for onnxruntime have shapes that depend on the texts and operators on uint8, which saves
+# work on CPUs; TensorRT supports neither.
 Target = Literal["onnxruntime", "tensorrt"]
-# Keys of `text_cfg` that say nothing of its tower.
+# Keys of `text_cfg` that describe the tokenizer, not the tower.
 TOKENIZER_KEYS = frozenset({"hf_tokenizer_name", "tokenizer_kwargs"})
 # torch's default in layer norm and batch norm.
 EPSILON = 1e-5
@@ -35,10 +35,9 @@ class SavedByTransformers:
     """How Hugging Face's transformers library saves a tower.
 
     model_types: the `model_type` of each `config.json` that describes this family.
-    defaults: values that the configuration of a tower leaves out.
-    prefixes: how names of tensors begin, each with the prefix of ours. The longest that fits
-        is replaced.
-    parts: what is then replaced inside a name.
+    defaults: values that the configuration of a tower may omit.
+    prefixes: prefixes of tensor names, each with ours. The longest match is replaced.
+    parts: parts of tensor names that are then replaced, each with ours.
     transposed: tensors stored as [outputs, inputs], each with the name of ours [inputs, outputs].
     """
 
@@ -51,10 +50,10 @@ class SavedByTransformers:
 
 @dataclass(frozen=True)
 class TextSavedByTransformers(SavedByTransformers):
-    """As `SavedByTransformers`, with what follows for the rest of the model.
+    """As `SavedByTransformers`, with the defaults for the rest of the model.
 
-    vocabulary: the tokenizer's, where no file in the folder says otherwise.
-    resize: of images, where no file in the folder says otherwise.
+    vocabulary: the tokenizer's, unless a file in the folder overrides it.
+    resize: of images, likewise.
     """
 
     vocabulary: Vocabulary = "clip"
@@ -62,7 +61,7 @@ class TextSavedByTransformers(SavedByTransformers):
 
 
 class Tower(ABC):
-    """One tower of a model: its dimensions, and what follows from them.
+    """One tower of a model: its dimensions, and everything derived from them.
 
     keys: of `vision_cfg` or `text_cfg` that the family reads. Where no family accepts a
         configuration, the error names the keys that none of them reads.
@@ -80,7 +79,7 @@ class Tower(ABC):
         """The tower that a configuration describes; None if it is of another family.
 
         Raises:
-            ConfigurationError: it is of this family, and makes no sense.
+            ConfigurationError: it is of this family, and invalid.
         """
 
     @classmethod
@@ -91,7 +90,7 @@ class Tower(ABC):
         Returns `vision_cfg` or `text_cfg`, and `quick_gelu` where the family has that choice.
 
         Raises:
-            ConfigurationError: it asks for something the family lacks.
+            ConfigurationError: it needs a feature that the family lacks.
         """
         raise NotImplementedError(f"transformers does not save {cls.__name__}")
 
@@ -124,9 +123,9 @@ class ImageTower(Tower):
 class TextTower(Tower):
     """A text tower.
 
-    trim: how a batch of texts may be cut.
-    pad_id: the token that fills texts up; None if any will do, so that the tokenizer's is used.
-    max_length: the most tokens of a text that the tower has positions for.
+    trim: how a batch of texts may be trimmed.
+    pad_id: the padding token; None if any will do, so that the tokenizer's is used.
+    max_length: the number of tokens that the tower has positions for.
     torch_module: import path (`package.module:Class`) of the tower in torch, made from the tower
         and its tensors; None if open_clip has it.
     hub: the repository whose `config.json` torch needs to build the tower, if any.

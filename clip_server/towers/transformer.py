@@ -14,7 +14,7 @@ from clip_server.towers.tower import EPSILON, Shapes, linear_shapes, norm_shapes
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
-# What transformers calls the parts of a block.
+# The names of a block's parts in transformers, with ours.
 TRANSFORMERS_PARTS = {
     ".self_attn.": ".attn.",
     ".layer_norm1.": ".ln_1.",
