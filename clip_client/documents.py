@@ -60,7 +60,7 @@ def parse_access_paths(paths: str) -> list[str]:
 
     Raises InvalidInputError for anything but steps of r (root), c (chunks) and m (matches).
     """
-    steps = paths.replace(" ", "").removeprefix("@").split(",")
+    steps = [path.removeprefix("@") for path in paths.replace(" ", "").split(",")]
     if not all(each and set(each) <= _STEPS.keys() for each in steps):
         raise InvalidInputError(
             f"access_paths {paths!r}: allowed are '@r' (the documents passed), '@c' (their "

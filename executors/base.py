@@ -24,7 +24,7 @@ from clip_server.engine.service import Limits, Service
 from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.clip_executor import ClipExecutor
 from clip_server.executors.documents import ClipDoc
-from clip_server.executors.parameters import EncoderParameters, parse_access_paths
+from clip_server.executors.parameters import EncoderParameters, field_paths, parse_access_paths
 from clip_server.models import zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.rpc.request_parameters import RequestParameters
@@ -181,7 +181,9 @@ class BaseCLIPEncoder(ClipExecutor):
 
     def _access_paths(self, options: RequestParameters) -> list[str]:
         try:
-            return parse_access_paths(options.access_paths or self.parameters.access_paths)
+            if options.access_paths:
+                return field_paths(options.access_paths)
+            return parse_access_paths(self.parameters.access_paths)
         except ConfigurationError as error:
             raise RequestError(f"parameters: {error}") from None
 

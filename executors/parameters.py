@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
+from clip_client import documents
+from clip_client.errors import InvalidInputError
 from clip_server.engine.engine import MAX_QUEUED_ITEMS
 from clip_server.engine.service import Limits
 from clip_server.errors import ConfigurationError
@@ -87,11 +89,21 @@ def parse_access_paths(paths: str) -> list[str]:
 
     Raises ConfigurationError for anything else.
     """
+    try:
+        return field_paths(documents.parse_access_paths(paths))
+    except InvalidInputError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def field_paths(paths: Sequence[str]) -> list[str]:
+    """Paths of the steps r, c and m as docarray's: ["r", "c"] becomes ["", "chunks"].
+
+    Raises ConfigurationError for more than one level: a ClipDoc has no more.
+    """
     fields_of = {"r": "", "c": "chunks", "m": "matches"}
-    letters = [letter.strip().removeprefix("@") for letter in paths.split(",")]
-    if not all(letter in fields_of for letter in letters):
+    if not all(path in fields_of for path in paths):
         raise ConfigurationError(
-            f"access_paths {paths!r}: allowed are '@r' (the documents sent), '@c' (their "
-            "chunks) and '@m' (their matches), several as '@r,c'"
+            f"access_paths {','.join(paths)!r}: documents of Jina have one level of chunks and "
+            "matches, '@r', '@c' and '@m'; deeper ones are encoded over HTTP"
         )
-    return [fields_of[letter] for letter in letters]
+    return [fields_of[path] for path in paths]

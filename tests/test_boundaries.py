@@ -40,7 +40,8 @@ ALLOWED = {
     # First floor.
     "clip_server.preprocess": GROUND,
     "clip_server.towers": GROUND,
-    "clip_server.rpc": ["clip_client.proto", "clip_client.envelope", *GROUND],
+    "clip_server.rpc": ["clip_client.documents", "clip_client.envelope", "clip_client.errors",
+                        "clip_client.proto", *GROUND],
     "clip_server.search": ["clip_client.proto", "clip_client.tags", *GROUND, "clip_server.rpc"],
     # Second floor: the catalogue of models.
     "clip_server.models": [*GROUND, "clip_server.towers", "clip_server.preprocess"],
@@ -51,7 +52,8 @@ ALLOWED = {
                            *GROUND, "clip_server.preprocess", "clip_server.models",
                            "clip_server.rpc", "clip_server.runtimes"],
     # Fifth floor: the processes of a server, and the commands.
-    "clip_server.executors": ["clip_client.errors", "clip_client.images", "clip_client.proto",
+    "clip_server.executors": ["clip_client.documents", "clip_client.errors",
+                              "clip_client.images", "clip_client.proto",
                               "clip_client.scores", "clip_client.tags",
                               *GROUND, "clip_server.launch.jina_internals",
                               "clip_server.engine", "clip_server.models",

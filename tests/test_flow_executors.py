@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_our_client_gets_the_answer_of_the_whole_flow(
         assert [error.index for error in errors] == [1]
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "websocket"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_jina_client_gets_the_answer_of_the_whole_flow(
     around: Server, onnx_server: Server, protocol: str
 ) -> None:
@@ -112,7 +113,7 @@ def test_a_jina_client_gets_the_answer_of_the_whole_flow(
     assert [each.text for each in kept] == ["keep"]
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "websocket"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_an_executor_that_fails_is_named_and_shows_nothing_of_the_server(
     around: Server, protocol: str
 ) -> None:
@@ -144,6 +145,66 @@ def test_an_executor_by_its_name(around: Server) -> None:
     for target in ("nobody", "("):
         with pytest.raises(Exception, match="target_executor"):
             jina_post(around, "grpc", "/index", [doc(text="a")], target_executor=target)
+
+
+def test_json_gets_the_answer_of_the_whole_flow(around: Server, onnx_server: Server) -> None:
+    """As with curl: other executors see every field of an entry, and theirs come back."""
+    with Client(onnx_server.grpc) as plain:
+        expected = plain.encode(["a cat", CAT])
+    blob = base64.b64encode(CAT).decode()
+    entries = [{"text": "A CAT", "id": "one", "tags": {"page": 3}}, {"blob": blob}]
+    for path, on in (("/post", "/encode"), ("/encode", None)):
+        answer = post_json(around, path, entries, execEndpoint=on)
+        found, image = answer["data"]
+        np.testing.assert_allclose(found["embedding"], expected[0] / 2, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(image["embedding"], expected[1] / 2, rtol=1e-4, atol=1e-5)
+        assert (found["id"], found["text"]) == ("one", "a cat")
+        assert found["tags"] == {"page": 3, "encoded": True}
+        names = [route["executor"] for route in answer["routes"]]
+        assert names == ["gateway", "lowercase", "clip", "indexer"]
+    (as_base64,) = post_json(
+        around, "/encode", entries[:1], parameters={"encoding_format": "base64"}
+    )["data"]
+    packed = np.frombuffer(base64.b64decode(as_base64["embedding"]), "<f4")
+    np.testing.assert_allclose(packed, expected[0] / 2, rtol=1e-4, atol=1e-5)
+    kept = post_json(around, "/filter", ["keep", "drop"])["data"]
+    assert [each["text"] for each in kept] == ["keep"]
+    (indexed,) = post_json(around, "/index", [{"text": "a"}], targetExecutor="indexer")["data"]
+    assert "embedding" not in indexed or indexed["embedding"] is None
+    matches = [{"text": "a car"}, {"text": "a cat"}]
+    (ranked,) = post_json(around, "/rank", [{"blob": blob, "matches": matches}])["data"]
+    assert [match["text"] for match in ranked["matches"]] == ["a cat", "a car"]
+    assert ranked["matches"][0]["scores"]["clip_score"]["value"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/fail", {"data": ["a"]}, 500, "executor indexer failed"),
+        ("/refuse", {"data": ["a"]}, 400, "the index is empty"),
+        ("/encode", {"data": [{"text": "a", "tags": "red"}]}, 400, "tags"),
+        ("/encode", {"data": [{"text": "a", "tags": {"a": [[[[]]]] * 9}}] * 10_001}, 400, "10,000"),
+        ("/encode", {"data": [7]}, 400, "is not an object"),
+        ("/encode", {"data": ["\ud83d"]}, 400, "surrogates"),
+        ("/index", {"data": ["a"], "targetExecutor": "nobody"}, 404, "indexer"),
+        ("/nowhere", {"data": ["a"], "targetExecutor": "indexer"}, 404, "/nowhere"),
+        ("/index", {"data": ["a"], "targetExecutor": "("}, 400, "regular expression"),
+    ],
+)
+def test_json_that_the_flow_refuses(
+    around: Server, path: str, body: dict[str, Any], status: int, says: str
+) -> None:
+    answer = requests.post(f"{around.http}{path}", json=body, timeout=60)
+    assert answer.status_code == status, answer.text
+    said = answer.json()["error"]["message"]
+    assert says in said
+    assert not re.search(r"secret|OSError|Traceback|\.py", said)
+
+
+def post_json(server: Server, path: str, entries: list[Any], **fields: Any) -> Any:
+    answer = requests.post(f"{server.http}{path}", json={"data": entries, **fields}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
 def test_ids_and_tags_reach_the_executors(around: Server) -> None:
@@ -186,7 +247,7 @@ def test_an_encoder_by_its_name(two_encoders: Server) -> None:
             encode(pb.EncodeRequest(items=[pb.Item(text="a")], model="third"))
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "second" in raised.value.details()
-    for protocol in ("grpc", "websocket"):
+    for protocol in PROTOCOLS:
         for on, options in (
             ("/encode", {"target_executor": "second"}),
             ("/encode/second", {}),

@@ -19,6 +19,13 @@ CAT_URI = "data:image/png;base64," + base64.b64encode(CAT).decode()
 PROTOBUF = {"content-type": "application/x-protobuf"}
 
 
+def nested_entry(levels: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"text": "a"}
+    for _ in range(levels):
+        entry = {"text": "a", "chunks": [entry]}
+    return entry
+
+
 @pytest.fixture
 def http(onnx_server: Server) -> Any:
     with Http(onnx_server.http) as http:
@@ -41,9 +48,126 @@ def test_clip_as_services_own_body(http: Http) -> None:
     body = {"data": [{"text": "hi"}], "execEndpoint": "/", "parameters": {"normalize": True}}
     embedding = http.post("/post", json=body).json()["data"][0]["embedding"]
     assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-5)
-    refused = http.post("/post", json={**body, "execEndpoint": "/index"})
-    assert refused.status_code == 400
-    assert "/encode" in refused.json()["error"]["message"]
+    for endpoint in ("/index", "/encode/any-model"):  # the encoder answers what no other does
+        answer = http.post("/post", json={**body, "execEndpoint": endpoint}).json()
+        np.testing.assert_allclose(answer["data"][0]["embedding"], embedding, rtol=1e-4, atol=1e-5)
+        assert answer["header"]["execEndpoint"] == endpoint
+
+
+@pytest.mark.parametrize("route", ["/encode", "/post", "/anything"])
+def test_the_answer_is_as_jina_has_it(http: Http, route: str) -> None:
+    data = [{"text": "a cat", "id": 7, "tags": {"page": 3}}, "a dog", {"text": ""}]
+    header = {"requestId": "mine"}
+    parameters = {"normalize": True}
+    answer = http.post(
+        route, json={"data": data, "parameters": parameters, "header": header}
+    ).json()
+    assert answer.keys() == {"header", "parameters", "routes", "data"}
+    assert answer["header"]["requestId"] == "mine"
+    assert answer["parameters"] == parameters
+    assert [each["executor"] for each in answer["routes"]] == ["gateway", "clip"]
+    first, second, bad = answer["data"]
+    assert (first["id"], first["text"], first["tags"]) == (7, "a cat", {"page": 3})
+    assert len({second["id"], bad["id"], 7}) == 3
+    assert "empty text" in bad["error"]
+
+
+def test_entries_below_others(http: Http, onnx_server: Server) -> None:
+    chunk = {"text": "a cat", "id": "c", "chunks": ["a dog"], "matches": [{"uri": CAT_URI}]}
+    entry = {"text": "a bird", "chunks": [chunk, {"text": ""}], "matches": None}
+    with Client(onnx_server.grpc) as client:
+        bird, cat, dog, image = client.encode(["a bird", "a cat", "a dog", CAT])
+
+    def encode(paths: str | None) -> Any:
+        body = {"data": [entry, "a fish"], "parameters": {"access_paths": paths}}
+        first, second = http.post("/encode", json=body).json()["data"]
+        assert ("embedding" in second) == ("r" in (paths or "r"))
+        return first
+
+    def embeddings(found: Any) -> list[Any]:
+        """Of the bird, the cat, the dog and the image."""
+        below = found["chunks"][0]
+        places = (found, below, below["chunks"][0], below["matches"][0])
+        return [place.get("embedding") for place in places]
+
+    for paths, expected in (
+        (None, [bird, None, None, None]),
+        ("@c", [None, cat, None, None]),
+        ("@cc", [None, None, dog, None]),
+        ("cm", [None, None, None, image]),
+        ("@r, c,cc,r", [bird, cat, dog, None]),
+        ("@m", [None] * 4),
+    ):
+        found = encode(paths)
+        for one, other in zip(embeddings(found), expected, strict=True):
+            assert (one is None) == (other is None), paths
+            if one is not None:
+                np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+        assert found["chunks"][0]["id"] == "c"
+        assert found["chunks"][0]["chunks"][0]["text"] == "a dog"
+        assert ("empty text" in found["chunks"][1].get("error", "")) == (
+            "c" in (paths or "").replace("cc", "").replace("cm", "")
+        )
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"text": "a", "chunks": "b"}, "chunks of an entry are not a list"),
+        (nested_entry(30), "nested more than 20"),
+    ],
+)
+def test_entries_that_cannot_be_descended(http: Http, entry: Any, says: str) -> None:
+    body = {"data": [entry], "parameters": {"access_paths": "@c"}}
+    answer = http.post("/encode", json=body)
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+
+
+def test_image_content_comes_back_if_asked_for(http: Http) -> None:
+    blob = base64.b64encode(CAT).decode()
+    data = [{"blob": blob}, {"image": blob}, {"uri": CAT_URI}, {"uri": "data:,a%20cat"}]
+
+    def fields(**parameters: Any) -> list[set[str]]:
+        answer = http.post("/encode", json={"data": data, "parameters": parameters}).json()["data"]
+        for sent, found in zip(data, answer, strict=True):
+            assert all(found[key] == sent[key] for key in sent.keys() & found.keys())
+        return [each.keys() - {"id", "embedding"} for each in answer]
+
+    assert fields() == [set(), set(), set(), {"uri"}]
+    assert fields(drop_image_content=True) == [set()] * 4
+    assert fields(drop_image_content=False) == [{"blob"}, {"image"}, {"uri"}, {"uri"}]
+
+
+def test_an_address_of_an_image_is_an_error_of_its_entry(http: Http) -> None:
+    data = [{"text": "a cat"}, {"uri": "https://example.org/cat.png"}]
+    good, bad = http.post("/post", json={"data": data, "execEndpoint": "/"}).json()["data"]
+    assert "embedding" in good
+    assert "only data: URIs" in bad["error"]
+
+
+@pytest.mark.parametrize("data", [{"text": "a cat"}, {"docs": [{"text": "a cat"}]}])
+def test_other_forms_of_data(http: Http, data: Any) -> None:
+    (found,) = http.post("/encode", json={"data": data}).json()["data"]
+    assert found["text"] == "a cat"
+
+
+def test_endpoints_that_nobody_answers(http: Http) -> None:
+    answer = http.post("/post", json={"data": ["a"], "targetExecutor": "nobody"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "NOT_FOUND"
+    assert "clip" in answer.json()["error"]["message"]
+    # The encoder answers any endpoint, but what has a page of its own is none.
+    assert http.post("/livez", json={"data": ["a"]}).status_code == 405
+    assert http.post("/anything", data=b"", headers=PROTOBUF).status_code == 400
+
+
+@pytest.mark.parametrize("field", ["execEndpoint", "targetExecutor", "header", "requestId"])
+@pytest.mark.parametrize("value", [7, ["/"], "\ud83d", "x" * 2000, True])
+def test_an_envelope_of_the_wrong_type(http: Http, field: str, value: Any) -> None:
+    answer = http.post("/post", json={"data": ["a"], field: value})
+    assert answer.status_code == 400
+    assert field in answer.json()["error"]["message"]
 
 
 def test_rank(http: Http) -> None:
@@ -125,7 +249,8 @@ def test_bodies_that_are_refused(http: Http, body: bytes, says: str) -> None:
         ("encoding_format", ["base32", True, 7, ["base64"]]),
         ("minibatch_size", ["8", 8.5, True, -1, 2**40, [8], 1e300]),
         ("batch_size", ["8"]),
-        ("access_paths", [7, "@c", "@zzz", [7]]),
+        ("access_paths", [7, "@zzz", "@", "@r,", "@" + "c" * 1000, [7]]),
+        ("model_name", [7, ["a"]]),
         ("normalise", [True]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ JINA_SERVICES = {
 }
 # The name of the exception with which an executor refuses a request, its message for the client.
 _REFUSAL = RequestError.__name__
+# The name of the one with which its class of documents refuses those of a request, and the fields
+# and reasons in its description.
+_UNFIT_DOCUMENTS = "ValidationError"
+_UNFIT_FIELD = re.compile(r"'loc': \((.*?),?\), 'msg': '(.*?)'")
 
 
 class JinaRequestHandler:
@@ -248,7 +253,13 @@ def _executor_error(response: DataRequest) -> RequestError:
         for route in response.routes
         if route.status.code == jina_pb2.StatusProto.ERROR
     ]
-    log.error("executor %s failed: %s", ", ".join(failed), response.header.status.description)
+    description = response.header.status.description
+    if failed and exception.name == _UNFIT_DOCUMENTS:
+        fields = [f"{field}: {why}" for field, why in _UNFIT_FIELD.findall(description)]
+        return RequestError(
+            f"the documents are not those that executor {failed[0]} reads: {'; '.join(fields)}"
+        )
+    log.error("executor %s failed: %s", ", ".join(failed), description)
     if not failed:
         return RequestError(FAILED, "INTERNAL")
     return RequestError(

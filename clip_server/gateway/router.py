@@ -10,7 +10,7 @@ from clip_server.errors import RequestError
 from clip_server.gateway import documents
 from clip_server.gateway.collection import KINDS, Collection
 from clip_server.gateway.jina_protocol import JinaRequestHandler
-from clip_server.gateway.topology import Topology
+from clip_server.gateway.topology import Route, Topology
 from clip_server.rpc.errors import check_count, error_response
 
 
@@ -40,6 +40,10 @@ class Router:
         """Items that the first encoder takes in one request."""
         info = self._topology.encoder().info
         return info.max_request_items if info else 0
+
+    def route(self, endpoint: str, model: str = "", target: str = "") -> Route:
+        """The way of a request, as `Topology.route` finds it."""
+        return self._topology.route(endpoint, model, target)
 
     async def call(self, request: pb.Request) -> pb.Response:
         """The response to `request`; an error on the way to the executor is in it too."""

@@ -17,6 +17,10 @@ _DEFAULT_ENDPOINT = "/default"
 _WITH_MODEL = re.compile(r"(/encode|/rank)/(.+)", re.DOTALL)
 
 
+class UnansweredError(RequestError):
+    """A request for an endpoint that no executor answers."""
+
+
 @dataclass(frozen=True)
 class FlowExecutor:
     """One executor of the flow, as it describes itself when the gateway starts.
@@ -109,11 +113,14 @@ class Topology:
         target: a pattern of the executors that get it.
 
         Raises:
-            RequestError: no executor answers it, or the pattern is invalid.
+            UnansweredError: no executor answers it.
+            RequestError: the pattern is invalid, or no encoder has that name.
         """
         named = _WITH_MODEL.fullmatch(endpoint)
         if named and not model and not self.binds(endpoint):
             endpoint, model = named.groups()
+            if len(self.encoders) == 1:  # it answers for any model, as in clip-as-service
+                model = ""
         chosen = self._together(self.encoder(model)) if not model else [self.encoder(model)]
         answering = [
             each
@@ -121,7 +128,7 @@ class Topology:
             if each.answers(endpoint) and (target or each.info is None or each in chosen)
         ]
         if not answering:
-            raise RequestError(self._unanswered(endpoint, target))
+            raise UnansweredError(self._unanswered(endpoint, target))
         encoder = next((each for each in answering if each.info is not None), None)
         return Route(
             endpoint,

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clip_client.documents import parse_access_paths
+from clip_client.errors import InvalidInputError
 from clip_server.errors import RequestError
 
 _ENCODINGS = ("float", "base64")
 # Names that clip-as-service's users have in their requests.
 _ALIASES = {"batch_size": "minibatch_size", "traversal_paths": "access_paths"}
 _MOST_MINIBATCH = 2**31
+_LONGEST_PATHS = 100
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,20 @@ class RequestParameters:
 
     normalize: embeddings of length 1.
     minibatch_size: items the model takes at once for this request; 0: the server's own setting.
-    drop_image_content: responses come back without `uri`, and over Jina without `blob`.
+    drop_image_content: whether responses come back without `uri` and `blob`; None: as the
+        protocol has it.
     encoding_format: of embeddings in JSON, `float` or `base64`.
-    access_paths: which documents are encoded, as docarray's; None: the server's own setting.
+    access_paths: which documents are encoded: a path from those sent for each, with the steps r,
+        c (chunks) and m (matches); None: the server's own setting.
+    model_name: of the encoder, or of its model, if the flow has several; "": the first.
     """
 
     normalize: bool = False
     minibatch_size: int = 0
-    drop_image_content: bool = False
+    drop_image_content: bool | None = None
     encoding_format: str = "float"
-    access_paths: str | None = None
+    access_paths: list[str] | None = None
+    model_name: str = ""
 
     @classmethod
     def parse(cls, given: Any, *, refuse_unknown: bool) -> RequestParameters:
@@ -95,11 +102,20 @@ def _encoding(name: str, value: Any) -> str:
     return str(value)
 
 
-def _paths(name: str, value: Any) -> str:
+def _paths(name: str, value: Any) -> list[str]:
     paths = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(path, str) for path in paths):
+    if not all(isinstance(path, str) for path in paths) or len(",".join(paths)) > _LONGEST_PATHS:
         raise RequestError(f"{name} is {shown(value)}, which is not a string like '@r' or '@r,c'")
-    return ",".join(paths)
+    try:
+        return parse_access_paths(",".join(paths))
+    except InvalidInputError as error:
+        raise RequestError(str(error)) from None
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {shown(value)}, which is not a string")
+    return value
 
 
 _READERS = {
@@ -108,6 +124,7 @@ _READERS = {
     "drop_image_content": _flag,
     "encoding_format": _encoding,
     "access_paths": _paths,
+    "model_name": _name,
 }
 
 

@@ -1,0 +1,185 @@
+"""Our own dialect, which is that of clip-as-service and Jina: documents in, documents out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.gateway import topology
+from clip_server.gateway.apis.call import Call
+from clip_server.gateway.apis.entries import descend, echo, find_fault, to_item, to_items
+from clip_server.gateway.apis.flow import ask_flow
+from clip_server.gateway.apis.search import SEARCH_ENDPOINTS, SearchApi
+from clip_server.gateway.collection import KINDS
+from clip_server.gateway.http_messages import (
+    ask,
+    is_protobuf,
+    json_response,
+    parse_message,
+    parse_object,
+    protobuf_response,
+    read_body,
+    unless_client_leaves,
+)
+from clip_server.gateway.listener import Listener
+from clip_server.rpc.errors import check_count
+
+# The messages of clip.v1 that have an endpoint.
+_MESSAGES: dict[str, type[Message]] = {
+    f"/{kind}": getattr(pb, f"{kind.capitalize()}Request") for kind in ("encode", "rank", *KINDS)
+}
+_ENCODE, _RANK = ("/", "/encode"), "/rank"
+
+
+class ClipApi:
+    """Answers documents in JSON, and clip.v1 in protobuf.
+
+    listener: of the port.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._search = SearchApi(listener)
+
+    def routes(self) -> list[Route]:
+        """The endpoints that every flow has."""
+        named = [Route(endpoint, self.answer, methods=["POST"]) for endpoint in _MESSAGES]
+        return [*named, Route("/post", self._answer_post, methods=["POST"])]
+
+    async def answer(self, request: Request) -> Response:
+        """The response to a request for the endpoint of its path."""
+        body = await read_body(request, self._listener.options.max_request_bytes)
+        endpoint = request.url.path
+        if is_protobuf(request):
+            return await self._answer_protobuf(endpoint, body, request)
+        return await self._answer_json(parse_object(body), endpoint, request)
+
+    async def _answer_post(self, request: Request) -> Response:
+        body = await read_body(request, self._listener.options.max_request_bytes)
+        return await self._answer_json(parse_object(body), None, request)
+
+    async def _answer_protobuf(self, endpoint: str, body: bytes, request: Request) -> Response:
+        if endpoint not in _MESSAGES:
+            raise RequestError(f"only {', '.join(_MESSAGES)} take protobuf: send JSON")
+        message = parse_message(_MESSAGES[endpoint], body)
+        return protobuf_response(await self._ask(endpoint[1:], message, request))
+
+    async def _ask(self, kind: str, message: Any, request: Request) -> Any:
+        return await ask(self._listener.call, kind, message, request)
+
+    async def _answer_json(
+        self, body: Mapping[str, Any], endpoint: str | None, request: Request
+    ) -> Response:
+        """The response to a body. endpoint: None: the body names it."""
+        call = Call.parse(body, endpoint)
+        route = self._listener.router.route(call.endpoint, call.parameters.model_name, call.target)
+        # A flow without a collection says so where the path asks for one.
+        if self._search.answers(call) or (endpoint in SEARCH_ENDPOINTS and route.is_direct):
+            return await self._search.answer(call, body, request)
+        encoder = _encoder_alone(call, route)
+        if encoder is None:
+            check_count(len(call.entries or ()), self._listener.router.max_request_items)
+            answer = await unless_client_leaves(ask_flow(self._listener.jina, call), request)
+            return json_response(answer)
+        begun, truncated = datetime.now(timezone.utc), 0
+        if route.endpoint == _RANK:
+            data = await self._rank(call, encoder, request)
+        else:
+            data, truncated = await self._encode(call, encoder, request)
+        ended = datetime.now(timezone.utc)
+        routes = [(name, begun, ended) for name in ("gateway", encoder)]
+        answer = call.answer(data, routes, call.given)
+        if not call.is_jinas:
+            answer["truncated"] = truncated
+        return json_response(answer)
+
+    async def _encode(self, call: Call, encoder: str, request: Request) -> tuple[list[Any], int]:
+        call.refuse_unknown_parameters()
+        entries, parameters = call.required_entries(), call.parameters
+        most = self._listener.router.max_request_items
+        # Before any of them is looked at, which takes time that others wait.
+        check_count(len(entries), most)
+        echoes = [echo(entry, call.drop_image_content) for entry in entries]
+        chosen, results = entries, echoes
+        if parameters.access_paths not in (None, ["r"]):
+            pairs = list(descend(entries, echoes, parameters.access_paths or ()))
+            check_count(len(pairs), most)
+            chosen, results = [entry for entry, _ in pairs], [result for _, result in pairs]
+        items, unfit = to_items(chosen)
+        options = pb.Options(
+            normalize=parameters.normalize, minibatch_size=parameters.minibatch_size
+        )
+        message = pb.EncodeRequest(items=items, options=options, model=encoder)
+        encoded = await self._ask("encode", message, request)
+        embeddings = np.frombuffer(encoded.embeddings, "<f4").reshape(encoded.count, encoded.dim)
+        errors = {error.index: error.message for error in encoded.errors} | unfit
+        as_base64 = parameters.encoding_format == "base64"
+        for index, result in enumerate(results):
+            if index in errors:
+                result["error"] = errors[index]
+            elif as_base64:
+                result["embedding"] = base64.b64encode(embeddings[index].tobytes()).decode()
+            else:
+                result["embedding"] = embeddings[index]
+        return echoes, encoded.truncated
+
+    async def _rank(self, call: Call, encoder: str, request: Request) -> list[Any]:
+        if call.parameters.access_paths not in (None, ["r"]):
+            raise RequestError(
+                "access_paths: to rank, the matches of the entries of data are ranked, '@r'"
+            )
+        call.refuse_unknown_parameters()
+        entries = call.required_entries()
+        check_count(len(entries), self._listener.router.max_request_items)
+        ranked = (self._rank_entry(entry, call, encoder, request) for entry in entries)
+        return list(await asyncio.gather(*ranked))
+
+    async def _rank_entry(
+        self, entry: Any, call: Call, encoder: str, request: Request
+    ) -> dict[str, Any]:
+        matches = entry.get("matches") if isinstance(entry, Mapping) else None
+        if not isinstance(matches, list):
+            raise RequestError(
+                'to rank, each entry of data has "matches", a list of what to rank for it'
+            )
+        check_count(len(matches) + 1, self._listener.router.max_request_items)
+        result = echo(entry, call.drop_image_content)
+        results = result.pop("matches")
+        if fault := find_fault(entry):
+            return {**result, "error": fault}
+        candidates, unfit = to_items(matches)
+        message = pb.RankRequest(query=to_item(entry), candidates=candidates, model=encoder)
+        try:
+            ranked = await self._ask("rank", message, request)
+        except RequestError as error:
+            if error.code != "INVALID_ARGUMENT":
+                raise
+            return {**result, "error": str(error)}
+        for match in ranked.matches:
+            results[match.index]["scores"] = call.show_scores(
+                {"clip_score": match.probability, "clip_score_cosine": match.cosine}
+            )
+        for failed in ranked.errors:
+            results[failed.index]["error"] = unfit.get(failed.index, failed.message)
+        order = [*(each.index for each in ranked.matches), *(each.index for each in ranked.errors)]
+        return {**result, "matches": [results[index] for index in order]}
+
+
+def _encoder_alone(call: Call, route: topology.Route) -> str | None:
+    """The name of the encoder, if it alone answers, and by one of the endpoints of clip.v1."""
+    encoder = route.encoder
+    if encoder is None or not route.is_direct or call.target:
+        return None
+    is_its_own = route.endpoint in encoder.endpoints and route.endpoint not in (*_ENCODE, _RANK)
+    return None if is_its_own else encoder.name

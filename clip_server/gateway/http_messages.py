@@ -1,0 +1,197 @@
+"""Bodies of HTTP requests in, responses and refusals out: the same in every dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.gateway import json_text
+from clip_server.gateway.topology import UnansweredError
+from clip_server.rpc.errors import FAILED, error_response
+from clip_server.rpc.multiplexing import Call
+
+log = logging.getLogger(__name__)
+
+PROTOBUF = "application/x-protobuf"
+_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "RESOURCE_EXHAUSTED": 429,
+    "DEADLINE_EXCEEDED": 504,
+    "UNAVAILABLE": 503,
+}
+# The status of a body over the limit, for which trying again later does not help.
+_TOO_LARGE = 413
+# The status of a request whose client is gone: it is not sent anywhere.
+_CLIENT_GONE = 499
+
+_Answer = TypeVar("_Answer")
+_Message = TypeVar("_Message", bound=Message)
+
+
+class BodyTooLargeError(RequestError):
+    """A body over the limit."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "RESOURCE_EXHAUSTED")
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request.
+
+    most: bytes that it may have.
+
+    Raises:
+        BodyTooLargeError: it has more.
+        ClientDisconnect: the client went away before its end.
+    """
+    chunks: list[bytes] = []
+    size = int(request.headers.get("content-length") or 0)
+    if size <= most:
+        size = 0
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
+                break
+    if size > most:
+        raise BodyTooLargeError(
+            f"the body has more than {most / 2**20:.0f} MiB, the most the server takes: "
+            "send fewer items a request, as the client does by itself"
+        )
+    return b"".join(chunks)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises RequestError if it is something else."""
+    parsed = json_text.loads(body)
+    if not isinstance(parsed, dict):
+        raise RequestError('the body is not a JSON object like {"data": [{"text": "a cat"}]}')
+    return parsed
+
+
+def parse_message(kind: type[_Message], body: bytes) -> _Message:
+    """The protobuf message in a body. Raises RequestError if it is something else."""
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        raise RequestError(f"the body is not a serialized {kind.__name__}") from None
+
+
+def is_protobuf(request: Request) -> bool:
+    """Whether the body is, and the response is to be, protobuf."""
+    return request.headers.get("content-type", "").split(";")[0].strip() == PROTOBUF
+
+
+async def unless_client_leaves(answer: Awaitable[_Answer], request: Request) -> _Answer:
+    """Awaits `answer`, and cancels it when the client goes away.
+
+    Raises:
+        ClientDisconnect: it went away.
+    """
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass  # a body that no one asked for
+
+
+async def ask(call: Call, kind: str, message: Any, request: Request) -> Any:
+    """The answer to a message of clip.v1, as `unless_client_leaves`.
+
+    call: what answers it.
+    kind: the name of its field in `Request`, and of the answer's in `Response`.
+
+    Raises:
+        RequestError: the answer is an error.
+    """
+    response = await unless_client_leaves(call(pb.Request(**{kind: message})), request)
+    if response.HasField("error"):
+        error = response.error
+        raise RequestError(error.message, pb.Error.Code.Name(error.code), error.retry_after / 1e3)
+    return getattr(response, kind)
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """A response with JSON of plain objects and numpy's arrays."""
+    return Response(json_text.dumps(content), status, media_type="application/json")
+
+
+def protobuf_response(message: Message, status: int = 200) -> Response:
+    """A response with a serialized message."""
+    return Response(message.SerializeToString(), status, media_type=PROTOBUF)
+
+
+def json_error(status: int, code: str, message: str) -> Response:
+    """A response that says why there is no other."""
+    return json_response({"error": {"code": code, "message": message}}, status)
+
+
+def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., Any]]:
+    """What Starlette answers to requests that raise, by exception or status.
+
+    endpoints: listed in the answer to a request for another one.
+    """
+
+    async def not_found(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        allowed = ", ".join(endpoints)
+        message = f"no {request.method} {request.url.path} here; there is {allowed}"
+        code = "NOT_FOUND" if status == 404 else "METHOD_NOT_ALLOWED"
+        response = json_error(status, code, message)
+        response.headers.update(getattr(error, "headers", None) or {})  # the allowed methods
+        return response
+
+    return {
+        RequestError: _refuse,
+        ClientDisconnect: _note_client_gone,
+        404: not_found,
+        405: not_found,
+        500: _fail,
+    }
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    status, code = _STATUS.get(error.code, 500), error.code
+    if isinstance(error, BodyTooLargeError):
+        status = _TOO_LARGE
+    elif isinstance(error, UnansweredError):
+        status, code = 404, "NOT_FOUND"
+    if is_protobuf(request):
+        response = protobuf_response(error_response(0, error).error, status)
+    else:
+        response = json_error(status, code, str(error))
+    if error.retry_after:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
+    if status == _TOO_LARGE:
+        response.headers["Connection"] = "close"  # the rest of the body is not read
+    return response
+
+
+async def _note_client_gone(request: Request, _: Exception) -> Response:
+    log.debug("the client of %s %s went away", request.method, request.url.path)
+    return Response(status_code=_CLIENT_GONE)
+
+
+async def _fail(_: Request, __: Exception) -> Response:
+    return json_error(500, "INTERNAL", FAILED)
