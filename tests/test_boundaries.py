@@ -72,6 +72,9 @@ ALLOWED = {
     "clip_server.evaluate": ["clip_client", *GROUND, "clip_server.commands", "clip_server.engine",
                              "clip_server.models", "clip_server.preprocess",
                              "clip_server.runtimes"],
+    "clip_server.gallery": ["clip_client", *GROUND, "clip_server.commands",
+                            "clip_server.evaluate.encoders", "clip_server.rpc",
+                            "clip_server.runtimes", "clip_server.search"],
     # The roof.
     "clip_server.__main__": [*GROUND, "clip_server.launch", "clip_server.runtimes"],
 }  # fmt: skip

@@ -77,7 +77,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN = [block for block in BLOCKS if block.reason is None]
-FLOWS = [block for block in RUN if block.language == "yaml"]
+FLOWS = [block for block in RUN if block.language == "yaml" and "jtype" in block.text]
 
 
 def commands(page: Path) -> str:
@@ -153,7 +153,7 @@ class Session:
         own = [each for each in RUN if each.page == page]
         printed = ""
         for block in own:
-            if block.language == "yaml" and block.file:
+            if block in FLOWS and block.file:
                 spec = served(block, self._folder, self._ports)
                 (self._folder / block.file).write_text(yaml.safe_dump(spec))
             elif block.file:
@@ -217,6 +217,7 @@ class Session:
 def material(folder: Path) -> None:
     """The files that the pages speak of."""
     (folder / "clip_server").symlink_to(ROOT / "clip_server")
+    (folder / "texts.txt").write_text("a cat\na dog\n")
     shutil.copy(ROOT / "clip_client" / "proto" / "clip.proto", folder)
     for name in ("cat", "dog"):
         picture = (SAMPLES / f"{name}.png").read_bytes()

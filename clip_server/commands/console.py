@@ -19,7 +19,7 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Advance]:
+def progress(what: str, total: int | None) -> Iterator[Advance]:
     """Shows a progress bar on stderr, if that is a terminal.
 
     It is drawn only when it advances: a thread that draws would distort what is measured.

@@ -12,18 +12,10 @@ from clip_server.errors import ConfigurationError, RequestError
 from clip_server.gateway.replicas import ReplicaPool
 from clip_server.gateway.topology import Topology
 from clip_server.rpc.items import content_id
+from clip_server.rpc.probes import PROBE_IMAGE, PROBE_TEXT, comparable_precision
 
 # Requests that an indexer answers.
 KINDS = ("index", "search", "delete", "count")
-# A text and an image, a PNG of eight by eight pixels, that every model encodes differently: their
-# embeddings are part of the model's fingerprint.
-_PROBE_TEXT = "a photo of a cat next to a red car"
-_PROBE_IMAGE = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAh0lEQVR42g3IMQFAUQ"
-    "QF0BvF8IIYxRBACBFEEEIAMYyCGP4/4wEAwmOIwhyRqMYs7u9HBCZTEqdKiqZbGoCF2Jih/Jwn+ZpjuQA1UmF9qn"
-    "C91Gmt1QA8yIt91M8d6a9d1g3IogzO0xzPl4lO2xSgh/q4Q7u8Jdu6sf2APdrhLd3wtVzpfbv4AJT7V4FhG01PAA"
-    "AAAElFTkSuQmCC"
-)
 
 
 class Collection:
@@ -42,14 +34,13 @@ class Collection:
         Raises:
             ConfigurationError: it is of another model, or cannot be opened.
         """
-        items = [pb.Item(text=_PROBE_TEXT), pb.Item(uri=_PROBE_IMAGE)]
-        probes = await self._encode(items, 0)
+        probes = await self._encode([pb.Item(text=PROBE_TEXT), pb.Item(uri=PROBE_IMAGE)], 0)
         if probes.errors:
             raise ConfigurationError(f"the encoder does not encode: {probes.errors[0].message}")
         request = pb.OpenRequest(
             model=info.model,
             dim=info.dim,
-            precision="int8" if info.dtype == "int8" else "float",
+            precision=comparable_precision(info.dtype),
             probes=probes.embeddings,
         )
         response = await self.indexer.send(pb.Request(open=request))

@@ -7,6 +7,8 @@ imported only then, since what it needs may not be installed.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from clip_server.errors import ConfigurationError
@@ -48,6 +50,26 @@ def check_engine(name: str) -> EngineSpec:
 
 def open_store(settings: Settings, model: Fingerprint | None) -> Store:
     """Opens a collection, and creates it if it does not exist. See Store.open."""
+    return _engine(settings).open(settings, model)
+
+
+@contextmanager
+def replacement(settings: Settings, model: Fingerprint) -> Iterator[Store]:
+    """A new collection that takes the place of that of `settings` when the block is done.
+
+    Until then, and if the block raises, the old one stays as it was.
+    """
+    engine = _engine(settings)
+    shadow = engine.shadow(settings)
+    store = engine.open(shadow, model)
+    try:
+        yield store
+    finally:
+        store.close()
+    engine.swap(settings, shadow)
+
+
+def _engine(settings: Settings) -> type[Store]:
     module, _, name = check_engine(settings.engine).implementation.partition(":")
     engine: type[Store] = getattr(importlib.import_module(module), name)
-    return engine.open(settings, model)
+    return engine

@@ -13,7 +13,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import faiss
@@ -73,6 +73,7 @@ class LocalStore:
 
     def __init__(self, settings: Settings, model: Fingerprint | None) -> None:
         folder = Path(settings.location)
+        _finish_swap(folder)
         if model is None and not (folder / _ROWS).is_file():
             raise ConfigurationError(f"there is no collection in {folder}")
         self._folder, self._settings = folder, settings
@@ -96,6 +97,26 @@ class LocalStore:
     def open(cls, settings: Settings, model: Fingerprint | None) -> LocalStore:
         """See Store."""
         return cls(settings, model)
+
+    @classmethod
+    def shadow(cls, settings: Settings) -> Settings:
+        """See Store."""
+        location = f"{settings.location}.new"
+        shutil.rmtree(location, ignore_errors=True)
+        return replace(settings, location=location)
+
+    @classmethod
+    def swap(cls, settings: Settings, shadow: Settings) -> None:
+        """See Store."""
+        folder, new = Path(settings.location), Path(shadow.location)
+        old = folder.with_name(f"{folder.name}.old")
+        if folder.exists():
+            lock = _lock(folder)
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            lock.release()
+        new.rename(folder)
+        _finish_swap(folder)
 
     def close(self) -> None:
         """See Store."""
@@ -368,6 +389,14 @@ def _lock(folder: Path) -> FileLock:
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot hold a collection: {error.strerror}") from None
     return lock
+
+
+def _finish_swap(folder: Path) -> None:
+    """Leaves one collection where an exchange of two was interrupted."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _agree(folder: Path, rows: RowTable, model: Fingerprint | None) -> Fingerprint:

@@ -172,6 +172,18 @@ class Store(Protocol):
                 does not exist and `model` is None; it cannot be read.
         """
 
+    @classmethod
+    def shadow(cls, settings: Settings) -> Settings:
+        """Where a collection is built that will replace that of `settings`; it is empty."""
+
+    @classmethod
+    def swap(cls, settings: Settings, shadow: Settings) -> None:
+        """Puts the closed collection `shadow` in the place of that of `settings`.
+
+        Raises:
+            ConfigurationError: another process has that open.
+        """
+
     @property
     def model(self) -> Fingerprint:
         """What encoded the rows."""

@@ -1,0 +1,1 @@
+"""The gallery command: collections built from files, by PaddleClas' configuration."""
