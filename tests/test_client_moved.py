@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from conftest import ROOT, Server
+from conftest import ROOT, Server, free_ports
 from fake_server import DIM, FakeServer, vector
 
 from clip_client import (
@@ -259,6 +261,38 @@ def test_profile(server: FakeServer, client: Client, tmp_path: Path) -> None:
 )
 def test_schemes(address: str, scheme: str) -> None:
     assert repr(Client(address)) == f"Client('{scheme}://h:1')"
+
+
+STOCK_FLOW = """
+import sys, warnings
+warnings.filterwarnings('ignore')
+from jina import Flow
+ports = [int(port) for port in sys.argv[1:]]
+with Flow(port=ports, protocol=['grpc', 'http', 'websocket'], host='127.0.0.1') as flow:
+    print('ready', flush=True)
+    flow.block()
+"""
+
+
+@pytest.mark.slow
+def test_a_gateway_of_jinas_own_is_named() -> None:
+    ports = free_ports(3)
+    command = [sys.executable, "-c", STOCK_FLOW, *map(str, ports)]
+    environment = {**os.environ, "JINA_OPTOUT_TELEMETRY": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as flow:
+        family = psutil.Process(flow.pid)
+        try:
+            assert flow.stdout is not None
+            assert any("ready" in line for line in flow.stdout)
+            for scheme, port in zip(("grpc", "http", "ws"), ports, strict=True):
+                with (
+                    Client(f"{scheme}://127.0.0.1:{port}") as client,
+                    pytest.raises(ServerError, match=r"is a Jina gateway without clip\.v1: start"),
+                ):
+                    client.encode(["a"], timeout=30)
+        finally:
+            for each in (*family.children(recursive=True), family):
+                each.kill()
 
 
 # Run where docarray is older than 0.30: the guide's calls, and what it says they return.
