@@ -1,4 +1,4 @@
-"""Executors that answer clip.v1 beside Jina's protocol, on the same port."""
+"""Executors that answer clip.v1 and Jina's protocol on the same port."""
 
 import sys
 from abc import abstractmethod
@@ -13,17 +13,17 @@ from clip_server.launch.process_setup import die_with_parent, return_memory_when
 from clip_server.rpc.grpc_service import clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
 
-# What Jina itself passes to an executor, besides its parameters.
+# Arguments that Jina passes to an executor in addition to its parameters.
 _JINA_ARGUMENTS = {"metas", "requests", "runtime_args", "workspace", "dynamic_batching"}
 
 
 class ClipExecutor(Executor):
-    """An executor whose `handle` answers the messages that the gateway sends."""
+    """An executor whose `handle` answers the gateway's messages."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{k: v for k, v in arguments.items() if k in _JINA_ARGUMENTS})
-        # Jina passes them in the process of its own that it starts for an executor. One made in
-        # Python is part of its caller's process, whose signals and memory are not ours.
+        # Jina passes runtime_args when it starts an executor in a process of its own. An executor
+        # made in Python belongs to its caller's process, whose signals and memory are not ours.
         self.is_served = bool(arguments.get("runtime_args"))
         if self.is_served:
             die_with_parent()
@@ -31,23 +31,23 @@ class ClipExecutor(Executor):
 
     @staticmethod
     def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-        """The parameters of a flow's YAML among the arguments of `__init__`."""
+        """Selects the parameters of a flow's YAML from the arguments of `__init__`."""
         return {k: v for k, v in arguments.items() if k not in _JINA_ARGUMENTS}
 
     @abstractmethod
     async def handle(self, request: pb.Request) -> pb.Response:
-        """The response to a request; an error is in it too."""
+        """Answers a request; errors are in the response."""
 
 
 class _ClipCalls(grpc.aio.ServerInterceptor):
     """Answers the calls of clip.v1 on a server that has no handlers of its own for them."""
 
     def __init__(self, executor: ClipExecutor) -> None:
-        # Only the gateway comes this way, and bounds what it lets in.
+        # Only the gateway connects here, and it limits what it forwards.
         self._handlers = clip_handlers(executor.handle, StreamServer(executor.handle, sys.maxsize))
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """The handler of a call."""
+        """Returns the handler of a call."""
         ours = self._handlers.service(handler_call_details)
         return ours or await continuation(handler_call_details)
 

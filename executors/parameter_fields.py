@@ -1,4 +1,4 @@
-"""Parameters of an executor as a dataclass: their fields, read from a flow's YAML and checked."""
+"""Fields of a dataclass of parameters, read from a flow's YAML and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clip_server.errors import ConfigurationError
 
 P = TypeVar("P")
 
-# How each type is called in YAML.
+# Names of the types in messages about YAML.
 _TYPES = {
     str: "a text",
     bool: "true or false",
@@ -28,13 +28,13 @@ def at_least(least: int, default: int) -> int:
 
 
 def matching(pattern: str, allowed: str) -> str | None:
-    """A field whose text, where there is one, matches a pattern. allowed: what does."""
+    """An optional text that matches a pattern. allowed: the matching texts, for messages."""
     text: str | None = field(default=None, metadata={"pattern": pattern, "allowed": allowed})
     return text
 
 
 def read_parameters(kind: type[P], given: Mapping[str, Any], executor: str) -> P:
-    """The dataclass `kind` with the values of a YAML file. A key left empty means its default.
+    """Reads the values of a YAML file into the dataclass `kind`. An empty key means its default.
 
     executor: the name of the class, for messages.
 
@@ -59,7 +59,7 @@ def _unknown(key: str, known: list[str], executor: str) -> str:
 
 
 def _check(parameter: Field[Any], annotated: Any, value: Any) -> None:
-    """Raises ConfigurationError where a value does not fit its field."""
+    """Raises ConfigurationError if a value does not fit its field."""
     expected = next(each for each in (*get_args(annotated), annotated) if each in _TYPES)
     least, pattern = parameter.metadata.get("least"), parameter.metadata.get("pattern")
     # A bool is an int to Python, but not to someone who writes YAML.

@@ -1,4 +1,4 @@
-"""The parameters of an encoder, as a flow's YAML file gives them."""
+"""Reads the parameters of an encoder from a flow's YAML."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from clip_server.preprocess.image import MAX_PIXELS
 
 @dataclass(frozen=True)
 class EncoderParameters:
-    """`uses: with:` of a flow's YAML file.
+    """The keys of an encoder's `uses: with:`.
 
-    name: of the model.
+    name: the model.
     device: `cpu`, `cuda`, `cuda:1`, with torch `mps`; None: the best available.
-    jit: torch only: the towers compiled by TorchScript.
-    dtype: of the weights; None: fp32, for TensorRT fp16.
+    jit: torch only: compile the towers with TorchScript.
+    dtype: precision of the weights; None: fp32, for TensorRT fp16.
     model_path: a local checkpoint, or a folder with what the runtime takes instead: for ONNX
         `visual.onnx` and `textual.onnx`.
     num_worker_preprocess: threads that tokenize and decode.
-    minibatch_size: items the model takes at once.
-    access_paths: which documents are encoded: `@r` those sent, `@c` their chunks, `@m` their
-        matches, several as `@r,c`.
-    exact: images are decoded at full size, equal to open_clip's own to the pixel.
+    minibatch_size: largest batch for the model.
+    access_paths: documents to encode: `@r` those sent, `@c` their chunks, `@m` their matches,
+        several as `@r,c`.
+    exact: decode images at full size, equal to open_clip's to the pixel.
     max_item_bytes, max_request_items, max_pixels: limits on a text or encoded image, on a
         request, and on a decoded image.
-    max_queued_items: while so many are in flight, further requests are refused.
-    cache_bytes: of embeddings kept to answer the same items again; 0: none.
+    max_queued_items: further requests are refused while this many items are in flight.
+    cache_bytes: size of the embedding cache; 0: no cache.
     max_length: tokens that texts are truncated to, start and end included; None: the model's
         context length.
     """
@@ -63,7 +63,7 @@ class EncoderParameters:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> EncoderParameters:
-        """The parameters of a YAML file. A key left empty means its default.
+        """Reads the parameters of a YAML file. An empty key means its default.
 
         Raises:
             ConfigurationError: a key is unknown, or its value has the wrong type or is not
@@ -85,9 +85,10 @@ class EncoderParameters:
 
 
 def parse_access_paths(paths: str) -> list[str]:
-    """`@r,c` as docarray's access paths below the documents sent: ["", "chunks"].
+    """Converts `@r,c` to names of fields of the documents sent: ["", "chunks"].
 
-    Raises ConfigurationError for anything else.
+    Raises:
+        ConfigurationError: another path.
     """
     try:
         return field_paths(documents.parse_access_paths(paths))

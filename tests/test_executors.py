@@ -227,10 +227,10 @@ def test_a_flow_with_both(start: Start, tmp_path: Path) -> None:
         },
     ]
     server = start(spec)
-    sent = DocList[ClipDoc](mixed())
+    sent = DocList[ClipDoc]([*mixed(), ClipDoc(tensor=pixels("RGB"))])
     client = JinaClient(host="127.0.0.1", port=server.ports[0])
     docs = client.post("/", sent, return_type=DocList[ClipDoc])
-    assert [doc.embedding.shape for doc in docs] == [(256,)] * 3
+    assert [doc.embedding.shape for doc in docs] == [(256,)] * 4
     assert not any(doc.error for doc in docs)
     embeddings = Client(server.http).encode(["a cat", CAT])
     np.testing.assert_allclose(embeddings, [docs[0].embedding, docs[1].embedding], atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from io import BytesIO
 from pathlib import Path
@@ -281,3 +282,32 @@ def test_a_tokenizer_of_its_own_is_used(tmp_path: Path) -> None:
     card = zoo.resolve("mine", tmp_path)
     assert tokenizer.tokenizer_for(card.text).encode("dog cat bird").tolist() == [9, 7, 0]
     OnnxRuntime.load("mine", model_path=tmp_path)
+
+
+def test_encoders_of_one_modality_serve_a_folder(tmp_path: Path) -> None:
+    """`CLIPTextEncoder` and `CLIPImageEncoder`, as in Jina Hub, on what transformers saved."""
+    import torch
+    from docarray import DocList
+
+    from clip_server.executors.clip_hub import CLIPImageEncoder, CLIPTextEncoder
+    from clip_server.executors.documents import ClipDoc
+
+    model = hugging_face_model("CLIP", TEXT)
+    model.save_pretrained(tmp_path)
+    tokenizer_file(tmp_path, "WordLevel", vocab={"[UNK]": 0, "cat": 7, "dog": 9}, unk_token="[UNK]")
+    texts = CLIPTextEncoder(str(tmp_path), base_tokenizer_model=str(tmp_path), max_length=8)
+    docs = DocList[ClipDoc]([ClipDoc(text="cat"), ClipDoc(text="cat " * 20)])
+    asyncio.run(texts.encode(docs))
+    assert [doc.embedding.shape for doc in docs] == [(32,)] * 2
+
+    images = CLIPImageEncoder(str(tmp_path), use_default_preprocessing=False)
+    spec = images.engine.card.image
+    pixels = np.random.default_rng(0).integers(0, 256, (spec.size, spec.size, 3), dtype=np.uint8)
+    ready = ((pixels / 255 - spec.mean) / spec.std).transpose(2, 0, 1).astype(np.float32)
+    docs = DocList[ClipDoc]([ClipDoc(tensor=ready), ClipDoc(text="left alone")])
+    asyncio.run(images.encode(docs))
+    expected = theirs(model, "image", pixel_values=torch.from_numpy(ready[None]))
+    assert seeded.relative(docs[0].embedding[None], expected) < 1e-4
+    assert docs[1].embedding is None
+    for encoder in (texts, images):
+        encoder.close()

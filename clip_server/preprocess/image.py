@@ -221,7 +221,7 @@ def _is_cut_off(image: ImageFile.ImageFile, size: int) -> bool:
 
 
 def _largest_part(image: Image.Image) -> Size:
-    """The size of what is decoded at once: the image, or a tile that a TIFF claims is larger."""
+    """The size of what is decoded together: the image, or a tile that a TIFF claims is larger."""
     if isinstance(image, DibImageFile):  # of an icon: a mask of the same size follows the pixels
         return image.width, image.height // 2
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
