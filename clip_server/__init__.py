@@ -5,6 +5,10 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clip_server.launch.jina_flow import Flow as Flow
 
 try:
     __version__ = version("clip-microservice")
@@ -38,3 +42,12 @@ class _CheckoutFinder:
 if (_CHECKOUT / "flows" / "onnx-flow.yml").is_file():
     # Last: what is installed is found first.
     sys.meta_path.append(_CheckoutFinder)
+
+
+def __getattr__(name: str) -> Any:
+    """`Flow`, for which Jina is imported, once it is asked for."""
+    if name != "Flow":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from clip_server.launch.jina_flow import Flow
+
+    return Flow

@@ -81,7 +81,7 @@ ALLOWED = {
 # Who may know a framework.
 FRAMEWORKS = {
     "jina": ["clip_server.executors", "clip_server.gateway", "clip_server.launch.jina_internals",
-             "clip_server.launch.server"],
+             "clip_server.launch.jina_flow", "clip_server.launch.server"],
     "docarray": ["clip_server.executors", "clip_server.gateway",
                  "clip_server.rpc.documents"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",

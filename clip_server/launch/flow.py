@@ -30,6 +30,22 @@ DEFAULT_PORTS = {"grpc": 51000, "http": 51001, "websocket": 51002}
 ALL_INTERFACES = ("0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 
+# What every flow has, in YAML and in Python.
+GATEWAY_DEFAULTS: Mapping[str, Any] = {
+    "uses": "ClipGateway",
+    "py_modules": ["clip_server.gateway"],
+    # Jina would try a call again that was only slow.
+    "retries": 0,
+}
+EXECUTOR_DEFAULTS: Mapping[str, Any] = {
+    "host": LOOPBACK,
+    # Loading a large model takes longer than Jina's ten minutes on a slow disk.
+    "timeout_ready": -1,
+    # Jina's gateway pings idle channels more often than gRPC's servers put up with; the next
+    # call would then fail.
+    "grpc_server_options": {"grpc.http2.max_ping_strikes": 0},
+}
+
 _EXECUTORS = "clip_server.executors."
 _INDEXER = f"{_EXECUTORS}indexer"
 _HUB = f"{_EXECUTORS}clip_hub"
@@ -240,12 +256,7 @@ def _prepare_gateway(gateway: dict[str, Any], wanted: Sequence[int]) -> dict[str
             "one port for each protocol"
         )
     _prepare_tls(gateway)
-    ours = {} if "uses" in gateway else {
-        "uses": "ClipGateway",
-        "py_modules": ["clip_server.gateway"],
-        # Jina would try a call again that was only slow.
-        "retries": 0,
-    }  # fmt: skip
+    ours: dict[str, Any] = {} if "uses" in gateway else dict(GATEWAY_DEFAULTS)
     parameters = {key: gateway.pop(key) for key in flow_keys.GATEWAY_PARAMETERS if key in gateway}
     if parameters:
         ours["uses_with"] = parameters
@@ -322,12 +333,7 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
     uses = executor.get("uses")
     if not uses:
         raise ConfigurationError(f"{place}: uses: is missing, which says what encodes")
-    executor.setdefault("host", LOOPBACK)
-    # Loading a large model takes longer than Jina's ten minutes on a slow disk.
-    executor.setdefault("timeout_ready", -1)
-    # Jina's gateway pings idle channels more often than gRPC's servers put up with; the next
-    # call would then fail.
-    executor.setdefault("grpc_server_options", {"grpc.http2.max_ping_strikes": 0})
+    executor = {**EXECUTOR_DEFAULTS, **executor}
     if isinstance(uses, str):
         if "py_modules" not in executor:
             return executor

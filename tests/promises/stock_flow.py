@@ -2,8 +2,9 @@
 
 MODULE is where the Flow comes from, `jina` or `clip_server`.
 
-EXECUTOR is `encoder`, clip-as-service's own way to try its server; `failing`, an executor of the
-user's own; or `asking`, one that asks another server with our client (SERVER in the environment).
+EXECUTOR is `encoder`, clip-as-service's own way to try its server; `failing`, the same before an
+executor of the user's own; or `asking`, one that asks another server with our client (SERVER in
+the environment).
 It ends with its standard input.
 """
 
@@ -55,13 +56,16 @@ class Asking(Executor):
 
 def main() -> None:
     module, port, protocol, name = sys.argv[1:]
-    executor = {
-        "encoder": {"uses": CLIPEncoder, "uses_with": {"name": "embedded"}},
-        "failing": {"uses": Failing},
-        "asking": {"uses": Asking, "uses_with": {"server": os.environ.get("SERVER")}},
+    encoder = {"uses": CLIPEncoder, "uses_with": {"name": "embedded"}}
+    executors = {
+        "encoder": [encoder],
+        "failing": [encoder, {"uses": Failing}],
+        "asking": [{"uses": Asking, "uses_with": {"server": os.environ.get("SERVER")}}],
     }[name]
     flow = import_module(module).Flow(port=int(port), protocol=protocol, host="127.0.0.1")
-    with flow.add(**executor, name=name, host="127.0.0.1"):
+    for number, executor in enumerate(executors):
+        flow = flow.add(**executor, name=f"executor{number}", host="127.0.0.1")
+    with flow:
         print("ready", flush=True)
         sys.stdin.read()
 
