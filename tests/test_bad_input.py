@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +15,8 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Server, Start, flow
+from conftest import SAMPLES, Http, Server, Start, flow
+from odd_bodies import PROTOBUF, odd_bodies
 
 from clip_client import Client
 from clip_client.errors import ClipError, ItemsError
@@ -99,6 +104,64 @@ def test_too_many_items_in_a_message(onnx_server: Server) -> None:
         assert call(pb.EncodeRequest(items=[pb.Item(text="a")])).count == 1
 
 
+def test_odd_bodies_are_refused_with_the_reason(onnx_server: Server) -> None:
+    before = len(onnx_server.output())
+    counts: Counter[int] = Counter()
+    with Http(onnx_server.http) as http:
+        for body in odd_bodies(seed=12, count=1500):
+            answer = http.post(
+                body.route, data=body.content, headers={"content-type": body.content_type}
+            )
+            counts[answer.status_code] += 1
+            assert answer.status_code in (200, 400, 404), (body, answer.text)
+            if body.content_type == PROTOBUF:
+                said = answer.status_code == 200 or pb.Error.FromString(answer.content).message
+            else:
+                said = answer.json().get("error", {"message": "none"})["message"]
+            assert said, body
+        assert "embedding" in http.post("/encode", json={"data": ["a cat"]}).json()["data"][0]
+    # Some are good enough to be answered; none has failed in the gateway.
+    assert counts[200] > 100
+    assert "Exception in ASGI" not in onnx_server.output()[before:]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_clients_that_go_away_leave_nothing_in_the_log(onnx_server: Server, reset: bool) -> None:
+    before = len(onnx_server.output())
+    body = json.dumps({"data": [f"text {reset} {i}" for i in range(500)]}).encode()
+    for route in (b"/encode", b"/post", b"/anything", b"/search"):
+        head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (route, len(body))
+        for sent in (head, head + body[:100], head + body):
+            for seconds in (0.0, 0.02):
+                leave(onnx_server.ports[1], sent, reset, seconds)
+    upgrade = (
+        b"GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    )
+    jina = b"sec-websocket-protocol: bytes\r\n"
+    masked = b"\x82\x85\0\0\0\0abcde"
+    for sent in (
+        b"GET",
+        upgrade,
+        upgrade + b"\r\n" + masked,
+        upgrade + jina + b"\r\n" + masked[:4],
+    ):
+        leave(onnx_server.ports[2], sent, reset, 0.02)
+    with Client(onnx_server.http) as client:
+        assert len(client.encode(["still here"])) == 1
+    time.sleep(0.5)  # for what would be written late
+    assert "Traceback" not in onnx_server.output()[before:]
+
+
+def leave(port: int, sent: bytes, reset: bool, seconds: float) -> None:
+    """Sends something, waits, and goes away without reading the answer."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(sent)
+        time.sleep(seconds)
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 def test_the_server_opens_no_addresses(onnx_server: Server) -> None:
     uris = ["file:///etc/hostname", "/etc/hostname", "http://127.0.0.1/x.png", "ftp://x/y"]
     answer = requests.post(
@@ -108,7 +171,7 @@ def test_the_server_opens_no_addresses(onnx_server: Server) -> None:
         assert "only data: URIs" in each["error"]
 
 
-@pytest.mark.parametrize("frame", [b"\xff\xff\xff", "text", b""])
+@pytest.mark.parametrize("frame", [b"\xff\xff\xff", "text", b"", b"\x0a\xff", bytes(1 << 20)])
 def test_nonsense_on_a_websocket(onnx_server: Server, frame: bytes | str) -> None:
     from websockets.sync.client import connect
 

@@ -294,6 +294,7 @@ NESTED = b'{"a":' * 260 + b"1" + b"}" * 260
         (b'{"text": "a dog", "id": "%b"}' % (b"7" * 2000), "id is not a string or a number"),
         (b'{"text": "a dog", "id": {"a": 1}}', "id is not a string or a number"),
         (b'{"text": "a dog", "id": true}', "id is not a string or a number"),
+        (rb'{"text": "a dog", "id": "\ud83d"}', "id is not valid Unicode"),
     ],
 )
 def test_what_is_wrong_with_an_entry_is_its_own_error(http: Http, entry: bytes, says: str) -> None:

@@ -76,9 +76,9 @@ def find_fault(entry: Any) -> str | None:
 
 def _find_fault_in_id(value: Any) -> str | None:
     is_scalar = value is None or isinstance(value, (str, int, float))
-    if is_scalar and not isinstance(value, bool) and len(str(value)) <= _LONGEST_ID:
-        return None
-    return f"the id is not a string or a number of at most {_LONGEST_ID:,} characters"
+    if not is_scalar or isinstance(value, bool) or len(str(value)) > _LONGEST_ID:
+        return f"the id is not a string or a number of at most {_LONGEST_ID:,} characters"
+    return _find_fault_in_text("id", str(value))
 
 
 def _find_fault_in_tags(tags: Any) -> str | None:
