@@ -10,8 +10,8 @@ from benchmarks.processes import NotAvailableError
 from benchmarks.workload import CACHE
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
-# What both peers need, and is too large to install twice.
-SHARED = "torch"
+# What two of them need, and is too large to install twice.
+SHARED, SHARING = "torch", {"infinity", "clip_as_service"}
 
 
 def python(name: str) -> Path:
@@ -24,13 +24,13 @@ def python(name: str) -> Path:
     wanted = (REQUIREMENTS / f"{name}.txt").read_text("utf-8")
     installed = folder / "installed.txt"
     interpreter = folder / "bin" / "python"
-    if name != SHARED:
-        shared = _site_packages(python(SHARED))
+    if name in SHARING:
+        shared = site_packages(python(SHARED))
     if not installed.is_file() or installed.read_text("utf-8") != wanted:
         print(f"installing {name} into {folder} (once; this takes minutes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        if name != SHARED:
-            (_site_packages(interpreter) / "shared.pth").write_text(f"{shared}\n")
+        if name in SHARING:
+            (site_packages(interpreter) / "shared.pth").write_text(f"{shared}\n")
         _install(interpreter, REQUIREMENTS / f"{name}.txt")
         installed.write_text(wanted)
     return interpreter
@@ -45,7 +45,8 @@ def _install(interpreter: Path, requirements: Path) -> None:
         raise NotAvailableError(f"pip could not install {requirements.name}") from error
 
 
-def _site_packages(interpreter: Path) -> Path:
+def site_packages(interpreter: Path) -> Path:
+    """The folder of an environment's packages."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return interpreter.parent.parent / "lib" / version / "site-packages"
 

@@ -23,6 +23,7 @@ from benchmarks.peers import (
     OURS,
     RAW,
     SCHEMES,
+    TRITON,
     Peers,
 )
 from benchmarks.processes import Driver
@@ -37,8 +38,8 @@ WARM_UP_SECONDS = 2.0
 PERCENTILES = (50, 95, 99)
 IN_FLIGHT = (1, 8, 64)
 # Requests at once that keep each busy; clip-as-service computes one after the other.
-TEXTS_IN_FLIGHT = {OURS: 8, INFINITY: 8, CLIP_AS_SERVICE: 2, RAW: 1}
-PHOTOS_IN_FLIGHT = {OURS: 4, INT8: 4, INFINITY: 4, CLIP_AS_SERVICE: 2, RAW: 1}
+TEXTS_IN_FLIGHT = {OURS: 8, INFINITY: 8, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 8}
+PHOTOS_IN_FLIGHT = {OURS: 4, INT8: 4, INFINITY: 4, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 4}
 # Between two queries of a person, in seconds.
 PAUSE = 0.05
 # Of JPEG files, as Pillow names them.
@@ -133,6 +134,24 @@ def capacity(peers: Peers, options: Options) -> Leg:
         Goal("idle latency, median ms, gRPC", "<=", 3, idle.median("grpc")),
     ]
     return Leg("null runtime", [many, single, idle, *others], goals)
+
+
+def triton(peers: Peers, options: Options) -> Leg:
+    """The same model, exported for NVIDIA's Triton, with its towers in the python backend."""
+    drivers = peers.available(OURS, TRITON, RAW)
+    many = _rates("texts/s, 32 a request", drivers, TEXTS_IN_FLIGHT, options, "texts", 32)
+    photos = _rates("photos/s, 16 a request", drivers, PHOTOS_IN_FLIGHT, options, "photos", 16)
+    single = {name: drivers[name] for name in (OURS, TRITON) if name in drivers}
+    rates = _rates(
+        "texts/s, 1 a request, 64 in flight",
+        single,
+        dict.fromkeys(single, 64),
+        options,
+        "texts",
+        1,
+    )
+    rows = [many, photos, rates, *_latencies("1 in flight", drivers, options, in_flight=1)]
+    return Leg("rate (ours is so many times as fast)", rows, [])
 
 
 def mixed(peers: Peers, options: Options) -> Leg:
@@ -278,7 +297,7 @@ def _unevenness(memory: NDArray[np.float64]) -> float:
 
 
 LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
-    leg.__name__: leg for leg in (texts, photos, latency, capacity, mixed, decode, soak)
+    leg.__name__: leg for leg in (texts, photos, latency, capacity, triton, mixed, decode, soak)
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -26,12 +28,12 @@ HOST = "127.0.0.1"
 SCHEMES = {"grpc": "grpc", "http": "http", "websocket": "ws"}
 
 OURS, INT8, RAW = "clip-server", "clip-server int8", "raw runtime"
-INFINITY, CLIP_AS_SERVICE = "infinity", "clip-as-service"
+INFINITY, CLIP_AS_SERVICE, TRITON = "infinity", "clip-as-service", "Triton"
 EMBEDDED, NULL = "clip-server embedded", "clip-server null"
 
 # What is compared before anything is timed, and how near its vectors must be to ours.
 COMPARED = {"texts": 32, "photos": 8}
-LEAST_COSINE = {RAW: 0.9999, INT8: 0.97, INFINITY: 0.99, CLIP_AS_SERVICE: 0.99}
+LEAST_COSINE = {RAW: 0.9999, INT8: 0.97, INFINITY: 0.99, CLIP_AS_SERVICE: 0.99, TRITON: 0.9999}
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,11 @@ class Peers:
 
     def _start(self, name: str) -> Started:
         print(f"  starting {name}", flush=True)
-        start = {INFINITY: self._infinity, CLIP_AS_SERVICE: self._clip_as_service}
+        start = {
+            INFINITY: self._infinity,
+            CLIP_AS_SERVICE: self._clip_as_service,
+            TRITON: self._triton,
+        }
         started = start[name]() if name in start else self._clip_server(name)
         self._stack.callback(started.server.close)
         return started
@@ -150,6 +156,32 @@ class Peers:
         command = [python, "-m", "clip_server", flow]
         server = Server(CLIP_AS_SERVICE, command, "Flow is ready to serve", quiet)
         return Started(server, {"grpc": f"grpc://{HOST}:{port}"})
+
+    def _triton(self) -> Started:
+        """From the wheel of NVIDIA's pytriton, with ONNX Runtime in the python backend."""
+        python, ports = environments.python("triton"), [next(self._ports), next(self._ports)]
+        program = environments.site_packages(python) / "pytriton" / "tritonserver"
+        stub = program / "python_backend_stubs" / f"3.{sys.version_info.minor}"
+        shutil.copy(stub / "triton_python_backend_stub", program / "backends" / "python")
+        command = [program / "bin" / "tritonserver", "--model-repository", _model_repository()]
+        command += ["--backend-directory", program / "backends", "--allow-metrics=false"]
+        command += [f"--http-address={HOST}", f"--http-port={ports[0]}"]
+        command += [f"--grpc-address={HOST}", f"--grpc-port={ports[1]}"]
+        # The backend runs the first `python3` that it finds.
+        path = f"{python.parent}:{os.environ['PATH']}"
+        server = Server(TRITON, command, "Started HTTPService", {"PATH": path})
+        return Started(server, {"grpc": f"triton+grpc://{HOST}:{ports[1]}"})
+
+
+def _model_repository() -> Path:
+    """The checkpoint as `convert --to triton` exports it, made once."""
+    folder = CACHE / "models" / "triton"
+    if not (folder / "requirements.txt").is_file():  # written last
+        command = [sys.executable, "-m", "clip_server.convert", workload.checkpoint()]
+        command += ["--to", "triton", "--towers", "python", "--out", folder]
+        with (LOGS / "triton model.log").open("wb") as log:
+            subprocess.run([*map(str, command)], check=True, stdout=log, stderr=log)
+    return folder
 
 
 def _encoder(name: str) -> dict[str, Any]:

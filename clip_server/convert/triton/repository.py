@@ -17,6 +17,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import tokenizer_files
 from clip_server.models.converted import CARD, TOWERS, Tower
+from clip_server.runtimes.samples import samples
 
 # Of a request, and of the batches that Triton forms.
 MAX_BATCH_SIZE = 64
@@ -134,9 +135,30 @@ class Repository:
             "output": [target],
             "instance_group": [self._instances()],
             "dynamic_batching": config.dynamic_batching(_PREFERRED_BATCH_SIZES),
-            "model_warmup": _warm_up(source, card.text.context_length),
+            "model_warmup": self._write_warm_up(tower, source, card),
         }
         self._write_config(name, fields)
+
+    def _write_warm_up(self, tower: Tower, source: Fields, card: ModelCard) -> list[Fields]:
+        """Writes an input for the first requests, which Triton sends itself: alone, and in a batch.
+        A text has to have its end, so zeros would not do."""
+        item = samples(card, tower)[-1]
+        folder = self.folder / _TOWER_MODELS[tower] / "warmup"
+        folder.mkdir(exist_ok=True)
+        (folder / source["name"]).write_bytes(item.tobytes())
+        value = {
+            "data_type": source["data_type"],
+            "dims": list(item.shape),
+            "input_data_file": source["name"],
+        }
+        return [
+            {
+                "name": f"a batch of {size}",
+                "batch_size": size,
+                "inputs": [{"key": source["name"], "value": value}],
+            }
+            for size in (1, _PREFERRED_BATCH_SIZES[0])
+        ]
 
     def _instances(self) -> Fields:
         if self.gpus:
@@ -269,20 +291,6 @@ _TYPES = {
     onnx.TensorProto.FLOAT: "FP32",
     onnx.TensorProto.FLOAT16: "FP16",
 }
-
-
-def _warm_up(source: Fields, context: int) -> list[Fields]:
-    """Zeros, of the smallest and the largest batch."""
-    dims = [context if size == -1 else size for size in source["dims"]]
-    sample = {"data_type": source["data_type"], "dims": dims, "zero_data": True}
-    return [
-        {
-            "name": f"{size}",
-            "batch_size": size,
-            "inputs": [{"key": source["name"], "value": sample}],
-        }
-        for size in (1, _PREFERRED_BATCH_SIZES[0])
-    ]
 
 
 def _shape(card: Mapping[str, object]) -> object:
