@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.clip_executor import ClipExecutor
 from clip_server.executors.documents import ClipDoc
 from clip_server.executors.parameters import EncoderParameters, field_paths, parse_access_paths
+from clip_server.launch import jina_internals
 from clip_server.models import zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.rpc.request_parameters import RequestParameters
@@ -79,6 +81,7 @@ class BaseCLIPEncoder(ClipExecutor):
             max_queued_items=self.parameters.max_queued_items,
             cache_bytes=self.parameters.cache_bytes,
             max_length=self.parameters.max_length or 0,
+            timed=partial(jina_internals.time_stage, self),
         )
         self.service = Service(
             self.engine,

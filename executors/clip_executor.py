@@ -11,6 +11,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server.launch import jina_internals
 from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
 from clip_server.rpc.grpc_service import clip_handlers
+from clip_server.rpc.items import count_items
 from clip_server.rpc.multiplexing import StreamServer
 
 # Arguments that Jina passes to an executor in addition to its parameters.
@@ -42,9 +43,16 @@ class ClipExecutor(Executor):
 class _ClipCalls(grpc.aio.ServerInterceptor):
     """Answers the calls of clip.v1 on a server that has no handlers of its own for them."""
 
-    def __init__(self, executor: ClipExecutor) -> None:
+    def __init__(self, executor: ClipExecutor, timed: jina_internals.TimeCall) -> None:
+        async def handle(request: pb.Request) -> pb.Response:
+            items = count_items(request)
+            if items is None:
+                return await executor.handle(request)
+            with timed(f"/{request.WhichOneof('body')}", items):
+                return await executor.handle(request)
+
         # Only the gateway connects here, and it limits what it forwards.
-        self._handlers = clip_handlers(executor.handle, StreamServer(executor.handle, sys.maxsize))
+        self._handlers = clip_handlers(handle, StreamServer(handle, sys.maxsize))
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Returns the handler of a call."""

@@ -126,6 +126,7 @@ class Engine:
     max_queued_items: further requests are refused while this many items are in flight.
     cache_bytes: size of the embedding cache; 0: no cache.
     max_length: tokens that texts are truncated to; 0, or more than the model's context: to that.
+    timed: wraps the function of a stage, such as `encode_texts`, to record its calls.
     """
 
     def __init__(
@@ -138,19 +139,22 @@ class Engine:
         max_queued_items: int = MAX_QUEUED_ITEMS,
         cache_bytes: int = 0,
         max_length: int = 0,
+        timed: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda _, call: call,
     ) -> None:
         self.runtime = runtime
         self.card = runtime.card
         self.metrics = Metrics()
         self.cache = EmbeddingCache(cache_bytes)
-        self._encode_image = Halving(runtime.encode_image)
-        self._encode_text = Halving(runtime.encode_text)
+        self._halvings = Halving(runtime.encode_image), Halving(runtime.encode_text)
+        self._encode_image = timed("encode_images", self._halvings[0])
+        self._encode_text = timed("encode_texts", self._halvings[1])
         self._minibatch_size = minibatch_size
         self._max_queued_items = max_queued_items
         text = self.card.text
         self._tokenizer = tokenizer_for(tokenizer_files.located(_truncated(text, max_length)))
         self._padding = replace(self._tokenizer.spec, context_length=text.context_length)
-        self._transform = transform or ImageTransform(self.card.image)
+        self._tokenize = timed("preprocess_texts", self._tokenizer.tokenize)
+        self._transform = timed("preprocess_images", transform or ImageTransform(self.card.image))
         self._preprocess_workers = Workers(num_worker_preprocess, "preprocess")
         # One thread unless the runtime allows two: some frameworks must always be called from the
         # same thread.
@@ -210,7 +214,7 @@ class Engine:
     @property
     def oom_splits(self) -> int:
         """Number of batches that did not fit into the device's memory and were halved."""
-        return self._encode_image.splits + self._encode_text.splits
+        return sum(halving.splits for halving in self._halvings)
 
     def close(self) -> None:
         """Stops the threads, after the work that they have started."""
@@ -260,7 +264,7 @@ class Engine:
         if isinstance(item, bytes):
             self._images.push(pending)
         elif request.size <= INLINE_TEXTS and len(item) <= INLINE_CHARACTERS and item.isascii():
-            pending.content, pending.truncated = self._tokenizer.tokenize(item)
+            pending.content, pending.truncated = self._tokenize(item)
             request.count_prepared()
             self._ready_texts.push(pending)
         else:
@@ -282,7 +286,7 @@ class Engine:
         while self._preprocess_tasks < self._preprocess_workers.count:
             if self._texts:  # without a bound: tokens are small
                 leader = self._preprocess_scheduler.next(self._texts.requests())
-                self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenizer.tokenize)
+                self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenize)
             elif (request := self._next_to_decode()) is not None:
                 self._prepare(self._images, 1, request, self._decode)
             else:
@@ -390,7 +394,7 @@ class Engine:
             else:
                 encode = partial(self._encode_text, pad(contents, self._padding))
             started = time.perf_counter()
-            embeddings = encode()
+            embeddings: NDArray[np.float32] = encode()
         except Exception:
             log.exception("a batch of %d failed", len(batch))
             return None

@@ -51,7 +51,8 @@ class ClipGateway(BaseServer, BaseGateway):
         return_memory_when_idle()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
-        self._pools = replica_pools(json.loads(args.deployments_addresses), timeout)
+        timed = jina_internals.gateway_timer(self)
+        self._pools = replica_pools(json.loads(args.deployments_addresses), timeout, timed)
         self._max_queued_bytes = max_queued_bytes
         self._options = ListenerOptions(
             max_request_bytes,

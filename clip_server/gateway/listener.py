@@ -39,11 +39,12 @@ class Tls:
         from cryptography.hazmat.primitives import serialization
 
         key = serialization.load_pem_private_key(pem, self.password.encode())
-        return key.private_bytes(
+        decrypted: bytes = key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
+        return decrypted
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from clip_client.errors import ClientClosedError, ConnectionFailedError, ServerE
 from clip_client.proto import clip_pb2 as pb
 from clip_client.transports.grpc import open_transport
 from clip_server.errors import ConfigurationError, RequestError
+from clip_server.launch.jina_internals import TimeCall, untimed
 from clip_server.rpc.errors import FAILED
+from clip_server.rpc.items import count_items
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +43,17 @@ class ReplicaPool:
     name: of the executor in the flow.
     addresses: of its replicas.
     timeout: seconds until a call is given up; None: never.
+    timed: records the calls.
     """
 
-    def __init__(self, name: str, addresses: Sequence[str], timeout: float | None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        timeout: float | None,
+        timed: TimeCall = untimed,
+    ) -> None:
+        self.name, self._timed = name, timed
         self._replicas = [_Replica(address) for address in addresses]
         self._timeout = timeout
         self._turns = itertools.count(1)
@@ -82,6 +91,13 @@ class ReplicaPool:
         Raises:
             RequestError: no replica answers, or none in time.
         """
+        items = count_items(request)
+        if items is None:
+            return await self._send(request)
+        with self._timed(f"/{request.WhichOneof('body')}", items):
+            return await self._send(request)
+
+    async def _send(self, request: pb.Request) -> pb.Response:
         items = len(request.encode.items) + len(request.rank.candidates) + 1
         for replica in sorted(self._replicas, key=lambda r: (r.in_flight_items, r.last_turn)):
             replica.in_flight_items += items
@@ -121,12 +137,19 @@ class ReplicaPool:
             await replica.transport.close()
 
 
-def replica_pools(deployments: Mapping[str, Any], timeout: float | None) -> list[ReplicaPool]:
+def replica_pools(
+    deployments: Mapping[str, Any], timeout: float | None, timed: TimeCall = untimed
+) -> list[ReplicaPool]:
     """A pool for each executor, from the gRPC addresses that Jina hands to a gateway.
 
-    timeout: seconds until a call is given up; None: never.
+    timeout, timed: see ReplicaPool.
     """
     return [
-        ReplicaPool(name, addresses if isinstance(addresses, list) else addresses["grpc"], timeout)
+        ReplicaPool(
+            name,
+            addresses if isinstance(addresses, list) else addresses["grpc"],
+            timeout,
+            timed,
+        )
         for name, addresses in deployments.items()
     ]

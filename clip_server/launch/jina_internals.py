@@ -13,18 +13,25 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from clip_server.launch import ports
 
 if TYPE_CHECKING:
     import grpc
 
+# Given an endpoint and its number of documents: the context of a call that is recorded.
+TimeCall: TypeAlias = Callable[[str, int], AbstractContextManager[Any]]
+
 _ENVIRONMENT = {
     "JINA_LOG_LEVEL": "ERROR",
     "GRPC_VERBOSITY": "ERROR",
+    # At shutdown each process sends its last traces and metrics in four attempts, one after the
+    # other: by default 10 s each where no collector answers.
+    "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
     # By default Jina chooses executors' ports among those that systems give to outgoing
     # connections, one of which could take a port before the executor listens on it.
     "JINA_RANDOM_PORT_MIN": str(ports.CHOSEN_FROM.start),
@@ -234,7 +241,7 @@ async def learn_endpoints(gateway: Any, document: type) -> dict[str, dict[str, A
 
 
 def intercept_calls(
-    executor_class: type, interceptor: Callable[[Any], grpc.aio.ServerInterceptor]
+    executor_class: type, interceptor: Callable[[Any, TimeCall], grpc.aio.ServerInterceptor]
 ) -> None:
     """Adds a gRPC interceptor to the servers of executors of a class.
 
@@ -242,7 +249,7 @@ def intercept_calls(
     as much, and has one answer for everything in it. Jina offers no way to add a service.
 
     executor_class: may be subclassed.
-    interceptor: called with the executor.
+    interceptor: called with the executor and a timer for its calls.
     """
     from jina.serve.runtimes.servers.grpc import GRPCServer
 
@@ -251,10 +258,99 @@ def intercept_calls(
     async def setup_with_interceptor(server: Any) -> None:
         executor = getattr(server._request_handler, "_executor", None)
         if isinstance(executor, executor_class):
-            others = server.grpc_tracing_server_interceptors or []
-            server.grpc_tracing_server_interceptors = [*others, interceptor(executor)]
+            ours = interceptor(executor, executor_timer(server))
+            # Before that of tracing, which cannot wrap methods that write to the context.
+            server.grpc_tracing_server_interceptors = [
+                ours,
+                *(server.grpc_tracing_server_interceptors or []),
+            ]
             # Jina creates it for snapshots, which encoders do not have, and leaves it behind.
             Path(server._request_handler._snapshot_parent_directory).rmdir()
         await setup_server(server)
 
     GRPCServer.setup_server = setup_with_interceptor
+
+
+# --- Metrics and traces, which Jina records only for calls by its own protocol ---
+
+
+def untimed(_endpoint: str, _documents: int) -> AbstractContextManager[Any]:
+    """Records nothing."""
+    return nullcontext()
+
+
+def gateway_timer(gateway: Any) -> TimeCall:
+    """Records calls that the gateway sends straight to an executor."""
+    from jina.serve.instrumentation import MetricsTimer
+
+    registry, tracer, name = gateway.metrics_registry, gateway.tracer, gateway.runtime_args.name
+    if not (registry or gateway.meter or tracer):
+        return untimed
+    receiving = None
+    if registry:
+        # The object that owns it is out of reach.
+        found = registry._names_to_collectors["jina_receiving_request_seconds"]
+        receiving = found.labels(name)
+    network = gateway.streamer._connection_pool
+    sending = network._metrics.sending_requests_time_metrics
+    histogram = network._histograms.sending_requests_time_metrics
+    labels = {"runtime_name": name}
+
+    @contextmanager
+    def timed(endpoint: str, documents: int) -> Iterator[None]:
+        with (
+            MetricsTimer(receiving, None),
+            MetricsTimer(sending, histogram, labels),
+            _span(tracer, endpoint, documents),
+        ):
+            yield
+
+    return timed
+
+
+def executor_timer(server: Any) -> TimeCall:
+    """Records calls that an executor answers."""
+    from jina.serve.instrumentation import MetricsTimer
+
+    handler, executor = server._request_handler, server._request_handler._executor
+    if not (handler.metrics_registry or handler.meter or handler.tracer):
+        return untimed
+    class_name, name = type(executor).__name__, handler.args.name
+
+    @contextmanager
+    def timed(endpoint: str, documents: int) -> Iterator[None]:
+        process = executor._summary_method
+        labels = {"executor": class_name, "executor_endpoint": endpoint, "runtime_name": name}
+        with (
+            MetricsTimer(
+                handler._summary, handler._receiving_request_seconds, handler._metric_attributes
+            ),
+            MetricsTimer(
+                process and process.labels(class_name, endpoint, name),
+                executor._process_request_histogram,
+                labels,
+            ),
+            _span(handler.tracer, endpoint, documents),
+        ):
+            yield
+        request = SimpleNamespace(header=SimpleNamespace(exec_endpoint=endpoint))
+        handler._record_docs_processed_monitoring([request], documents)
+
+    return timed
+
+
+def time_stage(executor: Any, stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Records the time of each `call` as jina_STAGE_seconds."""
+    timer = executor.monitor(f"{stage}_seconds", f"Time of a call to {stage.replace('_', ' ')}")
+    # Without monitoring it is a context that does nothing.
+    timed: Callable[..., Any] = timer(call) if callable(timer) else call
+    return timed
+
+
+def _span(tracer: Any, endpoint: str, documents: int) -> AbstractContextManager[Any]:
+    if tracer is None:
+        return nullcontext()
+    span: AbstractContextManager[Any] = tracer.start_as_current_span(
+        endpoint, attributes={"documents": documents}
+    )
+    return span
