@@ -53,7 +53,8 @@ class _OneModality(BaseCLIPEncoder):
         """See BaseCLIPEncoder."""
         values = {_ALIASES[key]: value for key, value in given.items() if key in _ALIASES}
         values |= {key: value for key, value in given.items() if key not in _ALIASES}
-        values.pop("use_default_preprocessing", None)
+        if not isinstance(values.pop("use_default_preprocessing", True), bool):
+            raise ConfigurationError("use_default_preprocessing is neither true nor false")
         name = values.get("name") or "openai/clip-vit-base-patch32"
         for key in _BASES & values.keys():
             base = values.pop(key)
@@ -97,11 +98,9 @@ class CLIPImageEncoder(_OneModality):
 
     modality = "image"
 
-    def __init__(
-        self, *by_place: Any, use_default_preprocessing: bool = True, **arguments: Any
-    ) -> None:
+    def __init__(self, *by_place: Any, **arguments: Any) -> None:
         super().__init__(*by_place, **arguments)
-        self._use_default_preprocessing = use_default_preprocessing
+        self._use_default_preprocessing = arguments.get("use_default_preprocessing", True)
 
     def from_tensor(self, tensor: np.ndarray[Any, Any]) -> Item:
         """See BaseCLIPEncoder."""

@@ -70,7 +70,7 @@ def test_each_bad_item_fails_alone(client: Client, tmp_path: Path) -> None:
         assert not any(word in error.message for word in INTERNALS), (name, error.message)
     assert np.isnan(embeddings[1::2]).all()
     assert np.isfinite(embeddings[::2]).all()
-    # The same neighbours alone give the same vectors.
+    # The same neighbours alone give the same embeddings.
     again = client.encode(["a cat", SAMPLES / "cat.png"])
     np.testing.assert_allclose(embeddings[[0, 2]], again, rtol=1e-4, atol=1e-5)
 

@@ -267,7 +267,7 @@ def test_the_oldest_request_does_not_wait_for_small_ones_for_ever() -> None:
     run(work, seconds=0.005)
 
 
-def test_a_device_that_does_two_things_at_once_does_a_small_one_beside() -> None:
+def test_a_concurrent_device_runs_a_small_request_during_a_bulk_one() -> None:
     async def work(engine: Engine, runtime: CountingRuntime) -> None:
         runtime.held = True
         large = asyncio.create_task(engine.encode([image(i) for i in range(64)]))

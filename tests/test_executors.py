@@ -206,6 +206,8 @@ def test_names_of_the_hugging_face_hub(kind: Any) -> None:
     assert name(model_name="ViT-B/16") == "ViT-B/16"
     with pytest.raises(ConfigurationError, match="base_tokenizer_model: 'bert-base-uncased'"):
         name(base_tokenizer_model="bert-base-uncased")
+    with pytest.raises(ConfigurationError, match="use_default_preprocessing is neither"):
+        name(use_default_preprocessing="no")
 
 
 def test_a_flow_with_both(start: Start, tmp_path: Path) -> None:

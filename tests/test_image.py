@@ -98,7 +98,7 @@ def icon(mode: str = "RGB", bitmap: str = "png") -> bytes:
 
 
 def several(kind: str, **options: Any) -> bytes:
-    """An animation, the pages of a TIFF, or the two pictures of a phone's MPO."""
+    """An animation, the pages of a TIFF, or the two images of a phone's MPO."""
     others = [photo().rotate(90)]
     return encoded(photo(), kind, save_all=True, append_images=others, **options)
 
@@ -128,7 +128,7 @@ def palette(**options: Any) -> bytes:
     return encoded(photo().convert("P"), "PNG", **options)
 
 
-PICTURES: dict[str, Callable[[], bytes]] = {
+SAMPLES: dict[str, Callable[[], bytes]] = {
     **{
         f"{kind} {mode}": lambda kind=kind, mode=mode: encoded(photo().convert(mode), kind)
         for kind, modes in {
@@ -191,8 +191,8 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 
 
 @cache
-def picture(name: str) -> bytes:
-    return PICTURES[name]()
+def sample(name: str) -> bytes:
+    return SAMPLES[name]()
 
 
 @pytest.fixture
@@ -212,8 +212,8 @@ without_heif = pytest.mark.parametrize("hidden", ["pillow_heif"], indirect=True)
 def test_exact_equals_open_clip_to_the_pixel(size: int, resize: Any) -> None:
     pytest.importorskip("open_clip")
     transform = ImageTransform(ImageSpec(size, resize=resize), exact=True)
-    for name in PICTURES:
-        found, expected = transform(picture(name)), open_clip_pixels(picture(name), size, resize)
+    for name in SAMPLES:
+        found, expected = transform(sample(name)), open_clip_pixels(sample(name), size, resize)
         np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
@@ -261,7 +261,7 @@ def test_the_centre_alone_differs_by_rounding(size: tuple[int, int]) -> None:
 
 
 def open_clip_pixels(data: bytes, size: int, resize: str) -> NDArray[np.uint8]:
-    """What open_clip's transform makes of a picture, before it normalises."""
+    """Returns the pixels of open_clip's transform, before they are normalised."""
     from open_clip import image_transform
 
     transform = image_transform(
@@ -274,18 +274,18 @@ def open_clip_pixels(data: bytes, size: int, resize: str) -> NDArray[np.uint8]:
     return pixels
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_every_kind_of_picture_gives_pixels(name: str) -> None:
-    pixels = ImageTransform(SPEC)(picture(name))
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_kind_of_image_gives_pixels(name: str) -> None:
+    pixels = ImageTransform(SPEC)(sample(name))
     assert pixels.shape == (3, 64, 64)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_fast_is_close_to_exact(name: str) -> None:
-    assert difference(picture(name), 64).mean() < 0.2
-    assert difference(picture(name), 224).mean() < 0.2
+    assert difference(sample(name), 64).mean() < 0.2
+    assert difference(sample(name), 224).mean() < 0.2
 
 
 def difference(data: bytes, size: int, resize: Any = "shortest") -> NDArray[np.int64]:
@@ -303,8 +303,8 @@ def test_scaled_decoding_is_close_to_exact(kind: str) -> None:
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
-def test_scaled_decoding_does_not_shift_a_picture(resize: Any) -> None:
-    # An eighth of these sides is not whole: the last pixels are only partly the picture's.
+def test_scaled_decoding_does_not_shift_a_image(resize: Any) -> None:
+    # An eighth of these sides is not whole: the last pixels are only partly the image's.
     rows, columns = np.mgrid[0:3593, 0:3601]
     waves = 127 + 60 * (np.sin(columns / 30) + np.sin(rows / 30))
     data = encoded(Image.fromarray(waves.astype(np.uint8)), "JPEG", quality=95)
@@ -319,11 +319,11 @@ def test_a_jpeg_under_twice_the_size_is_decoded_whole() -> None:
 
 def test_the_memory_of_an_unknown_pillow_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.__version__", "99.0.0")
-    assert not difference(picture("PNG RGB"), 64).any()
+    assert not difference(sample("PNG RGB"), 64).any()
 
 
 @pytest.mark.parametrize(("width", "height"), [(100_000, 1), (1, 100_000)])
-def test_a_thin_picture_is_not_blown_up(width: int, height: int) -> None:
+def test_a_thin_image_is_not_blown_up(width: int, height: int) -> None:
     ramp = np.linspace(0, 255, width * height).astype(np.uint8).reshape(height, width)
     pixels = ImageTransform(SPEC)(encoded(Image.fromarray(ramp), "PNG"))
     assert pixels.shape == (3, 64, 64)
@@ -345,7 +345,7 @@ def test_a_thin_picture_is_not_blown_up(width: int, height: int) -> None:
         (b"\x00" * 100, "100 bytes"),
     ],
 )
-def test_what_is_not_a_picture_is_an_item_error(data: bytes, message: str) -> None:
+def test_what_is_not_a_image_is_an_item_error(data: bytes, message: str) -> None:
     with pytest.raises(ItemError, match=message) as caught:
         ImageTransform(SPEC)(data)
     for kind in FORMATS:
@@ -360,7 +360,7 @@ def test_heic_without_its_package(hidden: None) -> None:
     with pytest.raises(ItemError, match=r"pip install 'clip-microservice\[heif\]'"):
         ImageTransform(SPEC)(head)
     with pytest.raises(ItemError) as caught:
-        ImageTransform(SPEC)(b"not a picture")
+        ImageTransform(SPEC)(b"not an image")
     assert "HEIC" not in str(caught.value)
 
 
@@ -380,7 +380,7 @@ def test_a_brand_that_heic_and_avif_share(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_cut_off_picture_is_an_item_error(kind: str) -> None:
+def test_a_cut_off_image_is_an_item_error(kind: str) -> None:
     data = encoded(photo(), kind)
     for part in (10, 40, len(data) // 2):
         with pytest.raises(ItemError) as caught:
@@ -501,18 +501,18 @@ def test_a_server_returns_the_memory_of_large_images(start: Start) -> None:
         time.sleep(1)
 
 
-def test_a_tile_larger_than_its_picture_counts() -> None:
+def test_a_tile_larger_than_its_image_counts() -> None:
     data = tiff(10, 10, zlib.compress(bytes(1000)), tile=30_000)
     with pytest.raises(ItemError, match="30000 x 30000 = 900,000,000 pixels"):
         ImageTransform(SPEC)(data)
 
 
-def test_damaged_pictures_only_ever_raise_item_errors(caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_images_only_ever_raise_item_errors(caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         transform = ImageTransform(SPEC)
-        for data in [picture(name) for name in PICTURES] * 10:
+        for data in [sample(name) for name in SAMPLES] * 10:
             damaged = np.frombuffer(data, dtype=np.uint8).copy()
             places = rng.integers(0, min(len(data), 1000), size=rng.integers(1, 20))
             damaged[places] = rng.integers(0, 256, size=len(places))
@@ -587,7 +587,7 @@ def test_megabytes_of_metadata_do_not_matter(kind: str) -> None:
 
 def test_threads_share_a_transform() -> None:
     transform = ImageTransform(SPEC)
-    files = [picture(name) for name in PICTURES]
+    files = [sample(name) for name in SAMPLES]
     alone = [transform(data) for data in files]
     with ThreadPoolExecutor(4) as pool:
         for expected, found in zip(alone, pool.map(transform, files), strict=True):
