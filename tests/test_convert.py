@@ -77,7 +77,7 @@ def test_a_folder_needs_nothing_else(
     assert runtime.precision == precision
     assert runtime.card == zoo.resolve("", source)
     assert_equal(runtime, source, precision)
-    with pytest.raises(ConfigurationError, match=f"run as they are, {precision}"):
+    with pytest.raises(ConfigurationError, match=f"run unchanged, in {precision}"):
         OnnxRuntime.load("any name", model_path=out, precision="bf16")
 
 

@@ -216,7 +216,7 @@ def test_how_pictures_are_prepared(
 @pytest.mark.parametrize(
     ("config", "pictures", "message"),
     [
-        ({"model_type": "siglip"}, {}, "of a 'siglip' model"),
+        ({"model_type": "siglip"}, {}, "model_type 'siglip'"),
         ({"vision_config": {"hidden_act": "relu"}}, {}, "hidden_act 'relu'"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, {}, "layer_norm_eps 1e-06"),
         ({"text_config": {"hidden_act": "gelu"}}, {}, "different activations"),

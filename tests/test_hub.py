@@ -230,7 +230,7 @@ def flipped(content: bytes) -> bytes:
 
 def test_a_file_damaged_on_its_way_is_refused_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
     hub.damage = flipped
-    assert "damaged on its way" in fetch("ViT-B/32", tmp_path, hub.url)
+    assert "does not match the hub's checksum" in fetch("ViT-B/32", tmp_path, hub.url)
     hub.damage = bytes
     path = Path(fetch("ViT-B/32", tmp_path, hub.url))
     assert path.read_bytes() == CHECKPOINT
@@ -277,7 +277,7 @@ def test_a_download_that_breaks_off_for_good_says_so(hub: Hub, tmp_path: Path) -
     message = fetch("ViT-B/32", tmp_path, hub.url)
     assert "\n" not in message
     assert "broke off after 0.1 of 0.1 MB" in message
-    assert "start again, and it goes on from there" in message
+    assert "start again to resume it" in message
     hub.breaks.clear()
     assert Path(fetch("ViT-B/32", tmp_path, hub.url)).read_bytes() == CHECKPOINT
 
@@ -309,14 +309,14 @@ def test_a_cache_entry_that_is_no_file_is_an_error_that_names_it(
     entry.mkdir() if kind == "folder" else os.mkfifo(entry)
     message = fetch("ViT-B/32", tmp_path, hub.url)
     expected = "a folder" if kind == "folder" else "no regular file"
-    assert f"the cache has {expected} where a file belongs, {entry}: remove it" in message
+    assert f"the cache has {expected} instead of a file, {entry}: remove it" in message
     assert "\n" not in message
 
 
 def test_content_in_the_cache_that_is_no_file_is_an_error(hub: Hub, tmp_path: Path) -> None:
     _, content = emptied(hub, tmp_path)
     content.mkdir()
-    assert f"where a file belongs, {content}: remove it" in fetch("ViT-B/32", tmp_path, hub.url)
+    assert f"instead of a file, {content}: remove it" in fetch("ViT-B/32", tmp_path, hub.url)
 
 
 def test_a_link_to_nothing_in_the_cache_is_replaced(hub: Hub, tmp_path: Path) -> None:

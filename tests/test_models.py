@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import seeded
 
-from clip_server.errors import UnknownModelError
+from clip_server.errors import WeightsError
 from clip_server.models import __main__ as command
 from clip_server.models import zoo
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -77,6 +77,6 @@ def test_a_trainers_checkpoint_is_served_by_its_path(tmp_path: Path) -> None:
         assert seeded.relative(texts, seeded.reference_texts(model, tokens)) < 1e-4
 
 
-def test_a_path_of_nothing_is_an_unknown_name() -> None:
-    with pytest.raises(UnknownModelError, match="no model is named '/no/such/folder'"):
+def test_a_path_to_nothing_is_an_error() -> None:
+    with pytest.raises(WeightsError, match="no checkpoint at /no/such/folder"):
         zoo.resolve("/no/such/folder")

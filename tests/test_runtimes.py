@@ -182,9 +182,7 @@ def test_half_precision_weights_give_nearly_the_same(small: tuple[Any, Path]) ->
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],
 )
-def test_what_is_not_to_be_had_is_an_error(
-    kind: str, options: dict[str, Any], message: str
-) -> None:
+def test_unavailable_options_are_errors(kind: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load(kind, "embedded", **options)
 
@@ -223,7 +221,7 @@ class FakeOnnxRuntime:
 def test_a_cuda_that_falls_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", FakeOnnxRuntime())
     monkeypatch.setattr(cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigurationError, match="0 NVIDIA GPUs can be seen"):
+    with pytest.raises(ConfigurationError, match="0 NVIDIA GPUs are visible"):
         OnnxRuntime.load("embedded", device="cuda")
     monkeypatch.setattr(cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigurationError, match="could not start CUDAExecutionProvider"):

@@ -136,7 +136,7 @@ def assert_builds(card: ModelCard, tensors: Any, precision: Precision) -> None:
     for tower in TOWERS:
         wanted = tensorrt_engines.profiles(card, tower, ODD)
         packed = model_of(card, tensors, tower, precision).SerializeToString()
-        engine = tensorrt_engines.build(packed, wanted, tell=lambda _: None)
+        engine = tensorrt_engines.build(packed, wanted, log_progress=lambda _: None)
         for profile in wanted:
             assert holds(engine, profile.most)
         assert not holds(engine, (ODD + 1, *wanted[-1].most[1:]))
@@ -156,19 +156,19 @@ def test_a_large_graph_is_built_from_a_file(small: Path, monkeypatch: pytest.Mon
     with onnx_file.packed(model_of(card, tensors, "text", "fp16")) as packed:
         assert isinstance(packed, Path)
         wanted = tensorrt_engines.profiles(card, "text", 1)[:1]
-        assert tensorrt_engines.build(packed, wanted, tell=lambda _: None)
+        assert tensorrt_engines.build(packed, wanted, log_progress=lambda _: None)
     assert not packed.exists()
 
 
 @needs_library
 def test_a_graph_that_cannot_be_built_says_why() -> None:
     with pytest.raises(ConfigurationError, match=r"TensorRT cannot build the engine \(tensorrt"):
-        tensorrt_engines.build(b"no graph", [], tell=lambda _: None)
+        tensorrt_engines.build(b"no graph", [], log_progress=lambda _: None)
 
 
 @needs_library
 def test_what_is_no_engine_is_refused_by_name() -> None:
-    with pytest.raises(WeightsError, match=r"visual\.trt is no engine that tensorrt\S* \d"):
+    with pytest.raises(WeightsError, match=r"visual\.trt is not an engine that tensorrt\S* \d"):
         tensorrt_engines.load(b"\x00" * 4096, "visual.trt")
 
 
@@ -317,7 +317,7 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(caches: Path) -> None:
 def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ConfigurationError, match=r"cannot be kept in .*XDG_CACHE_HOME"):
+    with pytest.raises(ConfigurationError, match=r"cannot be cached in .*XDG_CACHE_HOME"):
         tensorrt_engines.cached(KEY, lambda: b"engine", lambda _: None)
 
 
@@ -410,16 +410,16 @@ def test_engines_in_a_folder_are_served(suffix: str, small: Path, tmp_path: Path
     for tower, file in runtimes.find("tensorrt").file_names.items():
         packed = model_of(card, tensors, tower, "fp32").SerializeToString()
         wanted = tensorrt_engines.profiles(card, tower, BATCH)
-        engine = tensorrt_engines.build(packed, wanted, tell=lambda _: None)
+        engine = tensorrt_engines.build(packed, wanted, log_progress=lambda _: None)
         (folder / file).with_suffix(suffix).write_bytes(engine)
     found = TensorrtRuntime.load("any name", model_path=folder)
     expected = OnnxRuntime.load("", model_path=small, device="cpu", threads=1)
     assert (found.precision, found.card) == ("fp32", card)
     assert_equal(found, expected, LEAST_COSINE["fp32"])
-    with pytest.raises(ConfigurationError, match="run as they are, fp32"):
+    with pytest.raises(ConfigurationError, match="run unchanged, in fp32"):
         TensorrtRuntime.load("any name", model_path=folder, precision="fp16")
     (folder / f"visual{suffix}").write_bytes(b"of another version")
-    with pytest.raises(WeightsError, match=f"visual{suffix} is no engine .*magic tag"):
+    with pytest.raises(WeightsError, match=f"visual{suffix} is not an engine .*magic tag"):
         TensorrtRuntime.load("any name", model_path=folder)
 
 
@@ -476,7 +476,7 @@ def test_profiles_and_vectors_on_a_gpu(name: str, precision: Precision, tmp_path
         wanted = tensorrt_engines.profiles(card, tower, BATCH)
         packed = model_of(card, tensors, tower, precision).SerializeToString()
         engine = tensorrt_engines.load(
-            tensorrt_engines.build(packed, wanted, tell=lambda _: None), tower
+            tensorrt_engines.build(packed, wanted, log_progress=lambda _: None), tower
         )
         assert tuple(tensorrt_engines.profiles_of(engine, engine.get_tensor_name(0))) == wanted
     found = TensorrtRuntime.load("", model_path=folder, precision=precision, minibatch_size=BATCH)

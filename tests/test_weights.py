@@ -166,7 +166,7 @@ class TestPickles:
             _use_new_zipfile_serialization=zipped,
         )
         for read in (weights.read, weights.read_shapes, weights.read_logit_scale):
-            with pytest.raises(WeightsError, match=r"evil\.pt .*holds code .*which is not run"):
+            with pytest.raises(WeightsError, match=r"evil\.pt .*contains code .*which is not run"):
                 read(path)
         assert not sign.exists()
         # That is not because it could not have run.
@@ -188,7 +188,7 @@ class TestPickles:
 
         path = tmp_path / "model.pt"
         torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
-        with pytest.raises(WeightsError, match=r"holds code .*Sequential.*state_dict\(\) alone"):
+        with pytest.raises(WeightsError, match=r"contains code .*Sequential.*state_dict\(\) alone"):
             weights.read(path)
 
     @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])

@@ -112,7 +112,7 @@ class TensorrtWriter(TensorrtGraphWriter):
         profiles = tensorrt_engines.profiles(self._card, tower, tensorrt_runtime.BATCH)
         with onnx_file.packed(self.model(tower)) as packed:
             engine = tensorrt_engines.build(
-                packed, profiles, tell=tensorrt_engines.teller(path.name)
+                packed, profiles, log_progress=tensorrt_engines.progress_logger(path.name)
             )
         path.write_bytes(engine)
 

@@ -1,4 +1,4 @@
-"""`python -m clip_server.models [FILTER ...]`: the models there are."""
+"""`python -m clip_server.models [FILTER ...]`: lists the models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "ca
 
 @dataclass(frozen=True)
 class Listed:
-    """A model, as the list shows it.
+    """A row of the list.
 
     other_names: in JSON only.
-    image: the side of a picture, in pixels.
+    image: the side of an image, in pixels.
     cached: whether its weights are on this machine.
     """
 
@@ -38,7 +38,7 @@ class Listed:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status: 0 something is listed, 1 nothing is, 2 misused."""
+    """Runs the command. Exit status: 0 on success, 1 if no model matches, 2 on wrong arguments."""
     options = _options(arguments)
     names = [name for name in zoo.names() if _fits(name, options.filters)]
     if not names:
@@ -59,7 +59,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="List the models that a flow may name.",
     )
     parser.add_argument(
-        "filters", nargs="*", metavar="FILTER", help="only names with all of these in them"
+        "filters", nargs="*", metavar="FILTER", help="list only names that contain all of these"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     return parser.parse_args(arguments)

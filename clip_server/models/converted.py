@@ -1,10 +1,10 @@
-"""A folder that a model was converted into, which is all that serving it needs:
+"""Folders of converted models, which are served without any other file:
 
 visual.onnx, textual.onnx   the towers (or visual.pt, textual.pt: TorchScript;
                             visual.trt, textual.trt: TensorRT engines)
 visual.onnx.data            the weights of a graph that is too large for one file
 card.json                   the card, and the precision of the towers
-tokenizer.json              where the card names a Hugging Face tokenizer
+tokenizer.json              if the card names a Hugging Face tokenizer
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _STEMS: dict[Tower, str] = {"image": "visual", "text": "textual"}
 class TowerFiles:
     """The files of a converted model's two towers.
 
-    kind: what the convert command calls them (`--to`).
+    kind: their name in the convert command (`--to`).
     suffixes: that they may have; the convert command writes the first.
-    described: whether they can be served only with a `card.json` beside them.
+    described: whether they can only be served with a `card.json`.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class TowerFiles:
         return {tower: stem + self.suffixes[0] for tower, stem in _STEMS.items()}
 
     def find(self, folder: str | Path) -> Mapping[Tower, Path] | None:
-        """The files in a folder, if both towers are there."""
+        """The files in a folder, if it has both towers."""
         found = {
             tower: file
             for tower, stem in _STEMS.items()
@@ -61,14 +61,14 @@ class TowerFiles:
 
 
 class Converted(NamedTuple):
-    """What `card.json` says: the model, and the precision of its towers, such as `fp16`."""
+    """The content of `card.json`: the model, and the precision of its towers, such as `fp16`."""
 
     card: ModelCard
     precision: str
 
 
 def read(folder: str | Path) -> Converted | None:
-    """What a folder holds; None where it has no `card.json`.
+    """Reads the `card.json` of a folder; None if there is none.
 
     Raises:
         ConfigurationError: the file is not one that `write` wrote.
@@ -83,9 +83,9 @@ def read(folder: str | Path) -> Converted | None:
 
 
 def check_precision(folder: str | Path, wanted: str | None, found: str = "fp32") -> str:
-    """The precision of the towers in a folder, which run as they are.
+    """The precision of the towers in a folder, which run unchanged.
 
-    found: that of towers that no `card.json` describes.
+    found: the precision of towers without a `card.json`.
 
     Raises:
         ConfigurationError: another one is wanted.
@@ -94,15 +94,15 @@ def check_precision(folder: str | Path, wanted: str | None, found: str = "fp32")
     precision = described.precision if described else found
     if wanted not in (None, precision):
         raise ConfigurationError(
-            f"dtype {wanted!r} is for checkpoints: the towers in {folder} run as they are, "
-            f"{precision}"
+            f"dtype {wanted!r} is for checkpoints: the towers in {folder} run unchanged, "
+            f"in {precision}"
         )
     return precision
 
 
 def refuse(folder: Path) -> None:
-    """Raises ConfigurationError where what should be a checkpoint is a folder of towers alone: a
-    runtime that has both of its own there asks for no checkpoint."""
+    """Raises ConfigurationError if a folder has towers instead of a checkpoint, but not both for
+    the runtime, which would otherwise not look for a checkpoint."""
     described = read(folder) is not None
     if not folder.is_dir() or (not described and weights.in_folder(folder)):
         return
@@ -117,7 +117,7 @@ def refuse(folder: Path) -> None:
 
 
 def write(folder: Path, card: ModelCard, precision: str) -> None:
-    """Writes `card.json`, and beside it the tokenizer's files where the card names one."""
+    """Writes `card.json`, and the files of the tokenizer if the card names one."""
     for file in tokenizer_files.files(card.text):
         _copy(file, folder / file.name)
     described = {"precision": precision, **asdict(card)}
@@ -139,5 +139,5 @@ def _parsed(described: dict[str, Any], folder: Path) -> Converted:
 
 
 def _tuple(value: Any) -> Any:
-    """JSON has no tuples."""
+    """A JSON list as a tuple."""
     return tuple(value) if isinstance(value, list) else value

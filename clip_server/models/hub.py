@@ -1,7 +1,7 @@
 """Files of the Hugging Face hub: in its cache, or downloaded into it.
 
-A download that broke off is continued, by the next attempt in this process or another: what has
-come is kept beside the cache's own files. The hub's client keeps none of it.
+A download that broke off is resumed by the next attempt, in this process or another, from a partial
+file in the cache; the hub's client deletes what it received.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _TIMEOUT = 5.0
 _SHA256_DIGITS = 64
 _BLOCK = 2**20
 _MEGABYTE = 1e6
-# What a break may lose; the client's own size is 10 MB.
+# Bytes that a break may lose; the client's default is 10 MB.
 _CHUNK = 2**14
-# The second starts anew: what an earlier attempt left may be of another file, and a server that
-# misunderstands where to go on sends the wrong part.
+# The second one starts from the beginning: a partial file may be damaged, and a server may resume
+# at the wrong place.
 _ATTEMPTS = 2
 
 
 def find_cached(repository: str, file: str) -> Path | None:
-    """A file of a repository in the hub's cache, if it is there and a file."""
+    """A file of a repository in the hub's cache; None if it is not there."""
     try:
         path = _client().try_to_load_from_cache(repository, file)
     except OSError:  # a file where a folder of the cache should be
@@ -84,7 +84,7 @@ def _client() -> ModuleType:
 
 
 def _folder(repository: str) -> Path:
-    """Where the cache keeps a repository."""
+    """The folder of a repository in the cache."""
     from huggingface_hub.file_download import repo_folder_name
 
     name = repo_folder_name(repo_id=repository, repo_type="model")
@@ -92,31 +92,31 @@ def _folder(repository: str) -> Path:
 
 
 def _entries(repository: str, file: str) -> list[Path]:
-    """Where a file may be in the cache: one place for each revision."""
+    """The possible paths of a file in the cache, one per revision."""
     snapshots = _folder(repository) / "snapshots"
     return [each / file for each in snapshots.iterdir()] if snapshots.is_dir() else []
 
 
 def _refuse_irregular(paths: Sequence[Path]) -> None:
-    """Raises WeightsError where a folder, a pipe or the like stands in place of a file.
+    """Raises WeightsError if a path is a folder, a pipe or the like.
 
-    A link to nothing does not: a download replaces it.
+    A dangling link is accepted, since a download replaces it.
     """
     for path in paths:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise WeightsError(
-                f"the cache has {kind} where a file belongs, {path}: remove it and start again"
+                f"the cache has {kind} instead of a file, {path}: remove it and start again"
             )
 
 
 def _download_blob(repository: str, file: str, url: str, known: Any) -> None:
-    """Puts the content of a file into the cache, under its digest.
+    """Downloads the content of a file into the cache, under its digest.
 
     known: the hub's metadata; its `etag` is the SHA-256 of the content.
 
     Raises:
-        WeightsError: the download broke off, or what came is not the file.
+        WeightsError: the download broke off, or the content has another digest.
     """
     from filelock import FileLock
 
@@ -136,20 +136,20 @@ def _download_blob(repository: str, file: str, url: str, known: Any) -> None:
                 part.replace(blob)
                 return
             part.unlink()
-    raise WeightsError(f"{file} was damaged on its way from the hub: try again")
+    raise WeightsError(f"the download of {file} does not match the hub's checksum: try again")
 
 
 def _continue(part: Path, file: str, url: str, known: Any) -> None:
-    """Downloads what a partial file lacks.
+    """Downloads the rest of a partial file.
 
     Raises:
-        WeightsError: the download broke off; what has come is kept.
+        WeightsError: the download broke off; the partial file is kept.
     """
     from huggingface_hub.file_download import http_get
 
     headers = _client().utils.build_hf_headers()
     if urlsplit(known.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the hub's token is none of a storage's business
+        headers.pop("authorization", None)  # the hub's token is not for another host
     with part.open("ab") as target:
         begun = target.tell()
         if begun >= known.size:
@@ -165,12 +165,12 @@ def _continue(part: Path, file: str, url: str, known: Any) -> None:
             )
         except Exception as error:  # each release of the client raises another library's errors
             target.flush()
-            come = part.stat().st_size
-            if come < known.size:
+            received = part.stat().st_size
+            if received < known.size:
                 raise WeightsError(
                     f"the download of {file} from {known.location} broke off after "
-                    f"{come / _MEGABYTE:.1f} of {known.size / _MEGABYTE:.1f} MB "
-                    f"({_reason(error)}): start again, and it goes on from there"
+                    f"{received / _MEGABYTE:.1f} of {known.size / _MEGABYTE:.1f} MB "
+                    f"({_reason(error)}): start again to resume it"
                 ) from error
 
 

@@ -1,5 +1,5 @@
-"""A folder in which transformers saved a model, such as a CLIPModel or a ChineseCLIPModel: its
-configuration in open_clip's terms. Its weights are read as any others (see `state_dict_keys`)."""
+"""Translates the configuration of a model that transformers saved, such as a CLIPModel or a
+ChineseCLIPModel, to open_clip's form. Its weights are read as any others: see `state_dict_keys`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clip_server.towers.tower import ImageTower, TextSavedByTransformers, TextTo
 Family = TypeVar("Family", bound=Tower)
 
 CONFIG = "config.json"
-# How images are prepared: in a file of its own, or in that of the whole processor.
+# The settings for images: in a file of their own, or in that of the whole processor.
 _PREPROCESSING, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # The files of a tokenizer that has no `tokenizer.json`.
 _MERGES, _WORD_PIECES = "merges.txt", "vocab.txt"
@@ -32,7 +32,7 @@ def configuration(folder: Path) -> dict[str, Any] | None:
     `open_clip_config.json`; None if there is no such file, or it is M-CLIP's.
 
     Raises:
-        ConfigurationError: it is of another kind of model, or asks for something unsupported.
+        ConfigurationError: it is of another kind of model, or has an unsupported setting.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -59,15 +59,13 @@ def _families(kind: Any, file: Path) -> tuple[type[ImageTower], type[TextTower]]
     """The families of the two towers of a model type.
 
     Raises:
-        ConfigurationError: one of them is not ours.
+        ConfigurationError: there is no family for one of them.
     """
     image = _by_type(registry.IMAGE_FAMILIES).get(kind)
     text = _by_type(registry.TEXT_FAMILIES).get(kind)
     if image is None or text is None:
         known = " and ".join(map(repr, _by_type(registry.TEXT_FAMILIES)))
-        raise ConfigurationError(
-            f"{file} is of a {kind!r} model: of Hugging Face's, {known} are read"
-        )
+        raise ConfigurationError(f"{file} has the model_type {kind!r}; supported are {known}")
     return image, text
 
 
@@ -88,9 +86,9 @@ def _towers(
 
 def _tower(config: Mapping[str, Any], part: str, family: type[Tower]) -> dict[str, Any]:
     """A tower's configuration, with defaults; in older files the second key overrides the first."""
-    said = {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
+    settings = {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
     defaults = family.saved.defaults if family.saved else {}
-    return {**defaults, **{key: value for key, value in said.items() if value is not None}}
+    return {**defaults, **{key: value for key, value in settings.items() if value is not None}}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -138,14 +136,14 @@ def _has_chinese_berts_vocabulary(folder: Path, size: int) -> bool:
 
 
 def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
-    """`preprocess_cfg`. squash: whether images are squashed if no file says otherwise."""
-    said = _said_of_images(folder)
-    sides = said.get("size", {"height": size} if squash else {"shortest_edge": size})
+    """`preprocess_cfg`. squash: whether images are squashed unless a file overrides it."""
+    settings = _image_settings(folder)
+    sides = settings.get("size", {"height": size} if squash else {"shortest_edge": size})
     squash = isinstance(sides, Mapping) and "shortest_edge" not in sides
-    cropped = said.get("do_center_crop", not squash)
-    crop = said.get("crop_size", size) if cropped else None
+    cropped = settings.get("do_center_crop", not squash)
+    crop = settings.get("crop_size", size) if cropped else None
     fits = _side(sides) == size and (_side(crop) == size if cropped else squash)
-    if not fits or not said.get("do_resize", True):
+    if not fits or not settings.get("do_resize", True):
         raise ConfigurationError(
             f"{folder}: images are resized to {sides} and cropped to {crop}, but the model takes "
             f"squares of {size} pixels"
@@ -153,26 +151,26 @@ def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
     preprocess = {
         "resize_mode": "squash" if squash else "shortest",
         "crop": "floor",
-        "interpolation": _FILTERS.get(said.get("resample", 3)),
-        "mean": said.get("image_mean"),
-        "std": said.get("image_std"),
+        "interpolation": _FILTERS.get(settings.get("resample", 3)),
+        "mean": settings.get("image_mean"),
+        "std": settings.get("image_std"),
     }
     return {key: value for key, value in preprocess.items() if value is not None}
 
 
 def _side(size: Any) -> int | None:
-    """The side of a square, however a release wrote it; None if it is not a square."""
+    """The side of a square, in any of the forms that releases wrote; None if it is no square."""
     sides = set(size.values()) if isinstance(size, Mapping) else {size}
     side: int | None = sides.pop() if len(sides) == 1 else None
     return side
 
 
-def _said_of_images(folder: Path) -> dict[str, Any]:
+def _image_settings(folder: Path) -> dict[str, Any]:
     if (file := folder / _PREPROCESSING).is_file():
         return _read(file)
     file = folder / _PROCESSOR
-    said: dict[str, Any] = _read(file).get("image_processor", {}) if file.is_file() else {}
-    return said
+    settings: dict[str, Any] = _read(file).get("image_processor", {}) if file.is_file() else {}
+    return settings
 
 
 # Whether a folder's tokenizer has a bundled vocabulary.

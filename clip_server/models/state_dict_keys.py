@@ -1,5 +1,5 @@
-"""Names of a checkpoint's tensors: those that Hugging Face's transformers saves, as open_clip's (of
-CLIP's own towers) or cn_clip's (of BERT)."""
+"""Translates the tensor names of Hugging Face's transformers to open_clip's (for CLIP's own towers)
+or cn_clip's (for BERT)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from clip_server.towers import registry
 
-# Every checkpoint of transformers' has these tensors, and no other has.
+# Only checkpoints of transformers have tensors with this prefix, and all of them do.
 _SAVED_BY_TRANSFORMERS = "vision_model."
 _QUERY = re.compile(r"\.attn\.q_proj\.(weight|bias)$")
 
 
 def to_open_clip_keys(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The tensors that towers use, by the names that towers know; they may have these already."""
+    """The tensors that towers use, by the towers' names for them, which they may have already."""
     if any(name.startswith(_SAVED_BY_TRANSFORMERS) for name in tensors):
         renamed = (_renamed(name, tensor) for name, tensor in tensors.items())
         tensors = _with_fused_projections(dict(renamed))
@@ -44,7 +44,7 @@ def _renamed(name: str, tensor: NDArray[Any]) -> tuple[str, NDArray[Any]]:
 
 
 def _with_fused_projections(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """With query, key and value of each block in one tensor."""
+    """Joins query, key and value of each block into one tensor."""
     for name in [name for name in tensors if _QUERY.search(name)]:
         parts = [tensors.pop(name.replace(".q_proj.", f".{letter}_proj.")) for letter in "qkv"]
         tensors[_QUERY.sub(r".attn.in_proj_\1", name)] = np.concatenate(parts)

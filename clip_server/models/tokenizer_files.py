@@ -1,4 +1,4 @@
-"""Where a Hugging Face tokenizer's files are: in a folder, in the hub's cache or on the hub."""
+"""Finds the files of a Hugging Face tokenizer, in a folder, the hub's cache or on the hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from clip_server.preprocess.tokenizer import CONFIG, FILE
 
 
 def fetch(spec: TextSpec) -> None:
-    """Downloads the files of a tokenizer, unless they are here.
+    """Downloads the files of a tokenizer, unless they are on this machine.
 
     Raises:
-        WeightsError: they are neither here nor on the hub, or the hub cannot be reached.
+        WeightsError: they are not on the hub either, or it cannot be reached.
     """
     source = spec.tokenizer
     if source is None or Path(source).is_dir() or hub.find_cached(source, FILE):
@@ -40,7 +40,7 @@ def located(spec: TextSpec) -> TextSpec:
 
 
 def files(spec: TextSpec) -> list[Path]:
-    """The files of a tokenizer; none where the vocabulary comes with the package.
+    """The files of a tokenizer; none if the vocabulary is bundled.
 
     Raises:
         WeightsError: as `fetch`.

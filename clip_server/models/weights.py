@@ -1,4 +1,4 @@
-"""The weights of a model: found on disk, in the hub's cache or on the hub, read and checked."""
+"""Finds the weights of a model on disk, in the hub's cache or on the hub, reads and checks them."""
 
 from __future__ import annotations
 
@@ -32,28 +32,30 @@ _PICKLES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 # The same weights as open_clip's older repositories hold them.
 _PICKLED_CHECKPOINT = "open_clip_pytorch_model.bin"
-# And as transformers saves them.
+# The names that transformers gives them.
 _HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
-# How the names end that a checkpoint may hold or lack: no tower needs them.
+# Endings of tensor names that a checkpoint may hold or lack, since no tower needs them.
 _HARMLESS = (
     *("attn_mask", "position_ids", "num_batches_tracked", "logit_bias"),
     # Numbers in OpenAI's archives.
     *("input_resolution", "context_length", "vocab_size"),
 )
-# What wraps a model puts this before the names of all its tensors: training on several GPUs,
+# Prefixes that wrappers of a model give to all its tensors: training on several GPUs,
 # torch.compile, a Lightning module.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
-_TRAINERS_KEYS = ("state_dict", "model_state_dict", "model")
-# How torch names the first class that it does not make for a pickle.
+# The keys under which trainers save the weights.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+# The class or function that torch refuses to unpickle, in its error message.
 _PICKLED_CLASS = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
+# Tensors that an error message lists.
 _SHOWN = 3
 
 
 def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
-    """The checkpoint of a card, downloaded if it has to be.
+    """The checkpoint of a card, downloaded if necessary.
 
-    model_path: as in `local`; without it the file comes from the card's hub repository, or the
-        cache of that.
+    model_path: as in `local`; without it the file comes from the card's hub repository, or from
+        the hub's cache.
 
     Raises:
         WeightsError: there is no such file, or the hub cannot be reached.
@@ -62,19 +64,19 @@ def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
     if model_path is not None:
         return local(Path(model_path))
     if card.hub is None:
-        raise WeightsError(f"{card.name} names no place to fetch weights from: give a model_path")
+        raise WeightsError(f"{card.name} has no weights to download: give a model_path")
     return cached(card) or hub.download(card.hub, _hub_files(card), _check_readable)
 
 
 def cached(card: ModelCard) -> Path | None:
-    """The checkpoint of a card in the hub's cache, if it is there."""
+    """The checkpoint of a card in the hub's cache; None if it is not there."""
     files = _hub_files(card) if card.hub else ()
     found = (hub.find_cached(card.hub, file) for file in files if card.hub)
     return next((path for path in found if path), None)
 
 
 def local(path: Path) -> Path:
-    """The checkpoint that a person's `model_path` means.
+    """The checkpoint at a `model_path`.
 
     path: a file of one of `SUFFIXES`; or a folder with `open_clip_model.safetensors`, or with
         one file of those.
@@ -99,7 +101,7 @@ def local(path: Path) -> Path:
 
 
 def describe(path: Path) -> str:
-    """What is at a path where a checkpoint was expected, as the rest of a sentence."""
+    """Says why a path is not a checkpoint, as the rest of a sentence."""
     if path.is_dir():
         return "is a folder without one, or with several"
     if path.is_symlink() and not path.exists():
@@ -108,7 +110,7 @@ def describe(path: Path) -> str:
 
 
 def in_folder(path: Path) -> Path | None:
-    """The checkpoint in a folder, or the file itself; None where there is none or a choice."""
+    """The checkpoint in a folder, or the file itself; None if there is none, or more than one."""
     if not path.is_dir():
         return path if path.is_file() else None
     for name in (CHECKPOINT, _PICKLED_CHECKPOINT, *_HUGGING_FACE):
@@ -119,11 +121,11 @@ def in_folder(path: Path) -> Path | None:
 
 
 def read(path: Path) -> Tensors:
-    """Every tensor of a checkpoint, as stored; bfloat16, which numpy lacks, as float32. A Hugging
-    Face model's have open_clip's names (see `state_dict_keys`).
+    """Reads every tensor of a checkpoint, unchanged except for bfloat16, which numpy lacks and
+    becomes float32. Names are open_clip's, of a Hugging Face model too (see `state_dict_keys`).
 
     Raises:
-        WeightsError: the file is damaged, not a checkpoint at all, or holds code.
+        WeightsError: the file is damaged, not a checkpoint, or contains code.
         ConfigurationError: it is pickled, and torch is not installed.
     """
     with _opened(path) as file:
@@ -131,14 +133,14 @@ def read(path: Path) -> Tensors:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, by the names of whoever saved it. Errors are
-    those of `read`."""
+    """Reads the shape of every tensor of a checkpoint, by the names in the file. Raises what
+    `read` does."""
     with _opened(path) as file:
         return {name: file.shape(name) for name in file.names}
 
 
 def read_logit_scale(path: Path) -> float:
-    """The factor on cosines, exp(logit_scale), without reading the other tensors.
+    """Reads the factor on cosines, exp(logit_scale), without the other tensors.
 
     Raises:
         WeightsError: as `read`, or the checkpoint holds no logit scale.
@@ -151,7 +153,7 @@ def read_logit_scale(path: Path) -> float:
 
 
 def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that a checkpoint is of the architecture whose tensors have `shapes`.
+    """Checks that a checkpoint has the tensors of an architecture.
 
     tensors: numpy's or torch's.
 
@@ -167,7 +169,7 @@ def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
 def differences(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[str]]:
-    """The tensors that a checkpoint should not have, or should: each fault, with theirs.
+    """The tensors that are missing, mismatched or superfluous in a checkpoint, by fault.
 
     found, expected: the shapes of tensors. A single number may have any number of axes.
     """
@@ -197,8 +199,7 @@ def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 class _Checkpoint(ABC):
     """An open checkpoint, of either format.
 
-    names: of its tensors, without what the wrappers of a model put before them all; each with
-        its name in the file.
+    names: of its tensors without the prefixes of wrappers, each with its name in the file.
     """
 
     def __init__(self, stored: Iterable[str]) -> None:
@@ -263,24 +264,24 @@ def _opened(path: Path) -> Iterator[_Checkpoint]:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """The torch tensors of a pickled checkpoint, read without running any code in it.
+    """Reads the torch tensors of a pickled checkpoint, without running any code in it.
 
-    Trainers write them under a key, beside the epoch and the optimizer.
+    Trainers save them under a key, together with the epoch and the optimizer.
     """
     torch = _torch(path)
     mapped = zipfile.is_zipfile(path)
     if mapped and _is_torchscript(path):
         raise WeightsError(
-            f"{path} is a TorchScript archive, which holds code beside its tensors, and none is "
-            f"run: save the tensors alone, torch.save(torch.jit.load({path.name!r}, "
+            f"{path} is a TorchScript archive, which contains code, and that is not run: save the "
+            f"tensors alone, torch.save(torch.jit.load({path.name!r}, "
             "map_location='cpu').state_dict(), 'weights.pt')"
         )
     try:
         # Mapped, so that a look at the shapes does not read gigabytes.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # whatever the bytes of a damaged file make of it
+    except Exception as error:  # a damaged file may raise anything
         raise WeightsError(_explain(path, error)) from error
-    under_keys = [found.get(key) for key in _TRAINERS_KEYS] if isinstance(found, dict) else []
+    under_keys = [found.get(key) for key in _STATE_DICT_KEYS] if isinstance(found, dict) else []
     for held in (*under_keys, found):
         items = held.items() if isinstance(held, dict) else ()
         tensors = {name: value for name, value in items if isinstance(value, torch.Tensor)}
@@ -300,14 +301,15 @@ def _explain(path: Path, error: Exception) -> str:
         return f"{path} cannot be read: {error.strerror}"
     if found := _PICKLED_CLASS.search(str(error)):
         return (
-            f"{path} holds code beside its tensors ({found[1]}), which is not run: save the "
+            f"{path} contains code ({found[1]}), which is not run: save the "
             "model's state_dict() alone, as .safetensors if you can"
         )
     return f"{path} is damaged, or not a checkpoint ({type(error).__name__}): copy it again"
 
 
 def _check_readable(file: str) -> None:
-    """Raises ConfigurationError for a pickle without torch: a download would be in vain."""
+    """Raises ConfigurationError for a pickle that cannot be read without torch, so that it is not
+    downloaded."""
     if file.endswith(_PICKLES):
         _torch(file)
 
@@ -317,7 +319,8 @@ def _torch(path: Path | str) -> ModuleType:
         import torch
     except ImportError as error:
         raise ConfigurationError(
-            f"only torch reads {path}: save the tensors as .safetensors, or {install_hint('torch')}"
+            f"{path} can only be read by torch: save the tensors as .safetensors, or "
+            f"{install_hint('torch')}"
         ) from error
     return torch
 
@@ -329,7 +332,7 @@ def _first(names: Iterable[str]) -> str:
 
 
 def _hub_files(card: ModelCard) -> tuple[str, ...]:
-    """The names that a card's weights may have in their repository, the best first."""
+    """The possible names of a card's weights in their repository, the preferred one first."""
     if card.hub_file is None:
         return CHECKPOINT, _PICKLED_CHECKPOINT
     return str(Path(card.hub_file).with_suffix(".safetensors")), card.hub_file

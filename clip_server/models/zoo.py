@@ -21,11 +21,11 @@ from clip_server.towers import registry
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
 
-# Ends the name of an architecture whose activation is QuickGELU.
+# The suffix of architectures whose activation is QuickGELU.
 _QUICK_GELU = "-quickgelu"
-# What CLIP's temperature was held at, and most models arrive at; a checkpoint has its own.
+# The maximum in CLIP's training, which most models reach; a checkpoint has its own.
 _LOGIT_SCALE = 100.0
-# Parts of the names of those tokenizers of Hugging Face's that fill up with 0; others do with 1.
+# Parts of the names of Hugging Face's tokenizers that pad with 0; others pad with 1.
 _PADS_WITH_ZERO = ("mt5", "bert-base", "SigLIP2")
 
 
@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 
 def other_names(name: str) -> list[str]:
-    """What a model, by its canonical name, may be called too."""
+    """The aliases of a model, by its canonical name."""
     return [alias for alias, canonical in _aliases().items() if canonical == name]
 
 
@@ -49,17 +49,17 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
         free; else the card is that of `name`, which may be an architecture alone.
 
     Raises:
-        UnknownModelError: no model has this name; the nearest ones are listed.
+        UnknownModelError: no model has this name; similar ones are listed.
         WeightsError: a checkpoint that the card is read from is missing or damaged.
-        ConfigurationError: an `open_clip_config.json` describes a model we do not know.
+        ConfigurationError: an `open_clip_config.json` describes an unsupported model.
     """
     name, path = _split_path(name, model_path)
     if path is None:
         return _card(_canonical(name))
     if found := converted.read(path):
         return found.card
-    # In `ViT-B-32::path` is open_clip's architecture; the name ViT-B-32 alone is OpenAI's model.
-    # The name of a model that is not open_clip's is the same in both.
+    # `ViT-B-32::path` names open_clip's architecture; ViT-B-32 alone is OpenAI's model. Names of
+    # models that are not open_clip's mean the same in both.
     known = None if model_path is None and _is_ambiguous(name) else _find_canonical(name)
     if card := _described_card(name, path):
         return card
@@ -73,8 +73,8 @@ def own_path(name: str, model_path: str | Path | None) -> Path | None:
 
 
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
-    """The file with a model's weights. It, its tokenizer's, and that of the image tower where a
-    model has another's, are downloaded if they have to be.
+    """The file with a model's weights. It is downloaded if necessary, and so are the files of its
+    tokenizer, and of its image tower if that is another model's.
 
     Raises:
         UnknownModelError, WeightsError: as `resolve` and `weights.find`.
@@ -111,12 +111,11 @@ def card_from_config(
 
     config: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu` where it is true, and
         `preprocess_cfg` where all models of an architecture have one.
-    preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `crop`; what is absent is as in
-        CLIP.
-    folder: where the tokenizer is looked for before the hub.
+    preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `crop`; absent ones are as in CLIP.
+    folder: searched for the tokenizer before the hub.
 
     Raises:
-        ConfigurationError: it lacks a part, or asks for preprocessing we do not do.
+        ConfigurationError: it lacks a part, or needs unsupported preprocessing.
     """
     try:
         return ModelCard(
@@ -194,8 +193,8 @@ def _zoo() -> dict[str, Any]:
 
 @cache
 def _aliases() -> dict[str, str]:
-    """OpenAI's names, architectures alone for OpenAI's weights, and open_clip's second name
-    of an architecture with QuickGELU."""
+    """OpenAI's names, architectures alone for OpenAI's weights, and open_clip's alternative names
+    of architectures with QuickGELU."""
     aliases = {"embedded": EMBEDDED, **_zoo()["aliases"]}
     for name, entry in _zoo()["checkpoints"].items():
         architecture, _, tag = name.partition("::")
@@ -214,7 +213,7 @@ def _canonical(name: str) -> str:
 
 
 def _find_canonical(name: str) -> str | None:
-    """The canonical name; open_clip, too, takes `/` for `-`, and in tags `-` for `_`."""
+    """The canonical name. As in open_clip, `/` means `-`, and in tags `-` means `_`."""
     architecture, separator, tag = name.partition("::")
     same = architecture.replace("/", "-") + separator + tag.lower().replace("-", "_")
     for spelling in (name, same):
@@ -226,12 +225,12 @@ def _find_canonical(name: str) -> str | None:
 
 
 def _unknown(name: str) -> str:
-    near = [known for known in names() if known.startswith(f"{name}::")][:3]
-    if not near:
+    similar = [known for known in names() if known.startswith(f"{name}::")][:3]
+    if not similar:
         known = {known.lower(): known for known in [*names(), *_aliases()]}
         matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        near = [known[match] for match in matches]
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+        similar = [known[match] for match in matches]
+    hint = f"did you mean {' or '.join(similar)}? " if similar else ""
     return (
         f"no model is named {name!r}: {hint}`python -m clip_server.models` lists the "
         f"{len(names())} names; or give the path of a checkpoint, as architecture::path"
@@ -300,7 +299,7 @@ def _expanded(path: str | Path) -> Path:
 
 
 def _card_for_checkpoint(name: str, path: Path) -> ModelCard:
-    """The card of a checkpoint that has no configuration beside it.
+    """The card of a checkpoint without a configuration in its folder.
 
     name: of an architecture, or empty.
     """
@@ -311,7 +310,7 @@ def _card_for_checkpoint(name: str, path: Path) -> ModelCard:
 
 
 def _read_architecture(path: Path) -> str:
-    """The name of the architecture that the tensors of a checkpoint have the shapes of."""
+    """The name of the architecture whose tensors have the shapes of a checkpoint's."""
     file = weights.local(path)
     shapes = weights.read_shapes(file)
     found: list[str] = [
@@ -323,14 +322,14 @@ def _read_architecture(path: Path) -> str:
     if len(found) != 1:
         which = f"it may be {' or '.join(found)}" if found else "no architecture has its tensors"
         raise ConfigurationError(
-            f"{file} does not say of which architecture it is ({which}): "
+            f"the architecture of {file} cannot be detected ({which}): "
             f"give its name as architecture::{path}"
         )
     return found[0]
 
 
 def _described_card(name: str, path: Path) -> ModelCard | None:
-    """The card of a checkpoint that has its configuration beside it."""
+    """The card of a checkpoint with a configuration in its folder."""
     folder = path if path.is_dir() else path.parent
     if (file := weights.in_folder(path)) is None or (config := _description(folder)) is None:
         return None
@@ -346,7 +345,7 @@ def _described_card(name: str, path: Path) -> ModelCard | None:
 
 
 def _description(folder: Path) -> dict[str, Any] | None:
-    """What a folder says of its checkpoint, as open_clip or as Hugging Face writes it."""
+    """The configuration in a folder, written by open_clip or Hugging Face."""
     file = folder / weights.CONFIG
     if not file.is_file():
         return hugging_face.configuration(folder)

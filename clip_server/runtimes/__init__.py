@@ -1,4 +1,4 @@
-"""The registry of runtimes: what each is called, needs and serves.
+"""The registry of runtimes: their names, requirements and capabilities.
 
 Everything that names runtimes reads this table: executors, flows, commands, the model list and
 the tests of the docs. A runtime's module is imported only when it is loaded, since what it needs
@@ -33,8 +33,8 @@ class RuntimeSpec:
     title: for people.
     implementation: the import path of its class, `module:Class`, whose `load` takes what
         `load_runtime` does.
-    extras: the package extras that install what it needs, the usual one first.
-    packages: what it imports; where several are joined by |, any of them.
+    extras: the package extras that install its requirements, the usual one first.
+    packages: that it imports; of several joined by |, any one.
     devices: types of devices that it runs on.
     precisions: that it builds a checkpoint in, the default first.
     files: the converted towers that it serves from a folder; None if it takes checkpoints only.
@@ -68,18 +68,18 @@ class RuntimeSpec:
 
     @property
     def install_hint(self) -> str:
-        """The command that installs what it needs."""
+        """The command that installs its requirements."""
         return install_hint(self.extras[0])
 
     def missing_package(self) -> str | None:
-        """The first package that it needs and that is not installed; None: all are."""
+        """The first required package that is not installed; None if all are."""
         return missing_package(self.packages)
 
     def check_precision(self, wanted: str | None) -> Precision:
         """The precision to build a checkpoint in.
 
         Raises:
-            ConfigurationError: the runtime does not have the one that is wanted.
+            ConfigurationError: the runtime does not support it.
         """
         for precision in self.precisions:
             if wanted in (None, precision):
@@ -180,8 +180,8 @@ def load_runtime(
     runtime: a name in `RUNTIMES`.
     name: of the model, canonical or an alias.
     model_path: a checkpoint as in `weights.find`, or a folder of towers converted for this
-        runtime, which run as they are.
-    device: `cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is.
+        runtime, which run unchanged.
+    device: `cpu`, `cuda`, `cuda:1`, `mps`; by default the best available.
     precision: of a checkpoint's weights; by default the runtime's first.
     threads: CPU cores that one call may use; by default all that this process may run on.
     options: parameters of the executor; those in the runtime's `options` are passed on.
@@ -205,7 +205,7 @@ def by_executor() -> dict[str, RuntimeSpec]:
 
 
 def install_options() -> str:
-    """The command that installs the server, and the extras there are for its runtimes."""
+    """The command that installs the server, and the extras for its runtimes."""
     # Those that need no torch, and so are small, come first.
     ordered = sorted(RUNTIMES, key=lambda spec: "torch" in spec.packages)
     first, *others = (extra for spec in ordered for extra in spec.extras)

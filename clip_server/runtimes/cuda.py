@@ -175,8 +175,7 @@ class Gpu:
         count = device_count()
         if count <= index:
             raise ConfigurationError(
-                f"device 'cuda:{index}' cannot be used: {count} NVIDIA GPUs can be seen "
-                "on this machine"
+                f"device 'cuda:{index}' cannot be used: {count} NVIDIA GPUs are visible"
             )
         self.driver = _open(index)
         capability = ".".join(map(str, self.driver.capability))

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, the same for every runtime."""
+"""Loads checkpoints and normalises pixels, for every runtime."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_checkpoint(
     """
     card, path = zoo.resolve(name, model_path), zoo.checkpoint(name, model_path)
     image = path if card.image_of is None else zoo.checkpoint(card.image_of)
-    # A checkpoint knows its own logit scale better than a table does.
+    # The checkpoint's own logit scale, not the default of its card.
     card = replace(card, logit_scale=weights.read_logit_scale(image))
     tensors = weights.read(path)
     if image != path:
@@ -34,7 +34,7 @@ def load_checkpoint(
 
 
 def normalized(pixels: NDArray[np.uint8], image: ImageSpec) -> NDArray[np.float32]:
-    """Pixels 0..255 in the float range of a tower that does not normalise them itself."""
+    """Normalises pixels 0..255, for towers that do not do it themselves."""
     mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (image.mean, image.std))
     values = (pixels.astype(np.float32) / 255 - mean) / std
     return values.astype(np.float32, copy=False)

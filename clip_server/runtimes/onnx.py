@@ -24,7 +24,7 @@ from clip_server.runtimes.onnx_graph import Graph, ImageGraph, TextGraph
 
 _EXTRA = f"the ONNX runtime is not installed: {install_hint('onnx')}"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# onnxruntime's level of logging: what goes wrong reaches us as an exception.
+# onnxruntime's level of logging: errors reach us as exceptions.
 _LOG_FATAL = 4
 
 
@@ -112,7 +112,7 @@ class OnnxRuntime:
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
-        # In order, as many neighbours as can be begin alike; see `layout.of_texts`.
+        # Sorted, so that neighbours have the longest common prefixes: see `layout.of_texts`.
         order = np.lexsort(tokens.T[::-1])
         embeddings = self._textual.encode(tokens[order])
         return embeddings[np.argsort(order)]
@@ -135,13 +135,13 @@ def _tried_out(visual: ImageGraph, textual: TextGraph, card: ModelCard) -> int:
     """The dimensions of both towers' embeddings, after a trial.
 
     Raises:
-        ConfigurationError: a graph is no tower, or they are not of one model.
+        ConfigurationError: a graph is not a tower, or the two are of different models.
     """
     image, text = visual.try_out(card), textual.try_out(card)
     if image != text:
         raise ConfigurationError(
-            f"visual.onnx gives embeddings of {image} dimensions and textual.onnx of {text}: "
-            "they are not of one model"
+            f"visual.onnx has embeddings of {image} dimensions and textual.onnx of {text}: "
+            "they are of different models"
         )
     return image
 
@@ -159,20 +159,20 @@ def _built(
     weights.check(tensors, registry.tensor_shapes(card.config))
 
     def graphs() -> Iterator[Path | bytes]:
-        """Each when it is asked for: with its weights in it, it is large."""
+        """Builds each graph when it is needed: with its weights in it, it is large."""
         for build in (
             partial(graph.build_visual, card.config, tensors, card.image),
             partial(graph.build_textual, card.config, tensors),
         ):
             with onnx_file.packed(build(precision=precision)) as packed:
                 yield packed
-            del packed  # or it would be in memory beside the next one
+            del packed  # or it would be in memory together with the next one
 
     return card, graphs()
 
 
 class _Sessions:
-    """Opens sessions on one device, never silently on another."""
+    """Opens sessions on one device, with no fallback to another."""
 
     def __init__(self, device: str | None, threads: int | None, precision: str = "fp32") -> None:
         device = _device_for_int8(device) if precision == "int8" else device
@@ -189,7 +189,7 @@ class _Sessions:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _LOG_FATAL
-        # Threads that spin while they wait would take the cores from preprocessing.
+        # Threads that spin while waiting would compete with preprocessing for cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings = {"device_id": index} if index else {}
         try:
@@ -203,7 +203,7 @@ class _Sessions:
                 f"onnxruntime could not start {provider}: check that the CUDA and cuDNN "
                 "libraries it was built for are installed"
             )
-        # onnxruntime keeps the graph, with all its weights, for a retry on another provider.
+        # Or onnxruntime would keep the graph and its weights for a retry on another provider.
         session._model_bytes = None
         return Graph(session, origin)
 
@@ -213,7 +213,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ConfigurationError(_EXTRA) from error
-    # For a program that imported it before this package, which tells it so by the environment.
+    # For programs that imported it before this package set the environment variable.
     onnxruntime.disable_telemetry_events()
     return onnxruntime
 
@@ -225,21 +225,21 @@ def _device(ort: Any, wanted: str | None) -> str:
         raise ConfigurationError(f"device {wanted!r} is not cpu, cuda or cuda:N")
     if kind == "cpu":
         return "cpu"
-    lacking = _lacking_for_cuda(ort, int(index or 0))
-    if lacking and wanted is not None:
-        raise ConfigurationError(f"device {wanted!r} cannot be used: {lacking}")
-    return "cpu" if lacking else f"cuda:{index or 0}"
+    problem = _cuda_problem(ort, int(index or 0))
+    if problem and wanted is not None:
+        raise ConfigurationError(f"device {wanted!r} cannot be used: {problem}")
+    return "cpu" if problem else f"cuda:{index or 0}"
 
 
 def _device_for_int8(wanted: str | None) -> str:
-    """The CPU, which alone has the integer products."""
+    """The CPU, the only device with integer products."""
     if wanted not in (None, "cpu"):
         raise ConfigurationError(f"dtype 'int8' runs on the CPU, not on device {wanted!r}")
     return "cpu"
 
 
-def _lacking_for_cuda(ort: Any, index: int) -> str | None:
-    """What CUDA device `index` needs that is not here, in words; None where all is."""
+def _cuda_problem(ort: Any, index: int) -> str | None:
+    """The reason why CUDA device `index` cannot be used, for people; None if it can."""
     available = ort.get_available_providers()
     if _PROVIDERS["cuda"] not in available:
         return (
@@ -248,13 +248,13 @@ def _lacking_for_cuda(ort: Any, index: int) -> str | None:
         )
     count = cuda.device_count()
     if count <= index:
-        return f"{count} NVIDIA GPUs can be seen on this machine"
-    ort.preload_dlls()  # CUDA's libraries may be Python packages, which are on no search path
+        return f"{count} NVIDIA GPUs are visible"
+    ort.preload_dlls()  # CUDA's libraries may be Python packages, outside the search path
     return None
 
 
 def _cores() -> int:
-    """Cores this process may run on."""
+    """CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -18,11 +18,11 @@ class Runtime(Protocol):
     """A loaded model.
 
     name: `torch`, `onnx`, ... as shown to people.
-    device: where it really runs, e.g. `cpu` or `cuda:0`.
-    precision: of the weights, e.g. `fp32`.
-    concurrent: whether two threads may call its methods at once, and both make progress.
-    overlaps: whether the next full batch may come while one is computed, since its copy to the
-        device takes place meanwhile. For those that are concurrent.
+    device: that it runs on, such as `cpu` or `cuda:0`.
+    precision: of the weights, such as `fp32`.
+    concurrent: whether two threads may call its methods concurrently, and both make progress.
+    overlaps: for those that are concurrent, whether the next full batch may be passed while one is
+        computed, because its copy to the device overlaps with that.
     """
 
     name: str

@@ -24,8 +24,8 @@ from clip_server.runtimes.tensorrt_engines import Profile, Shape
 
 # The largest batch that engines are built for, unless another is asked for.
 BATCH = 32
-# Lengths of texts are rounded up to this: each new shape costs an engine time, and rows of whole
-# multiples are what a GPU multiplies fastest.
+# Lengths of texts are rounded up to a multiple of this: each new shape costs an engine time, and
+# GPUs multiply matrices of such sizes fastest.
 _LENGTH_STEP = 8
 
 
@@ -60,7 +60,7 @@ class TensorrtRuntime:
         threads: int | None = None,
         minibatch_size: int = BATCH,
     ) -> TensorrtRuntime:
-        """Loads a model's engines, and builds those that are not in the cache: minutes, once.
+        """Loads a model's engines; builds those that are not cached, which takes minutes once.
 
         name: a canonical name or an alias.
         model_path: a checkpoint as in `weights.find`, or a folder with engines: `visual.trt` and
@@ -110,16 +110,16 @@ def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     """One tower by itself: an engine in a file, as pixels or tokens to embeddings [B, D].
 
     Raises:
-        ConfigurationError: the extra or a GPU is not here, or the file is no engine of this one.
+        ConfigurationError: the extra or a GPU is missing, or the file is not an engine for it.
     """
     return EngineTower(Gpu(), path.read_bytes(), str(path)).run
 
 
 class EngineTower:
-    """An engine of one input and one output, fed and read as numpy arrays. For any thread.
+    """An engine with one input and one output, fed and read as numpy arrays. Thread-safe.
 
-    plan: the engine as a file has it. origin: where from, for people.
-    dtype: of the input; least: the smallest batch of the smallest items that it takes.
+    plan: the serialized engine. origin: its file, or what it was built from, for people.
+    dtype: of the input. least: the smallest batch of the smallest items that it accepts.
     """
 
     def __init__(self, gpu: Gpu, plan: bytes, origin: str) -> None:
@@ -145,7 +145,7 @@ class EngineTower:
         """A batch of any size, converted to the input's dtype, to embeddings [B, D].
 
         Raises:
-            OutOfMemoryError: the GPU has none for this batch; smaller ones may do.
+            OutOfMemoryError: the GPU has no memory for this batch; a smaller one may fit.
         """
         parts = [batch[first : first + self._most] for first in range(0, len(batch), self._most)]
         return np.concatenate([self._run(part) for part in parts])
@@ -154,7 +154,7 @@ class EngineTower:
         index = fitting(self._profiles, batch.shape)
         least = self._profiles[index].least
         with self._gpu.active():
-            # As many slots as threads have ever called at once.
+            # There are as many slots as threads have ever called concurrently.
             slot = self._idle.pop() if self._idle else self._new_slot()
             try:
                 return slot.run(index, batch, max(len(batch), least[0]))
@@ -208,14 +208,14 @@ class _ExecutionSlot:
         fed[len(batch) :] = 0
         tensorrt_engines.take_errors()
         if not context.set_input_shape(self._source, shape):
-            raise RuntimeError(f"the engine takes no batch of shape {shape}")
+            raise RuntimeError(f"the engine accepts no batch of shape {shape}")
         read = self._read.reserve(tuple(context.get_tensor_shape(self._target)))
         context.set_tensor_address(self._source, self._fed.address)
         context.set_tensor_address(self._target, self._read.address)
         self._fed.upload(fed)
         if not context.execute_async_v3(stream.handle):
-            said = tensorrt_engines.take_errors() or "TensorRT could not compute the batch"
-            raise OutOfMemoryError(said) if "memory" in said else RuntimeError(said)
+            reason = tensorrt_engines.take_errors() or "TensorRT could not compute the batch"
+            raise OutOfMemoryError(reason) if "memory" in reason else RuntimeError(reason)
         self._read.download(read)
         stream.synchronize()
         return read[: len(batch)].astype(np.float32)
@@ -225,19 +225,19 @@ def _index(device: str | None) -> int:
     """The number of a GPU."""
     kind, _, index = (device or "cuda").partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
-        raise ConfigurationError(f"device {device!r} is not cuda or cuda:N: TensorRT has no other")
+        raise ConfigurationError(f"device {device!r} is not cuda or cuda:N, which TensorRT needs")
     return int(index or 0)
 
 
 def fitting(profiles: Sequence[Profile], shape: Shape) -> int:
-    """The profile for a batch: of those that take it the one made for the least.
+    """The profile for a batch: of those that accept it, the one for the smallest batches.
 
     Raises:
         ValueError: there is none.
     """
     fit = [index for index, profile in enumerate(profiles) if profile.takes(shape)]
     if not fit:
-        raise ValueError(f"the engine takes no batch of shape {shape}")
+        raise ValueError(f"the engine accepts no batch of shape {shape}")
     return min(fit, key=lambda index: math.prod(profiles[index].best))
 
 
@@ -249,7 +249,7 @@ def _built(
     batch: int,
     threads: int | None,
 ) -> tuple[ModelCard, dict[Tower, tuple[str, bytes]]]:
-    """The card of a checkpoint, and for each tower where its engine is from, and the engine."""
+    """The card of a checkpoint, and for each tower the origin of its engine and the engine."""
     try:
         from clip_server.towers import graph, registry
     except ImportError as error:

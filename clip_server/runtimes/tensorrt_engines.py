@@ -1,4 +1,4 @@
-"""TensorRT engines: built from ONNX graphs, and kept in the user's cache.
+"""Builds TensorRT engines from ONNX graphs, and caches them.
 
 The library is `tensorrt` where that is installed, else `tensorrt_rtx`, which has the same
 interface and builds without a GPU. An engine is a file that only the version of the library that
@@ -27,42 +27,42 @@ from clip_server.model_card import ModelCard, Precision
 from clip_server.models.converted import Tower
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-# Texts of about one length are computed by kernels that were chosen for it.
+# Lengths of texts that kernels are optimised for.
 _LENGTHS = (16, 32)
-# Part of every key: an engine that was built in another way is stale.
-_WAY = 1
-_SECONDS_BETWEEN_REMARKS = 10
+# Part of every key; raised when engines are built differently.
+_CACHE_VERSION = 1
+_SECONDS_BETWEEN_MESSAGES = 10
 _MISSING = (
     f"TensorRT is not installed: {install_hint('tensorrt')}; for TensorRT-RTX, on consumer "
     "GPUs, the extra is tensorrt-rtx"
 )
 
 Shape: TypeAlias = tuple[int, ...]
-Tell: TypeAlias = Callable[[str], None]
+LogProgress: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes that one part of an engine takes, from `least` to `most`; it is made for `best`,
-    and fastest there."""
+    """The shapes that one profile of an engine accepts, from `least` to `most`; it is optimised for
+    `best`."""
 
     least: Shape
     best: Shape
     most: Shape
 
     def takes(self, shape: Shape) -> bool:
-        """Whether a batch of this shape, perhaps filled up with more items, can be computed."""
+        """Whether a batch of this shape, padded with items if needed, can be computed."""
         enough = all(size >= least for size, least in zip(shape[1:], self.least[1:], strict=True))
         return enough and all(size <= most for size, most in zip(shape, self.most, strict=True))
 
 
 @dataclass(frozen=True)
 class Key:
-    """What an engine was built of and for; where any of it differs, so does the engine.
+    """Identifies an engine in the cache by everything that it depends on.
 
     graph: a hash of the graph and its weights.
-    library: and its version.
-    gpu: its name and compute capability.
+    library: with its version.
+    gpu: with its compute capability.
     """
 
     graph: str
@@ -73,15 +73,15 @@ class Key:
 
     @property
     def digest(self) -> str:
-        """A name for a file."""
-        return blake2b(repr((_WAY, self)).encode(), digest_size=16).hexdigest()
+        """The name of the file, without its suffix."""
+        return blake2b(repr((_CACHE_VERSION, self)).encode(), digest_size=16).hexdigest()
 
 
 def library() -> Any:
-    """The library.
+    """Imports the library.
 
     Raises:
-        ConfigurationError: none is installed, or its own libraries cannot be loaded.
+        ConfigurationError: none is installed, or its shared libraries cannot be loaded.
     """
     reasons = []
     for name in LIBRARIES:
@@ -101,7 +101,8 @@ def version() -> str:
 
 
 def profiles(card: ModelCard, tower: Tower, batch: int) -> tuple[Profile, ...]:
-    """For batches of 1 to `batch`: one item alone, and many at once; of texts for each length."""
+    """The profiles for batches of 1 to `batch`: for one item and for full batches, and for texts at
+    each length."""
     batches = sorted({1, batch})
     if tower == "image":
         side = card.image.size
@@ -118,12 +119,16 @@ def _profile(batch: int, least: Shape, most: Shape) -> Profile:
 
 
 def build(
-    graph: Path | bytes, wanted: Sequence[Profile], *, tell: Tell, threads: int | None = None
+    graph: Path | bytes,
+    wanted: Sequence[Profile],
+    *,
+    log_progress: LogProgress,
+    threads: int | None = None,
 ) -> bytes:
-    """The engine of an ONNX graph with one input, in the types that the graph says.
+    """Builds the engine of an ONNX graph with one input, in the dtypes of the graph.
 
-    graph: serialized, or where it is in a file.
-    tell: is told how far it is.
+    graph: serialized, or the path of its file.
+    log_progress: called with messages about the progress.
     threads: cores that it may use; by default one.
 
     Raises:
@@ -138,16 +143,16 @@ def build(
         network = builder.create_network(_strongly_typed(trt))
         _parse(trt.OnnxParser(network, log), graph)
         config = builder.create_builder_config()
-        # An engine in fp32 is one: its products are not rounded to the ten bits of TF32.
+        # Otherwise products in fp32 would be rounded to the ten bits of TF32.
         config.clear_flag(trt.BuilderFlag.TF32)
-        config.progress_monitor = _progress(trt, tell)
+        config.progress_monitor = _progress(trt, log_progress)
         for each in wanted:
             profile = builder.create_optimization_profile()
             profile.set_shape(network.get_input(0).name, each.least, each.best, each.most)
             config.add_optimization_profile(profile)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            raise RuntimeError("nothing was built")
+            raise RuntimeError("no engine was built")
         return bytes(engine)
 
 
@@ -169,7 +174,7 @@ def engine_of(
     batch: int,
     threads: int | None = None,
 ) -> bytes:
-    """The engine of a tower, out of the cache or else built.
+    """The engine of a tower, from the cache or newly built.
 
     model: its ONNX graph, in this precision. gpu: as in `Key`. batch: as in `profiles`.
 
@@ -180,23 +185,23 @@ def engine_of(
 
     wanted = profiles(card, tower, batch)
     key = Key(onnx_file.digest(model), version(), gpu, precision, wanted)
-    tell = teller(f"{tower} engine of {card.name} in {precision}")
+    log_progress = progress_logger(f"{tower} engine of {card.name} in {precision}")
 
     def make() -> bytes:
-        tell(f"not built yet for {gpu}: this takes minutes, once")
+        log_progress(f"not built yet for {gpu}: this takes minutes, once")
         with onnx_file.packed(model) as graph:
-            return build(graph, wanted, tell=tell, threads=threads)
+            return build(graph, wanted, log_progress=log_progress, threads=threads)
 
-    return cached(key, make, tell)
+    return cached(key, make, log_progress)
 
 
-def cached(key: Key, make: Callable[[], bytes], tell: Tell) -> bytes:
-    """The engine of a key, built with `make` unless it is in the cache as it was written.
+def cached(key: Key, make: Callable[[], bytes], log_progress: LogProgress) -> bytes:
+    """The engine of a key, built with `make` unless the cache has it, undamaged.
 
-    Replicas that start together build it once.
+    Replicas that start concurrently build it once.
 
     Raises:
-        ConfigurationError: it cannot be built, or cannot be kept.
+        ConfigurationError: it cannot be built, or not be cached.
     """
     from filelock import FileLock
 
@@ -208,24 +213,24 @@ def cached(key: Key, make: Callable[[], bytes], tell: Tell) -> bytes:
                 return engine
             start = time.perf_counter()
             engine = make()
-            tell(f"built in {time.perf_counter() - start:.1f} s, and kept in {path}")
+            log_progress(f"built in {time.perf_counter() - start:.1f} s, cached in {path}")
             write(path, key, engine)
             return engine
     except OSError as error:
         raise ConfigurationError(
-            f"the engine cannot be kept in {path.parent}: {error}; "
-            "set XDG_CACHE_HOME to another place"
+            f"the engine cannot be cached in {path.parent}: {error}; "
+            "set XDG_CACHE_HOME to another folder"
         ) from error
 
 
 def folder() -> Path:
-    """Where engines are kept."""
+    """The folder of cached engines."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(caches, "clip-server", "engines")
 
 
 def read(path: Path, key: Key) -> bytes | None:
-    """An engine that `write` wrote; None where there is none, or another's, or it is damaged."""
+    """Reads an engine that `write` wrote; None if it is missing, of another key, or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -235,7 +240,7 @@ def read(path: Path, key: Key) -> bytes | None:
 
 
 def write(path: Path, key: Key, engine: bytes) -> None:
-    """Writes an engine, whole or not at all, with what tells that it is whole and whose it is."""
+    """Writes an engine atomically, preceded by its key and checksum."""
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(_head(key, engine) + b"\n")
@@ -252,15 +257,15 @@ def _head(key: Key, engine: bytes) -> bytes:
 
 
 def take_errors() -> str:
-    """What the library said of errors since this was last asked; empty where it said none."""
+    """The errors that the library logged since the last call; empty if none."""
     errors = _log(library()).errors
-    said = "; ".join(errors.copy())  # another thread may add to them
+    messages = "; ".join(errors.copy())  # another thread may add to them
     errors.clear()
-    return said
+    return messages
 
 
 def load(engine: bytes, name: str) -> Any:
-    """The library's own engine. name: of where it comes from, for people.
+    """Loads an engine into the library. name: its origin, for people.
 
     Raises:
         WeightsError: it is damaged, or was built by another version or for another GPU.
@@ -270,7 +275,7 @@ def load(engine: bytes, name: str) -> Any:
     loaded = trt.Runtime(_log(trt)).deserialize_cuda_engine(engine)
     if loaded is None:
         raise WeightsError(
-            f"{name} is no engine that {version()} can run on this GPU; build it again, with "
+            f"{name} is not an engine that {version()} can run on this GPU; rebuild it with "
             f"python -m clip_server.convert --to tensorrt ({take_errors()})"
         )
     return loaded
@@ -284,14 +289,14 @@ def profiles_of(engine: Any, tensor: str) -> list[Profile]:
     ]
 
 
-def teller(what: str) -> Tell:
-    """Tells people at the server's terminal about an engine."""
-    return lambda words: print(f"clip_server: {what}: {words}", file=sys.stderr, flush=True)
+def progress_logger(what: str) -> LogProgress:
+    """Returns a function that prints messages about an engine on stderr."""
+    return lambda message: print(f"clip_server: {what}: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """What fails inside fails as a ConfigurationError, with what the library said about it."""
+    """Turns exceptions into a ConfigurationError with the errors that the library logged."""
     take_errors()
     try:
         yield
@@ -300,14 +305,14 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _strongly_typed(trt: Any) -> int:
-    """The flag for networks that compute in the types they say; newer versions have no others."""
+    """The flag for networks that compute in their own dtypes; newer versions have no others."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 @cache
 def _log(trt: Any) -> Any:
-    """The one log that the library asks for. errors: the last it was told of."""
+    """The library's only log. errors: the last few logged."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -321,14 +326,14 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
-def _progress(trt: Any, tell: Tell) -> Any:
-    """Tells now and then which phase of a build is under way."""
+def _progress(trt: Any, log_progress: LogProgress) -> Any:
+    """Reports the current phase of a build every ten seconds."""
 
     class Progress(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
-            self._started = self._told = time.monotonic()
+            self._started = self._reported = time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             del parent_phase
@@ -339,10 +344,12 @@ def _progress(trt: Any, tell: Tell) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             now = time.monotonic()
-            if now - self._told > _SECONDS_BETWEEN_REMARKS:
-                self._told = now
-                of = self._steps.get(phase_name, 0)
-                tell(f"{phase_name}, {step + 1} of {of}, after {now - self._started:.0f} s")
+            if now - self._reported > _SECONDS_BETWEEN_MESSAGES:
+                self._reported = now
+                total = self._steps.get(phase_name, 0)
+                log_progress(
+                    f"{phase_name}, {step + 1} of {total}, after {now - self._started:.0f} s"
+                )
             return True  # go on
 
     return Progress()

@@ -33,11 +33,11 @@ except ImportError as missing:
         f"the torch runtime is not installed: {install_hint('torch')}"
     ) from missing
 
-# What a configuration says of the two towers, and the part of CoCa that writes captions.
+# The keys of a configuration that describe the towers; the prefix of CoCa's caption decoder.
 _TOWERS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 _DECODER = "text_decoder."
-# What draws a parameter at random, and then cuts and scales it.
-_DRAWS = {
+# The functions that initialise a parameter at random, and then clip and scale it.
+_INITIALISERS = {
     *("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"),
     *("erfinv_", "mul_", "add_", "clamp_"),
 }
@@ -115,11 +115,11 @@ def towers(
 ) -> tuple[nn.Module, nn.Module]:
     """The image and the text tower of a checkpoint, on the CPU.
 
-    They take uint8 pixels [B, 3, S, S] and int32 tokens [B, L], and give embeddings [B, D].
+    They take uint8 pixels [B, 3, S, S] and int32 tokens [B, L], and return embeddings [B, D].
 
     Raises:
-        WeightsError, ConfigurationError: the checkpoint is not the card's; or open_clip cannot
-            build that.
+        WeightsError, ConfigurationError: the checkpoint does not match the card, or open_clip
+            cannot build it.
     """
     model = _model(card, tensors).to(_DTYPES[precision])
     return _ImageTower(model, card.image, _DTYPES[precision]), _text_tower(card, model)
@@ -128,7 +128,7 @@ def towers(
 def save_traced(tower: nn.Module, batch: NDArray[Any], path: Path) -> None:
     """Writes a tower on the CPU as TorchScript, for batches of any size.
 
-    batch: pixels or tokens, of which the shape counts.
+    batch: pixels or tokens, for their shape.
     """
     with _no_warnings():
         save: Callable[..., None] = torch.jit.save
@@ -161,12 +161,12 @@ def _loaded(path: Path, place: torch.device) -> nn.Module:
         with _no_warnings():
             load: Callable[..., nn.Module] = torch.jit.load
             return load(path, map_location=place)
-    except Exception as error:  # whatever the bytes of a damaged file make of it
+    except Exception as error:  # a damaged file may raise anything
         raise WeightsError(f"{path} is damaged, or not TorchScript: convert it again") from error
 
 
 class _ImageTower(nn.Module):
-    """uint8 pixels to embeddings: pixels cross to the device in a quarter of the bytes."""
+    """uint8 pixels to embeddings; uint8 needs a quarter of the bytes on the way to the device."""
 
     mean: Tensor
     std: Tensor
@@ -184,7 +184,7 @@ class _ImageTower(nn.Module):
 
 
 class _TextTower(nn.Module):
-    """A text tower as open_clip has it, for tokens as the card says they may be trimmed."""
+    """A text tower of open_clip, for tokens trimmed as the card allows."""
 
     def __init__(self, model: CustomTextCLIP) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class _TextTower(nn.Module):
 
 
 class _CausalTextTower(nn.Module):
-    """CLIP's own text tower, which pools before it does what each position has for itself."""
+    """CLIP's own text tower, which pools before the layers that work on each position alone."""
 
     attn_mask: Tensor
 
@@ -225,7 +225,7 @@ class _CausalTextTower(nn.Module):
 
 
 def _embeddings(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """What a tower pooled, where it gives its other tokens too, as CoCa's do."""
+    """The pooled output, of towers that also return their other tokens, as CoCa's do."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -236,9 +236,8 @@ def _text_tower(card: ModelCard, model: CustomTextCLIP) -> nn.Module:
 def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
     """open_clip's two towers of a card with the checkpoint's weights, on the CPU.
 
-    Every family is built as open_clip's CustomTextCLIP, which gives a CLIP whose text tower is
-    apart, and CoCa without its decoder. A family with a `torch_module` takes the place of its text
-    tower.
+    Every family is built as open_clip's CustomTextCLIP: CLIP with a separate text tower, and CoCa
+    without its decoder. A family's `torch_module` replaces the text tower.
     """
     model, text = _empty_model(card), registry.text_tower(card.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -246,12 +245,12 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
     if text.torch_module:
         shapes |= text.shapes(card.dim)
     else:
-        # Checkpoints of the makers of a model, and of CLIP, whose text tower was not apart.
+        # Checkpoints in a model's original format, and those of CLIP without a separate text tower.
         state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
         state = {name: value for name, value in state.items() if not name.startswith(_DECODER)}
     weights.check(state, shapes)
     for name, parameter in model.named_parameters():
-        # A parameter that a checkpoint may lack, no tower needs.
+        # Parameters that a checkpoint may lack are not needed by a tower.
         found = state[name] if name in state else torch.zeros_like(parameter)
         state[name] = found.reshape(parameter.shape)
     model.load_state_dict(state, strict=False, assign=True)
@@ -262,13 +261,13 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
 
 
 def _empty_model(card: ModelCard) -> CustomTextCLIP:
-    """open_clip's two towers of a card; what their parameters hold is left to chance."""
+    """open_clip's two towers of a card, with uninitialised parameters."""
     config = {key: value for key, value in card.config.items() if key in _TOWERS}
     own_text = registry.text_tower(card.config).torch_module is not None
-    # The tower of a Hugging Face model would be fetched with weights of its own.
+    # Otherwise a Hugging Face tower would be downloaded with its own weights.
     text = {} if own_text else config["text_cfg"] | {"hf_model_pretrained": False}
     try:
-        with _NothingDrawn():
+        with _SkipParameterInit():
             model = CustomTextCLIP(**config | {"text_cfg": text}).eval()
     except Exception as error:  # of open_clip, timm or transformers
         raise ConfigurationError(f"open_clip cannot build {card.name}: {error}") from error
@@ -277,9 +276,9 @@ def _empty_model(card: ModelCard) -> CustomTextCLIP:
     return model
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Modules made inside leave their parameters as they were allocated: to draw them at random
-    takes seconds, and a checkpoint replaces them. Buffers, which may be in none, are computed."""
+class _SkipParameterInit(TorchFunctionMode):
+    """Leaves the parameters of new modules uninitialised: random values take seconds, and a
+    checkpoint replaces them. Buffers, which checkpoints may lack, are computed."""
 
     def __torch_function__(
         self,
@@ -290,7 +289,7 @@ class _NothingDrawn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         target = next(iter((*args, *kwargs.values())), None)
-        if func.__name__ in _DRAWS and isinstance(target, nn.Parameter):
+        if func.__name__ in _INITIALISERS and isinstance(target, nn.Parameter):
             return target
         return func(*args, **kwargs)
 
@@ -312,17 +311,17 @@ def _trace(tower: nn.Module, batch: Tensor) -> nn.Module:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """TorchScript's: of its deprecation, and of lengths it handles well."""
+    """Silences TorchScript's warnings: about its deprecation, and about lengths that it handles."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _device(wanted: str | None) -> torch.device:
-    """The device to use, with its number where there may be several.
+    """The device to use, with its index where there may be several.
 
     Raises:
-        ConfigurationError: torch knows no such device, or there is none on this machine.
+        ConfigurationError: torch does not know the device, or this machine lacks it.
     """
     try:
         device = torch.device(wanted or _best_device())
