@@ -418,6 +418,13 @@ def test_cors_one_protocol_and_limits(start: Start) -> None:
         headers={"origin": "http://example.org"},
     )
     assert answer.headers["access-control-allow-origin"] == "*"
+    asked = {"origin": "http://example.org", "access-control-request-method": "POST",
+             "access-control-request-headers": "authorization, content-type"}  # fmt: skip
+    allowed = requests.options(f"http://127.0.0.1:{port}/post", headers=asked)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] in ("*", "http://example.org")
+    assert allowed.headers["access-control-allow-headers"] == "authorization, content-type"
+    assert allowed.headers["access-control-allow-credentials"] == "true"
     url = f"http://127.0.0.1:{port}"
     info = requests.get(f"{url}/info").json()
     assert info["max_request_bytes"] == 1000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from random import getrandbits
 from typing import Any
 
@@ -50,10 +49,10 @@ class Call:
         header = body.get("header")
         if not (header is None or isinstance(header, Mapping)):
             raise RequestError('"header" is not an object like {"requestId": "1"}')
-        places = (body, header or {})
+        places = (body, header) if header else (body,)
         named = _name("execEndpoint", "exec_endpoint", *places)
         given = body.get("parameters")
-        if json_text.is_nested([given]):
+        if given and json_text.is_nested([given]):
             raise RequestError(f'"parameters" are nested more than {json_text.MOST_NESTED} deep')
         return cls(
             endpoint or named or "/",
@@ -80,7 +79,7 @@ class Call:
     def refuse_unknown_parameters(self) -> None:
         """Raises RequestError for one of another name; Jina's clients may send them for other
         executors."""
-        if not self.is_jinas:
+        if self.given and not self.is_jinas:
             RequestParameters.parse(self.given, refuse_unknown=True)
 
     def show_scores(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,11 +91,11 @@ class Call:
         return {name: {"value": score} for name, score in scores.items()}
 
     def answer(
-        self, data: list[Any], routes: Iterable[tuple[str, datetime, datetime]], parameters: Any
+        self, data: list[Any], routes: Iterable[tuple[str, str, str]], parameters: Any
     ) -> dict[str, Any]:
         """The answer as Jina's clients read it.
 
-        routes: each executor that took part, and when it began and ended.
+        routes: each executor that took part, and when it began and ended, in ISO 8601.
         """
         return {
             "header": {
@@ -109,8 +108,8 @@ class Call:
             "routes": [
                 {
                     "executor": name,
-                    "startTime": begun.isoformat(),
-                    "endTime": ended.isoformat(),
+                    "startTime": begun,
+                    "endTime": ended,
                     "status": None,
                 }
                 for name, begun, ended in routes

@@ -92,12 +92,12 @@ class ClipApi:
             check_count(len(call.entries or ()), self._listener.router.max_request_items)
             answer = await unless_client_leaves(ask_flow(self._listener.jina, call), request)
             return json_response(answer)
-        begun, truncated = datetime.now(timezone.utc), 0
+        begun, truncated = _now(), 0
         if route.endpoint == _RANK:
             data = await self._rank(call, encoder, request)
         else:
             data, truncated = await self._encode(call, encoder, request)
-        ended = datetime.now(timezone.utc)
+        ended = _now()
         routes = [(name, begun, ended) for name in ("gateway", encoder)]
         answer = call.answer(data, routes, call.given)
         if not call.is_jinas:
@@ -183,3 +183,7 @@ def _encoder_alone(call: Call, route: topology.Route) -> str | None:
         return None
     is_its_own = route.endpoint in encoder.endpoints and route.endpoint not in (*_ENCODE, _RANK)
     return None if is_its_own else encoder.name
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()

@@ -54,8 +54,8 @@ async def ask_flow(jina: JinaRequestHandler, call: Call) -> dict[str, Any]:
     routes = [
         (
             route.executor,
-            route.start_time.ToDatetime(timezone.utc),
-            route.end_time.ToDatetime(timezone.utc),
+            route.start_time.ToDatetime(timezone.utc).isoformat(),
+            route.end_time.ToDatetime(timezone.utc).isoformat(),
         )
         for route in answered.routes
     ]
