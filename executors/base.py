@@ -230,15 +230,14 @@ class BaseCLIPEncoder(ClipExecutor):
         return [self._item(doc) for doc in docs]
 
     def _item(self, doc: Any) -> Item:
-        if text := getattr(doc, "text", None):
-            return self.service.check(text)
-        if blob := getattr(doc, "blob", None):
-            return self.service.check(blob)
-        if (tensor := getattr(doc, "tensor", None)) is not None:
-            return self.from_tensor(np.asarray(tensor))
-        if uri := getattr(doc, "uri", None):
-            return self.service.to_item(pb.Item(uri=uri))
-        return ItemError("an empty document: it needs a text, a blob, a tensor or a data: uri")
+        field, value = content_of(doc)
+        if not field:
+            return ItemError("an empty document: it needs a text, a blob, a tensor or a data: uri")
+        if field == "tensor":
+            return self.from_tensor(np.asarray(value))
+        if field == "uri":
+            return self.service.to_item(pb.Item(uri=value))
+        return self.service.check(value)
 
     def from_tensor(self, tensor: np.ndarray[Any, Any]) -> Item:
         """The image in an array, as `clip_client` sends it; an ItemError if it is none."""
@@ -255,6 +254,15 @@ class BaseCLIPEncoder(ClipExecutor):
 def descend(docs: Iterable[Any], path: str) -> list[Any]:
     """The documents in the field `path` of others; "": these themselves."""
     return [below for doc in docs for below in getattr(doc, path, None) or ()] if path else [*docs]
+
+
+def content_of(doc: Any) -> tuple[str, Any]:
+    """The field that holds a document's content, and its value; "" and None if none does."""
+    for field in ("text", "blob", "tensor", "uri"):
+        value = getattr(doc, field, None)
+        if value is not None and (field == "tensor" or value):
+            return field, value
+    return "", None
 
 
 def _drop_images(docs: Iterable[Any]) -> None:

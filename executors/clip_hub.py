@@ -2,6 +2,7 @@
 
 # Jina reads the endpoints' annotations at run time: no `from __future__ import annotations`.
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from jina.constants import __default_endpoint__
 
 from clip_server.engine.engine import Item
 from clip_server.errors import ConfigurationError
-from clip_server.executors.base import BaseCLIPEncoder, descend
+from clip_server.executors.base import BaseCLIPEncoder, Modality, content_of, descend
 from clip_server.executors.documents import ClipDoc
 from clip_server.executors.parameters import EncoderParameters
 
@@ -33,6 +34,7 @@ _ALIASES = {
     "traversal_paths": "access_paths",
     "default_device": "device",
 }
+_TEXT_URI = re.compile(r"data:(text/|,|;charset)", re.IGNORECASE)
 # Models whose tokenizer, or preprocessing of images, is to be used.
 _BASES = {"base_tokenizer_model", "base_feature_extractor"}
 
@@ -72,8 +74,8 @@ class _OneModality(BaseCLIPEncoder):
         """Sets `embedding` of each document of the modality; see BaseCLIPEncoder."""
         await super().encode(docs, parameters)
         for doc in docs if "" in self._access_paths(self._options(parameters)) else ():
-            chunks = [] if _has_content(doc) else filter(self._is_ours, descend([doc], "chunks"))
-            embeddings = [chunk.embedding for chunk in chunks if chunk.embedding is not None]
+            parts = [part for part in _parts(doc) if part is not doc and self._is_ours(part)]
+            embeddings = [part.embedding for part in parts if part.embedding is not None]
             if embeddings:
                 doc.embedding = np.mean(embeddings, axis=0)
         return docs
@@ -85,8 +87,7 @@ class _OneModality(BaseCLIPEncoder):
         return [part for part in parts if self._is_ours(part)]
 
     def _is_ours(self, doc: Any) -> bool:
-        found = "text" if doc.text else "image"
-        return _has_content(doc) and (getattr(doc, "modality", None) or found) == self.modality
+        return (getattr(doc, "modality", None) or _modality_of(doc)) == self.modality
 
 
 class CLIPImageEncoder(_OneModality):
@@ -118,8 +119,13 @@ class CLIPTextEncoder(_OneModality):
 
 
 def _parts(doc: Any) -> list[Any]:
-    return [doc] if _has_content(doc) else descend([doc], "chunks")
+    """A document; if it has no content, its chunks."""
+    return [doc] if content_of(doc)[0] else descend([doc], "chunks")
 
 
-def _has_content(doc: Any) -> bool:
-    return bool(doc.text or doc.blob or doc.uri) or getattr(doc, "tensor", None) is not None
+def _modality_of(doc: Any) -> Modality | None:
+    """The modality of a document's content."""
+    field, value = content_of(doc)
+    if field == "text" or (field == "uri" and _TEXT_URI.match(value)):
+        return "text"
+    return "image" if field else None

@@ -155,7 +155,8 @@ def mixed() -> list[ClipDoc]:
     chunks = DocList[ClipChunk](
         [ClipChunk(modality="text", text="a cat"), ClipChunk(modality="image", blob=CAT)]
     )
-    return [ClipDoc(text="a cat"), ClipDoc(blob=CAT), ClipDoc(chunks=chunks)]
+    uri = ClipDoc(uri="data:text/plain,a%20cat")
+    return [ClipDoc(text="a cat"), ClipDoc(blob=CAT), ClipDoc(chunks=chunks), uri]
 
 
 @pytest.mark.parametrize(("kind", "other"), [(CLIPTextEncoder, 1), (CLIPImageEncoder, 0)])
@@ -166,8 +167,10 @@ def test_an_encoder_of_one_modality_leaves_the_other_alone(kind: Any, other: int
     assert docs[other].error is None
     # The document with chunks has one embedding, of its only chunk of this modality.
     np.testing.assert_allclose(docs[2].embedding, docs[1 - other].embedding, atol=1e-4)
+    assert (docs[3].embedding is None) == (kind is CLIPImageEncoder)
+    assert docs[3].error is None
     docs = encoded(made, mixed(), traversal_paths="@c")
-    assert [doc.embedding is None for doc in docs] == [True] * 3
+    assert [doc.embedding is None for doc in docs] == [True] * 4
     assert [chunk.embedding is None for chunk in docs[2].chunks] == [other == 0, other == 1]
     made.close()
 
@@ -190,6 +193,15 @@ def test_tensors_that_are_preprocessed_already() -> None:
     image.save(file, "PNG")
     found, expected = encoded(made, [ClipDoc(tensor=ready), ClipDoc(blob=file.getvalue())])
     np.testing.assert_allclose(found.embedding, expected.embedding, atol=1e-4)
+    made.close()
+
+
+def test_an_encoder_of_one_modality_takes_docarrays_own_documents() -> None:
+    made = CLIPImageEncoder("embedded")
+    text, image = TextDoc(text="a cat"), ImageDoc(tensor=pixels("RGB"))
+    asyncio.run(made.encode([text, image]))  # type: ignore[arg-type]
+    assert text.embedding is None
+    assert image.embedding.shape == (256,)
     made.close()
 
 
@@ -232,7 +244,7 @@ def test_a_flow_with_both(start: Start, tmp_path: Path) -> None:
     sent = DocList[ClipDoc]([*mixed(), ClipDoc(tensor=pixels("RGB"))])
     client = JinaClient(host="127.0.0.1", port=server.ports[0])
     docs = client.post("/", sent, return_type=DocList[ClipDoc])
-    assert [doc.embedding.shape for doc in docs] == [(256,)] * 4
+    assert [doc.embedding.shape for doc in docs] == [(256,)] * 5
     assert not any(doc.error for doc in docs)
     embeddings = Client(server.http).encode(["a cat", CAT])
     np.testing.assert_allclose(embeddings, [docs[0].embedding, docs[1].embedding], atol=1e-3)
