@@ -219,7 +219,10 @@ def _read(message: bytes) -> DataRequest:
     try:
         proto = jina_pb2.DataRequestProto.FromString(message)
     except DecodeError:
-        raise RequestError("the message is not a serialized jina.DataRequestProto") from None
+        raise RequestError(
+            "the message is not a serialized jina.DataRequestProto with documents of docarray 2; "
+            "clients with docarray 1, such as clip-as-service's own, work over HTTP"
+        ) from None
     try:
         json_format.MessageToDict(proto.parameters)
     except (json_format.Error, ValueError):

@@ -81,6 +81,18 @@ def test_a_data_uri_is_an_image(http: Http, expected: Any) -> None:
     np.testing.assert_allclose(rows(answer["data"]), expected[[3]], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("on", ["/", "/rank"])
+def test_a_blob_goes_before_the_uri_it_was_read_from(http: Http, on: str) -> None:
+    """As clip-as-service's client sends images: every field of its Documents is there."""
+    empty = dict.fromkeys(["parent_id", "tensor", "text", "tags", "embedding", "scores", "chunks"])
+    image = {**empty, "blob": BLOB, "uri": "photos/cat.png", "matches": None}
+    sentences = [{**empty, "uri": None, "blob": None, "text": text} for text in ("a cat", "a car")]
+    (entry,) = post(http, [{**image, "matches": sentences} if on == "/rank" else image], on)["data"]
+    assert "error" not in entry
+    if on == "/rank":
+        assert [match["text"] for match in entry["matches"]] == ["a cat", "a car"]
+
+
 def test_a_remote_image_is_refused_alone(http: Http, expected: Any, sample_url: str) -> None:
     """clip-as-service's server fetched any address; ours says what to send instead."""
     fetched, sentence = post(http, [{"uri": sample_url}, {"text": "First do it"}])["data"]

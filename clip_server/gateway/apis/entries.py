@@ -11,8 +11,9 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
 
-# The fields that may hold a content, the first first.
-_CONTENTS = ("text", "uri", "blob", "image")
+# The fields that may hold a content, the first first: clients that read an image themselves send
+# the uri they read it from as well.
+_CONTENTS = ("text", "blob", "image", "uri")
 # The fields that may hold further entries, by their steps in an access path.
 _BELOW = {"c": "chunks", "m": "matches"}
 # How deep entries may lie in one another.
