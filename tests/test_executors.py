@@ -222,6 +222,7 @@ def test_names_of_the_hugging_face_hub(kind: Any) -> None:
         name(use_default_preprocessing="no")
 
 
+@pytest.mark.slow
 def test_a_flow_with_both(start: Start, tmp_path: Path) -> None:
     """One by its `config.yml`, as older projects have it, one written into the flow."""
     parameters = {"pretrained_model_name_or_path": "embedded", "traversal_paths": "@r"}
