@@ -163,6 +163,7 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
 
     return {
         RequestError: _refuse,
+        UnicodeEncodeError: _refuse_text,
         ClientDisconnect: _note_client_gone,
         404: not_found,
         405: not_found,
@@ -186,6 +187,15 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if status == _TOO_LARGE:
         response.headers["Connection"] = "close"  # the rest of the body is not read
     return response
+
+
+async def _refuse_text(request: Request, error: Exception) -> Response:
+    """Refuses a text that fits into no message, such as an id or the name of a model."""
+    assert isinstance(error, UnicodeEncodeError)
+    shown = ascii(error.object[:60])
+    return await _refuse(
+        request, RequestError(f"{shown} is not valid Unicode: it has half of a surrogate pair")
+    )
 
 
 async def _note_client_gone(request: Request, _: Exception) -> Response:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from google.protobuf import json_format
 
 from clip_client.proto import clip_pb2 as pb
 from clip_client.tags import tags_to_dict
@@ -268,6 +269,10 @@ def _row(item: pb.Item, embedding: Vectors) -> Row:
         row_id = content_id(item.source or item.text or item.image)
     if not np.isfinite(embedding).all() or not embedding.any():
         raise RequestError("the embedding is zero, or holds a value that is not a number")
+    try:
+        tags = tags_to_dict(item.tags)
+    except (json_format.Error, ValueError):
+        raise RequestError("the tags hold a number that is not finite") from None
     is_text = item.HasField("text")
     return Row(
         row_id,
@@ -275,7 +280,7 @@ def _row(item: pb.Item, embedding: Vectors) -> Row:
         embedding,
         item.text if is_text else None,
         item.source or None,
-        tags_to_dict(item.tags),
+        tags,
     )
 
 
