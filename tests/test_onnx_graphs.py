@@ -348,7 +348,7 @@ UNFIT: dict[str, tuple[str, dict[str, Any], list[tuple[str, str, str]], list[str
     ),
     "two images": (
         "visual", {"x": (FLOAT, ["N", 3, 32, 32]), "y": (FLOAT, ["N", 3, 32, 32])}, IDENTITY,
-        ["y float32", "expected one"],
+        ["y float32", "expected a single input"],
     ),
     "states of every patch": (
         "visual", {"x": (FLOAT, ["N", 3, 32, 32])}, IDENTITY,
@@ -361,7 +361,7 @@ UNFIT: dict[str, tuple[str, dict[str, Any], list[tuple[str, str, str]], list[str
     ),
     "tokens as floats": (
         "textual", {"x": (FLOAT, ["N", "L"])}, IDENTITY,
-        ["textual.onnx has the inputs x float32 [?, ?]", "one of integer tokens [B, L]"],
+        ["textual.onnx has the inputs x float32 [?, ?]", "an input of integer tokens [B, L]"],
     ),
     "an input nobody knows": (
         "textual", {"ids": (INT64, ["N", "L"]), "x": (FLOAT, ["N", "L"])}, IDENTITY,

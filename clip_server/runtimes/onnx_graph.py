@@ -1,12 +1,12 @@
-"""A tower in an ONNX graph, whoever exported it.
+"""Adapts ONNX graphs of any exporter to towers: pixels or tokens in, embeddings out.
 
-Our own graphs take uint8 pixels or int32 tokens and have one output. Those that clip-as-service,
-transformers or torch export may take normalised pixels in float32 or float16, an attention mask
-beside the tokens, batches or texts of one size only, and may have several outputs. The role of
-each input and output follows from its name, type and shape.
+Our own graphs have one input, of uint8 pixels or int32 tokens, and one output. Those of
+clip-as-service, transformers or torch may need normalised pixels in float32 or float16, an
+attention mask in addition to the tokens, or batches and texts of a fixed size, and may have several
+outputs. Inputs and outputs are identified by name, dtype and shape.
 
-A graph of unknown origin is tried out when it is loaded, since neither a declared shape nor a name
-is proof: that finds its embeddings, and whether batches and texts may really have any size.
+A graph of unknown origin is tried when it is loaded, because declarations are not reliable: this
+finds the output with the embeddings, and shows whether batches and texts may have any size.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
 }
-# How the names of outputs with embeddings end, such as transformers' text_embeds, the likeliest
-# first; its pooler_output is not projected.
+# Endings of the names of outputs with embeddings, the most specific first, such as transformers'
+# text_embeds. Its pooler_output is not projected by CLIP, so that is the last resort.
 _EMBEDDINGS = ("embeds", "embedding", "embeddings", "features")
 _POOLED = "pooler_output"
-# The largest difference, as a share of the largest value, between the same texts padded in two
-# ways where padding changes nothing.
+# The largest difference, as a share of the largest value, that rounding makes between the same
+# texts with and without padding.
 _ROUNDING = 1e-4
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -57,10 +57,10 @@ class _Input:
 
 
 class Graph:
-    """A session that is fed and read as numpy arrays.
+    """A session with numpy arrays as inputs and output.
 
-    origin: its file, or what it was built from, for people.
-    inputs: by their names. batch: the only size of a batch that it takes; None if it takes any.
+    origin: its file, or the model that it was built from, for people.
+    inputs: by name. batch: the only batch size that it accepts; None if it accepts any.
     """
 
     def __init__(self, session: Any, origin: str) -> None:
@@ -88,7 +88,7 @@ class Graph:
         return f"the inputs {', '.join(map(str, self.inputs.values())) or 'none'}"
 
     def run(self, feeds: Feeds) -> NDArray[np.float32]:
-        """Inputs [B, ...] by their names, converted to their dtypes, to embeddings [B, D]."""
+        """Computes embeddings [B, D] from inputs [B, ...] by name, converted to their dtypes."""
         count = len(next(iter(feeds.values())))
         size = self.batch or count
         parts = [
@@ -103,19 +103,19 @@ class Graph:
         return embeddings
 
     def _prepared(self, feeds: Feeds, size: int) -> dict[str, NDArray[Any]]:
-        """Of the inputs' dtypes, and filled up to a batch with copies of the last item."""
+        """Converts values to the inputs' dtypes, and pads a batch with copies of its last item."""
         return {
             name: np.ascontiguousarray(_filled(values, size), dtype=self.inputs[name].dtype)
             for name, values in feeds.items()
         }
 
     def try_out(self, feeds: Feeds, dim: int) -> None:
-        """Chooses the output with the embeddings, and the size of batches, by computing one.
+        """Computes a batch to find the output with the embeddings, and the size of batches.
 
-        dim: of the embeddings, where names do not tell.
+        dim: of the embeddings, if names are ambiguous.
 
         Raises:
-            ConfigurationError: it cannot compute them, or no output is [B, D].
+            ConfigurationError: it cannot compute the batch, or no output is [B, D].
         """
         sizes = [self.batch] if self.batch else [len(next(iter(feeds.values()))), 1]
         failure = ""
@@ -135,27 +135,27 @@ class Graph:
             failure = failure or f"for a batch of {size} its outputs are {listed}"
         shapes_fed = ", ".join(f"{name} {list(each.shape)}" for name, each in feeds.items())
         raise ConfigurationError(
-            f"{self.origin} does not turn {shapes_fed} into embeddings [B, D], for which an "
-            f"output named like image_embeds or text_embeds is taken first: {failure}"
+            f"{self.origin} does not turn {shapes_fed} into embeddings [B, D] (of several outputs, "
+            f"name that one image_embeds or text_embeds): {failure}"
         )
 
 
 class ImageGraph:
-    """The image tower. image: how images are prepared for it."""
+    """An image tower. image: the preprocessing that it needs."""
 
     def __init__(self, graph: Graph, image: ImageSpec) -> None:
         (pixels, *others) = graph.inputs.values() or [None]
         if pixels is None or others or not _takes_pixels(pixels):
             raise graph.refusal(
                 graph.describe_inputs(),
-                "one, of pixels [B, 3, S, S]: float, which get normalised ones, or uint8",
+                "a single input of pixels [B, 3, S, S], uint8 or float",
             )
         side = pixels.shape[2] or pixels.shape[3] or image.size
         self.image = replace(image, size=side)
         self._graph, self._pixels = graph, pixels
 
     def try_out(self, card: ModelCard) -> int:
-        """Learns from a batch what its declaration leaves open; returns the dimensions.
+        """Tries the graph on samples; returns the dimension of its embeddings.
 
         Raises:
             ConfigurationError: as `Graph.try_out`.
@@ -166,7 +166,7 @@ class ImageGraph:
 
     @property
     def is_half(self) -> bool:
-        """Whether it computes in float16, as far as its input shows."""
+        """Whether its input is float16."""
         return self._pixels.dtype == np.float16
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -179,7 +179,7 @@ class ImageGraph:
 
 
 class TextGraph:
-    """The text tower. text: how texts are tokenized for it."""
+    """A text tower. text: the tokens that it needs."""
 
     def __init__(self, graph: Graph, text: TextSpec) -> None:
         roles = {name: _role(each) for name, each in graph.inputs.items()}
@@ -187,7 +187,7 @@ class TextGraph:
         if len(tokens) != 1 or "unknown" in roles.values():
             raise graph.refusal(
                 graph.describe_inputs(),
-                "one of integer tokens [B, L], and beside it at most attention_mask, "
+                "an input of integer tokens [B, L], and optionally attention_mask, "
                 "token_type_ids and position_ids",
             )
         self._length = graph.inputs[tokens[0]].shape[1]
@@ -195,7 +195,7 @@ class TextGraph:
         self._graph, self._roles = graph, roles
 
     def try_out(self, card: ModelCard) -> int:
-        """Learns from a batch what its declaration leaves open; returns the dimensions.
+        """Tries the graph on samples; returns the dimension of its embeddings.
 
         Raises:
             ConfigurationError: as `Graph.try_out`.
@@ -209,7 +209,7 @@ class TextGraph:
         return int(padded.shape[1])
 
     def _may_be_trimmed(self, texts: NDArray[np.int32], padded: NDArray[np.float32]) -> bool:
-        """Whether texts give the same embeddings without their padding."""
+        """Whether texts have the same embeddings without their padding."""
         if self.text.trim == "fixed":
             return False
         longest = int((texts != self.text.pad_id).sum(axis=1).max())
@@ -237,7 +237,7 @@ def _takes_pixels(each: _Input) -> bool:
 
 
 def _role(each: _Input) -> str:
-    """What a text tower's input is: `tokens`, `mask`, `types`, `positions` or `unknown`."""
+    """The role of a text tower's input: `tokens`, `mask`, `types`, `positions` or `unknown`."""
     if len(each.shape) != 2:
         return "unknown"
     if "mask" in each.name:
@@ -250,7 +250,7 @@ def _role(each: _Input) -> str:
 
 
 def _values(role: str, tokens: NDArray[np.int32], text: TextSpec) -> NDArray[Any]:
-    """[B, L]: what an input of a role gets for tokens."""
+    """The values [B, L] of an input with a role."""
     if role == "mask":
         return _attention_mask(tokens, text)
     if role == "types":
@@ -259,21 +259,21 @@ def _values(role: str, tokens: NDArray[np.int32], text: TextSpec) -> NDArray[Any
 
 
 def _attention_mask(tokens: NDArray[np.int32], text: TextSpec) -> NDArray[np.bool_]:
-    """[B, L]: whether each position is a token of the text, not padding."""
+    """Whether each position [B, L] is a token of the text, not padding."""
     if text.trim == "fixed":
         return np.ones(tokens.shape, np.bool_)
     if text.trim == "masked":
         mask: NDArray[np.bool_] = tokens != text.pad_id
     else:
-        # Up to CLIP's end token, the largest id: its padding is the id of a word as well.
+        # Up to CLIP's end token, the largest id; its padding cannot be told from a word.
         mask = np.arange(tokens.shape[1]) <= tokens.argmax(axis=1, keepdims=True)
     return mask
 
 
 def _find_embeddings(shapes: Mapping[str, Sequence[int]], count: int, dim: int) -> str | None:
-    """The output that holds the embeddings of `count` items; None if none does, or several may.
+    """The output with the embeddings of `count` items; None if none is, or several may be.
 
-    dim: of the embeddings, where names do not tell.
+    dim: of the embeddings, if names are ambiguous.
     """
     fit = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == count]
     if len(fit) == 1:
