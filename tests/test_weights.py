@@ -64,6 +64,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
             read(path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(
+    suffix: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"folder{suffix}"
+    folder.mkdir()
+    for read in (weights.read, weights.read_shapes, weights.read_logit_scale):
+        with pytest.raises(WeightsError, match=rf"folder\{suffix} cannot be read: Is a directory"):
+            read(folder)
+
+
 def test_a_file_without_a_logit_scale_is_no_clip_checkpoint(tmp_path: Path) -> None:
     path = saved(tmp_path / "other.safetensors", weight=np.zeros(3, np.float32))
     with pytest.raises(WeightsError, match="not a CLIP checkpoint"):

@@ -249,14 +249,16 @@ class _Pickle(_Checkpoint):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Checkpoint]:
+    try:
+        path.open("rb").close()  # safetensors calls every such error a missing file
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix in _PICKLES:
         yield _Pickle(_unpickled(path))
         return
     try:
         with safe_open(path, framework="np") as file:
             yield _Safetensors(file)
-    except PermissionError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is damaged, or not a CLIP checkpoint ({error}): fetch or copy it again"
@@ -297,8 +299,6 @@ def _is_torchscript(path: Path) -> bool:
 
 def _explain(path: Path, error: Exception) -> str:
     """Why torch does not read a pickled checkpoint, and what to do about it."""
-    if isinstance(error, PermissionError):
-        return f"{path} cannot be read: {error.strerror}"
     if found := _PICKLED_CLASS.search(str(error)):
         return (
             f"{path} contains code ({found[1]}), which is not run: save the "

@@ -45,7 +45,7 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
     name: a canonical name or an alias; or a person's own model, as its path or as
         `architecture::path`.
     model_path: the path of a person's own checkpoint, or folder of converted towers, where `name`
-        is not one. With an `open_clip_config.json` beside it, that gives the card and `name` is
+        is not one. With an `open_clip_config.json` in its folder, that gives the card and `name` is
         free; else the card is that of `name`, which may be an architecture alone.
 
     Raises:
@@ -67,8 +67,8 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
 
 
 def own_path(name: str, model_path: str | Path | None) -> Path | None:
-    """Where a person's own model is, by its name or `model_path` as in `resolve`; None: it is not
-    one. A leading ~ is replaced by the home directory."""
+    """The path of a person's own model, from its name or `model_path` as in `resolve`; None if it
+    is not one. A leading ~ is replaced by the home directory."""
     return _split_path(name, model_path)[1]
 
 

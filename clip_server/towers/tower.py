@@ -32,7 +32,7 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class SavedByTransformers:
-    """How Hugging Face's transformers library saves a tower.
+    """The format in which Hugging Face's transformers library saves a tower.
 
     model_types: the `model_type` of each `config.json` that describes this family.
     defaults: values that the configuration of a tower may omit.
