@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if advice := conflict():
             console.log(f"clip_server: {advice}")
         spec = flows.load(flows.read(options.flow))
+        flows.locate_executors(spec, options.flow)
         jina_internals.import_jina(without_torch=flows.has_only_encoders(spec))
         use_uvloop()
         from clip_server.launch import server  # imports Jina, which is patched by now

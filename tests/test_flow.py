@@ -357,3 +357,19 @@ def test_port_0_is_any_free_port(start: Start) -> None:
         with Client(address) as client:
             assert client.encode(["a cat"]).shape == (1, 256)
     server.stop()
+
+
+@pytest.mark.parametrize("folder", ["project", "elsewhere"])
+def test_an_executors_own_file_is_beside_the_flow_or_here(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "project" / "image" / "config.yml"
+    file.parent.mkdir(parents=True)
+    file.write_text("jtype: CLIPImageEncoder")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    spec = {"executors": [{"uses": "image/config.yml"}, {"uses": {"jtype": "CLIPEncoder"}}]}
+    flows.locate_executors(spec, str(tmp_path / "project" / "flow.yml"))
+    assert spec["executors"][0]["uses"] == str(file)
+    with pytest.raises(ConfigurationError, match=r"uses: there is no file text/config.yml, seen"):
+        flows.locate_executors({"executors": [{"uses": "text/config.yml"}]}, "flow.yml")

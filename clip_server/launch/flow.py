@@ -132,6 +132,27 @@ def load(text: str) -> dict[str, Any]:
     return loaded
 
 
+def locate_executors(spec: Mapping[str, Any], flow: str) -> None:
+    """Makes the paths of executors' own YAML files absolute, in place: `uses: image/config.yml` is
+    relative to the working directory or, as in Jina, to the folder of the flow's file.
+
+    flow: the path of the flow's file.
+
+    Raises:
+        ConfigurationError: there is no such file.
+    """
+    for executor in spec.get("executors") or spec["deployments"]:
+        uses = executor.get("uses")
+        if not isinstance(uses, str) or Path(uses).suffix not in (".yml", ".yaml"):
+            continue
+        folders = [Path.cwd(), Path(flow).resolve().parent]
+        found = [folder / uses for folder in folders if (folder / uses).is_file()]
+        if not found:
+            seen_from = " or ".join(dict.fromkeys(map(str, folders)))
+            raise ConfigurationError(f"uses: there is no file {uses}, seen from {seen_from}")
+        executor["uses"] = str(found[0])
+
+
 def has_only_encoders(spec: Mapping[str, Any]) -> bool:
     """Whether every executor of a flow is one of ours."""
     return all(
