@@ -145,7 +145,10 @@ class BaseCLIPEncoder(ClipExecutor):
 
     async def handle(self, request: pb.Request) -> pb.Response:
         """See ClipExecutor."""
-        return await self.service.handle(request)
+        response = await self.service.handle(request)
+        if response.HasField("info"):
+            response.info.access_paths = self.parameters.access_paths
+        return response
 
     @requests(on=["/", "/encode", __default_endpoint__])
     async def encode(

@@ -407,7 +407,7 @@ def test_other_pages(http: Http) -> None:
 
 
 def test_cors_one_protocol_and_limits(start: Start) -> None:
-    spec = flow("onnx", max_item_bytes=100, max_request_items=3)
+    spec = flow("onnx", max_item_bytes=100, max_request_items=3, access_paths="@r,c")
     port = spec["with"]["port"][1]
     spec["with"] = {"protocol": "http", "port": port, "cors": True, "max_request_bytes": 1000}
     server = start(spec)
@@ -433,4 +433,11 @@ def test_cors_one_protocol_and_limits(start: Start) -> None:
     (one, other) = requests.post(f"{url}/encode", json={"data": ["a " * 99, "b"]}).json()["data"]
     assert "at most" in one["error"]
     assert "embedding" in other
+    # The flow's own access paths, and those of a request.
+    body: dict[str, Any] = {"data": [{"text": "a", "chunks": ["b", "c"]}]}
+    (nested,) = requests.post(f"{url}/encode", json=body).json()["data"]
+    assert all("embedding" in each for each in (nested, *nested["chunks"]))
+    body["parameters"] = {"access_paths": "@r"}
+    (nested,) = requests.post(f"{url}/encode", json=body).json()["data"]
+    assert not any("embedding" in each for each in nested["chunks"])
     server.stop()

@@ -126,7 +126,7 @@ class InfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection", "modality")
+    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection", "modality", "access_paths")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class InfoResponse(_message.Message):
     MAX_REQUEST_ITEMS_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     MODALITY_FIELD_NUMBER: _ClassVar[int]
+    ACCESS_PATHS_FIELD_NUMBER: _ClassVar[int]
     model: str
     runtime: str
     device: str
@@ -155,7 +156,8 @@ class InfoResponse(_message.Message):
     max_request_items: int
     collection: Collection
     modality: str
-    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ...) -> None: ...
+    access_paths: str
+    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ..., access_paths: _Optional[str] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

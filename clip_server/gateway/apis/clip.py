@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from google.protobuf.message import Message
+from starlette import routing
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
+from clip_client.documents import parse_access_paths
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway import topology
 from clip_server.gateway.apis.call import Call
 from clip_server.gateway.apis.entries import descend, echo, find_fault, to_item, to_items
 from clip_server.gateway.apis.flow import ask_flow
@@ -33,6 +33,7 @@ from clip_server.gateway.http_messages import (
     unless_client_leaves,
 )
 from clip_server.gateway.listener import Listener
+from clip_server.gateway.topology import FlowExecutor, Route
 from clip_server.rpc.errors import check_count
 
 # The messages of clip.v1 that have an endpoint.
@@ -52,10 +53,10 @@ class ClipApi:
         self._listener = listener
         self._search = SearchApi(listener)
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[routing.Route]:
         """The endpoints that every flow has."""
-        named = [Route(endpoint, self.answer, methods=["POST"]) for endpoint in _MESSAGES]
-        return [*named, Route("/post", self._answer_post, methods=["POST"])]
+        named = [routing.Route(each, self.answer, methods=["POST"]) for each in _MESSAGES]
+        return [*named, routing.Route("/post", self._answer_post, methods=["POST"])]
 
     async def answer(self, request: Request) -> Response:
         """The response to a request for the endpoint of its path."""
@@ -98,13 +99,15 @@ class ClipApi:
         else:
             data, truncated = await self._encode(call, encoder, request)
         ended = _now()
-        routes = [(name, begun, ended) for name in ("gateway", encoder)]
+        routes = [(name, begun, ended) for name in ("gateway", encoder.name)]
         answer = call.answer(data, routes, call.given)
         if not call.is_jinas:
             answer["truncated"] = truncated
         return json_response(answer)
 
-    async def _encode(self, call: Call, encoder: str, request: Request) -> tuple[list[Any], int]:
+    async def _encode(
+        self, call: Call, encoder: FlowExecutor, request: Request
+    ) -> tuple[list[Any], int]:
         call.refuse_unknown_parameters()
         entries, parameters = call.required_entries(), call.parameters
         most = self._listener.router.max_request_items
@@ -112,15 +115,16 @@ class ClipApi:
         check_count(len(entries), most)
         echoes = [echo(entry, call.drop_image_content) for entry in entries]
         chosen, results = entries, echoes
-        if parameters.access_paths not in (None, ["r"]):
-            pairs = list(descend(entries, echoes, parameters.access_paths or ()))
+        paths = parameters.access_paths or _own_access_paths(encoder)
+        if paths != ["r"]:
+            pairs = list(descend(entries, echoes, paths))
             check_count(len(pairs), most)
             chosen, results = [entry for entry, _ in pairs], [result for _, result in pairs]
         items, unfit = to_items(chosen)
         options = pb.Options(
             normalize=parameters.normalize, minibatch_size=parameters.minibatch_size
         )
-        message = pb.EncodeRequest(items=items, options=options, model=encoder)
+        message = pb.EncodeRequest(items=items, options=options, model=encoder.name)
         encoded = await self._ask("encode", message, request)
         embeddings = np.frombuffer(encoded.embeddings, "<f4").reshape(encoded.count, encoded.dim)
         errors = {error.index: error.message for error in encoded.errors} | unfit
@@ -134,7 +138,7 @@ class ClipApi:
                 result["embedding"] = embeddings[index]
         return echoes, encoded.truncated
 
-    async def _rank(self, call: Call, encoder: str, request: Request) -> list[Any]:
+    async def _rank(self, call: Call, encoder: FlowExecutor, request: Request) -> list[Any]:
         if call.parameters.access_paths not in (None, ["r"]):
             raise RequestError(
                 "access_paths: to rank, the matches of the entries of data are ranked, '@r'"
@@ -146,7 +150,7 @@ class ClipApi:
         return list(await asyncio.gather(*ranked))
 
     async def _rank_entry(
-        self, entry: Any, call: Call, encoder: str, request: Request
+        self, entry: Any, call: Call, encoder: FlowExecutor, request: Request
     ) -> dict[str, Any]:
         matches = entry.get("matches") if isinstance(entry, Mapping) else None
         if not isinstance(matches, list):
@@ -159,7 +163,7 @@ class ClipApi:
         if fault := find_fault(entry):
             return {**result, "error": fault}
         candidates, unfit = to_items(matches)
-        message = pb.RankRequest(query=to_item(entry), candidates=candidates, model=encoder)
+        message = pb.RankRequest(query=to_item(entry), candidates=candidates, model=encoder.name)
         try:
             ranked = await self._ask("rank", message, request)
         except RequestError as error:
@@ -176,13 +180,19 @@ class ClipApi:
         return {**result, "matches": [results[index] for index in order]}
 
 
-def _encoder_alone(call: Call, route: topology.Route) -> str | None:
-    """The name of the encoder, if it alone answers, and by one of the endpoints of clip.v1."""
+def _encoder_alone(call: Call, route: Route) -> FlowExecutor | None:
+    """The encoder, if it alone answers, and by one of the endpoints of clip.v1."""
     encoder = route.encoder
     if encoder is None or not route.is_direct or call.target:
         return None
     is_its_own = route.endpoint in encoder.endpoints and route.endpoint not in (*_ENCODE, _RANK)
-    return None if is_its_own else encoder.name
+    return None if is_its_own else encoder
+
+
+def _own_access_paths(encoder: FlowExecutor) -> list[str]:
+    """The paths in the flow's YAML."""
+    configured = encoder.info.access_paths if encoder.info else ""
+    return parse_access_paths(configured or "@r")
 
 
 def _now() -> str:
