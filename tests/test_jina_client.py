@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import math
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -178,3 +180,143 @@ def test_grpc_health_and_reflection(onnx_server: Server) -> None:
         (answer,) = stub.ServerReflectionInfo(requests)
         names = {service.name for service in answer.list_services_response.service}
         assert "clip.v1.Clip" in names
+
+
+METHODS = (
+    "clip.v1.Clip/Encode",
+    "clip.v1.Clip/Rank",
+    "clip.v1.Clip/Info",
+    "jina.JinaSingleDataRequestRPC/process_single_data",
+    "jina.JinaGatewayDryRunRPC/dry_run",
+    "jina.JinaDiscoverEndpointsRPC/endpoint_discovery",
+)
+
+
+def ask(server: Server, method: str, message: bytes) -> bytes:
+    """The answer to a serialized message, as a call of its own or as a stream of one."""
+    with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+        if method.endswith("/Call"):
+            (answer,) = channel.stream_stream(f"/{method}")(iter([message]), timeout=30)
+            return bytes(answer)
+        return bytes(channel.unary_unary(f"/{method}")(message, timeout=30))
+
+
+def refusal(server: Server, method: str, message: bytes) -> str:
+    """What INVALID_ARGUMENT says."""
+    with pytest.raises(grpc.RpcError) as raised:
+        ask(server, method, message)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    said: str = raised.value.details()
+    assert not re.search(r"<class|Traceback|\.py", said)
+    return said
+
+
+def data_request(on: str = "/encode", **fields: Any) -> Any:
+    from docarray import DocList
+    from jina.proto import jina_pb2
+
+    from clip_server.executors.documents import ClipDoc
+
+    request = jina_pb2.DataRequestProto()
+    request.header.exec_endpoint = on
+    request.data.docs.CopyFrom(DocList[ClipDoc]([ClipDoc(text="a", **fields)]).to_protobuf())
+    return request
+
+
+@pytest.mark.parametrize("method", [*METHODS, "jina.JinaRPC/Call"])
+def test_a_message_that_cannot_be_decoded(onnx_server: Server, method: str) -> None:
+    assert "is not a serialized" in refusal(onnx_server, method, b"\xff\xff\xff")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("method", [METHODS[3], "jina.JinaRPC/Call"])
+def test_parameters_that_are_not_finite(onnx_server: Server, method: str, number: float) -> None:
+    request = data_request()
+    request.parameters.update({"others": [{"threshold": number}]})
+    assert "not finite" in refusal(onnx_server, method, request.SerializeToString())
+
+
+@pytest.mark.parametrize("method", [METHODS[3], "jina.JinaRPC/Call"])
+@pytest.mark.parametrize(
+    ("field", "node", "says"),
+    [
+        ("tags", {"text": "red"}, "tags: value is not a valid dict"),
+        ("text", {"blob": b"\xff"}, "text: "),
+        ("matches", {"text": "a"}, "not those that the executor reads"),
+        ("embedding", {"ndarray": {"dense": {"buffer": b"abc", "dtype": "<f4"}}}, "reads"),
+    ],
+)
+def test_documents_that_the_encoder_cannot_read(
+    onnx_server: Server, method: str, field: str, node: Any, says: str
+) -> None:
+    from docarray.proto import NodeProto
+    from jina.proto import jina_pb2
+
+    request = data_request()
+    request.data.docs.docs[0].data[field].CopyFrom(NodeProto(**node))
+    answer = ask(onnx_server, method, request.SerializeToString())
+    status = jina_pb2.DataRequestProto.FromString(answer).header.status
+    assert status.code == jina_pb2.StatusProto.ERROR
+    assert says in status.description
+    assert not re.search(r"<class|Traceback|\.py", status.description)
+    # A client's fault is none of the server's log.
+    assert "Traceback" not in onnx_server.output()
+
+
+@pytest.mark.parametrize("on", ["/\x1aank", "/\u00e9", "/" + "a" * 10_000])
+def test_an_endpoint_that_is_none(post: Any, on: str) -> None:
+    from clip_server.executors.documents import ClipDoc
+
+    with pytest.raises(Exception, match="the endpoint"):
+        post([ClipDoc(text="a")], on=on)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_websocket(onnx_server: Server) -> None:
+    """Callbacks, order and sizes as over gRPC; clip.v1's clients are told apart."""
+    import asyncio
+
+    from docarray import DocList
+
+    from clip_server.executors.documents import ClipDoc
+
+    client = jina.Client(host="127.0.0.1", port=onnx_server.ports[2], protocol="websocket")
+    assert client.is_flow_ready()
+    docs = DocList[ClipDoc](ClipDoc(text=f"number {i}") for i in range(95))
+    sizes: list[int] = []
+    client.post(
+        "/encode",
+        docs,
+        return_type=DocList[ClipDoc],
+        request_size=10,
+        parameters={"normalize": True},
+        on_done=lambda response: sizes.append(len(response.docs)),
+    )
+    assert sorted(sizes) == [5, *[10] * 9]
+    found = client.post(
+        "/", docs, return_type=DocList[ClipDoc], request_size=10, results_in_order=True
+    )
+    assert [doc.text for doc in found] == [doc.text for doc in docs]
+    assert np.isfinite([doc.embedding for doc in found]).all()
+
+    async def encode() -> int:
+        async_client = jina.Client(
+            host="127.0.0.1", port=onnx_server.ports[2], protocol="websocket", asyncio=True
+        )
+        answers = async_client.post("/encode", docs, return_type=DocList[ClipDoc])
+        return sum([len(answer) async for answer in answers])
+
+    assert asyncio.run(encode()) == 95
+    failed: list[str] = []
+    client.post(
+        "/encode",
+        docs,
+        parameters={"normalize": "no"},
+        on_error=lambda response: failed.append(response.header.status.description),
+    )
+    assert "normalize" in failed[0]
+    with pytest.raises(Exception, match="not finite"):
+        client.post("/encode", docs, parameters={"x": math.nan})
+    with Client(onnx_server.websocket) as ours:
+        expected = ours.encode(["number 0"])[0]
+    np.testing.assert_allclose(found[0].embedding, expected, rtol=1e-4, atol=1e-5)

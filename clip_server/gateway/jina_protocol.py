@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -38,10 +38,6 @@ JINA_SERVICES = {
 }
 # The name of the exception with which an executor refuses a request, its message for the client.
 _REFUSAL = RequestError.__name__
-# The name of the one with which its class of documents refuses those of a request, and the fields
-# and reasons in its description.
-_UNFIT_DOCUMENTS = "ValidationError"
-_UNFIT_FIELD = re.compile(r"'loc': \((.*?),?\), 'msg': '(.*?)'")
 
 
 class JinaRequestHandler:
@@ -117,6 +113,8 @@ class JinaRequestHandler:
             response = await self._handler.process_single_data(request, None)
         except InternalNetworkError as error:
             raise _network_error(error) from None
+        except RequestError:
+            raise
         except Exception:
             log.exception("a request failed in the flow")
             raise RequestError(FAILED, "INTERNAL") from None
@@ -247,27 +245,27 @@ def _executor_error(response: DataRequest) -> RequestError:
     exception = response.header.status.exception
     if exception.name == _REFUSAL and exception.args:
         message, code, retry_after = (*exception.args, "", "")[:3]
-        is_known = code in pb.Error.Code.keys()  # noqa: SIM118 - not a mapping
-        return RequestError(
-            message, code if is_known else "INVALID_ARGUMENT", float(retry_after or 0)
-        )
+        if code in pb.Error.Code.keys() and _is_number(retry_after):  # noqa: SIM118 - not a mapping
+            return RequestError(message, code, float(retry_after))
+        return RequestError(message)
     failed = [
         route.executor
         for route in response.routes
         if route.status.code == jina_pb2.StatusProto.ERROR
     ]
-    description = response.header.status.description
-    if failed and exception.name == _UNFIT_DOCUMENTS:
-        fields = [f"{field}: {why}" for field, why in _UNFIT_FIELD.findall(description)]
-        return RequestError(
-            f"the documents are not those that executor {failed[0]} reads: {'; '.join(fields)}"
-        )
-    log.error("executor %s failed: %s", ", ".join(failed), description)
+    log.error("executor %s failed: %s", ", ".join(failed), response.header.status.description)
     if not failed:
         return RequestError(FAILED, "INTERNAL")
     return RequestError(
         f"executor {failed[0]} failed on this request; the server's log says why", "INTERNAL"
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _network_error(error: InternalNetworkError) -> RequestError:

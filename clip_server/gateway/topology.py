@@ -13,6 +13,8 @@ from clip_server.gateway.replicas import ReplicaPool
 
 # An executor that binds it answers every endpoint that it does not bind by name.
 _DEFAULT_ENDPOINT = "/default"
+# Of the name of an endpoint.
+_LONGEST = 1024
 # `/encode/MODEL` names a model, as clip-as-service's client does.
 _WITH_MODEL = re.compile(r"(/encode|/rank)/(.+)", re.DOTALL)
 
@@ -114,8 +116,13 @@ class Topology:
 
         Raises:
             UnansweredError: no executor answers it.
-            RequestError: the pattern is invalid, or no encoder has that name.
+            RequestError: the pattern or the endpoint is invalid, or no encoder has that name.
         """
+        # It travels to the executors as metadata of gRPC, which holds nothing else.
+        if not (endpoint.isascii() and endpoint.isprintable() and len(endpoint) <= _LONGEST):
+            raise RequestError(
+                f"the endpoint {endpoint[:100]!r} is not one of up to {_LONGEST} ASCII characters"
+            )
         named = _WITH_MODEL.fullmatch(endpoint)
         if named and not model and not self.binds(endpoint):
             endpoint, model = named.groups()

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from clip_server.errors import RequestError
 from clip_server.launch import ports
 
 if TYPE_CHECKING:
@@ -60,8 +61,41 @@ def import_jina(*, without_torch: bool = False) -> None:
     orchestrator.get_public_ip = lambda *_, **__: None
     # Jina's document for endpoints without annotations cannot be read with chunks or matches.
     jina.serve.executors.LegacyDocumentJina = UntypedDoc
+    _refuse_misfit_documents()
     # Jina's banner shows addresses that are not ours, and pages that this server lacks.
     jina.orchestrate.flow.base.print = lambda *_: None
+
+
+def _refuse_misfit_documents() -> None:
+    """Makes documents that an executor's class cannot read a fault of the request.
+
+    Jina reports them as a failure of the executor, some as `AttributeError('docs')`.
+    """
+    from jina.types.request.data import DataRequest
+
+    content = DataRequest._DataContent
+    read = content.docs.fget
+    if read is None or read.__module__ == __name__:
+        return
+
+    def docs(self: Any) -> Any:
+        try:
+            return read(self)
+        except Exception as error:
+            raise RequestError(_misfit(error)) from error
+
+    content.docs = property(docs, content.docs.fset)
+
+
+def _misfit(error: Exception) -> str:
+    fields = [
+        # Other messages show a class of the server.
+        f"{'.'.join(map(str, each['loc']))}: {each['msg']}"
+        for each in getattr(error, "errors", list)()
+        if "<class" not in each["msg"]
+    ]
+    what = "; ".join(fields) or "a field holds content of another type"
+    return f"the documents are not those that the executor reads: {what}"
 
 
 @contextmanager
@@ -266,9 +300,15 @@ def intercept_calls(
             ]
             # Jina creates it for snapshots, which encoders do not have, and leaves it behind.
             Path(server._request_handler._snapshot_parent_directory).rmdir()
+        # Jina logs the traceback of a request that an executor refuses as if it had failed.
+        server._request_handler.logger.logger.addFilter(_is_no_refusal)
         await setup_server(server)
 
     GRPCServer.setup_server = setup_with_interceptor
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], RequestError))
 
 
 # --- Metrics and traces, which Jina records only for calls by its own protocol ---
