@@ -61,3 +61,4 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
 
 
 jina_internals.intercept_calls(ClipExecutor, _ClipCalls)
+jina_internals.use_our_gateway(ClipExecutor)

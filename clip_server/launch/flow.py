@@ -30,13 +30,6 @@ DEFAULT_PORTS = {"grpc": 51000, "http": 51001, "websocket": 51002}
 ALL_INTERFACES = ("0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 
-# What every flow has, in YAML and in Python.
-GATEWAY_DEFAULTS: Mapping[str, Any] = {
-    "uses": "ClipGateway",
-    "py_modules": ["clip_server.gateway"],
-    # Jina would try a call again that was only slow.
-    "retries": 0,
-}
 EXECUTOR_DEFAULTS: Mapping[str, Any] = {
     "host": LOOPBACK,
     # Loading a large model takes longer than Jina's ten minutes on a slow disk.
@@ -277,7 +270,7 @@ def _prepare_gateway(gateway: dict[str, Any], wanted: Sequence[int]) -> dict[str
             "one port for each protocol"
         )
     _prepare_tls(gateway)
-    ours: dict[str, Any] = {} if "uses" in gateway else dict(GATEWAY_DEFAULTS)
+    ours: dict[str, Any] = {} if "uses" in gateway else dict(jina_internals.GATEWAY_DEFAULTS)
     parameters = {key: gateway.pop(key) for key in flow_keys.GATEWAY_PARAMETERS if key in gateway}
     if parameters:
         ours["uses_with"] = parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clip_server.launch import jina_internals
-from clip_server.launch.flow import EXECUTOR_DEFAULTS, GATEWAY_DEFAULTS
+from clip_server.launch.flow import EXECUTOR_DEFAULTS
 
 jina_internals.import_jina()
 
@@ -28,7 +28,7 @@ class Flow(jina.Flow):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if "uses" not in self._gateway_kwargs:
-            self._gateway_kwargs |= GATEWAY_DEFAULTS
+            self._gateway_kwargs |= jina_internals.GATEWAY_DEFAULTS
 
     def add(self, **options: Any) -> Flow:
         """See `jina.Flow.add`."""

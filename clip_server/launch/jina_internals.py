@@ -39,6 +39,14 @@ _ENVIRONMENT = {
     "JINA_RANDOM_PORT_MAX": str(ports.CHOSEN_FROM.stop - 1),
 }
 
+# Keys of the gateway that every flow has, unless it names another one.
+GATEWAY_DEFAULTS: Mapping[str, Any] = {
+    "uses": "ClipGateway",
+    "py_modules": ["clip_server.gateway"],
+    # Jina would retry a call that was only slow.
+    "retries": 0,
+}
+
 
 # --- Importing ---
 
@@ -174,6 +182,36 @@ def check_option(parser: argparse.ArgumentParser, key: str, value: Any) -> None:
     parser.parse_known_args(ArgNamespace.kwargs2list({key: value}))
 
 
+# --- Flows in Python ---
+
+
+def use_our_gateway(executor_class: type) -> None:
+    """Gives our gateway to flows made by `jina.Flow` that contain an executor of a class, unless
+    they name another one.
+
+    Users of clip-as-service embed the server as `jina.Flow().add(uses=CLIPEncoder)`, and Jina's
+    own gateway does not know clip.v1.
+
+    executor_class: may be subclassed.
+    """
+    from jina import Flow
+    from jina.jaml import JAML
+
+    add_gateway = Flow._add_gateway
+
+    def add_ours(flow: Any, *arguments: Any, **options: Any) -> Any:
+        # By the names of classes: their constructors from YAML.
+        constructors = JAML.registered_classes()
+        used = [constructors.get(str(each.args.uses)) for each in flow._deployment_nodes.values()]
+        if "uses" not in flow._gateway_kwargs and any(
+            issubclass(each.__self__, executor_class) for each in used if each
+        ):
+            flow._gateway_kwargs |= GATEWAY_DEFAULTS
+        return add_gateway(flow, *arguments, **options)
+
+    Flow._add_gateway = add_ours
+
+
 # --- The processes of a flow ---
 
 
@@ -298,6 +336,11 @@ def intercept_calls(
                 ours,
                 *(server.grpc_tracing_server_interceptors or []),
             ]
+            # Jina's gateway pings idle connections more often than gRPC's servers tolerate.
+            server.grpc_server_options = {
+                "grpc.http2.max_ping_strikes": 0,
+                **(server.grpc_server_options or {}),
+            }
             # Jina creates it for snapshots, which encoders do not have, and leaves it behind.
             Path(server._request_handler._snapshot_parent_directory).rmdir()
         # Jina logs the traceback of a request that an executor refuses as if it had failed.

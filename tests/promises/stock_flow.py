@@ -2,9 +2,9 @@
 
 MODULE is where the Flow comes from, `jina` or `clip_server`.
 
-EXECUTOR is `encoder`, clip-as-service's own way to try its server; `failing`, the same before an
-executor of the user's own; or `asking`, one that asks another server with our client (SERVER in
-the environment).
+EXECUTOR is `encoder`, clip-as-service's own way to try its server; `unseen`, the same by the name
+of a file; `failing`, the same before an executor of the user's own; or `asking`, one that asks
+another server with our client (SERVER in the environment).
 It ends with its standard input.
 """
 
@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 # ruff: noqa: E402
@@ -59,6 +60,8 @@ def main() -> None:
     encoder = {"uses": CLIPEncoder, "uses_with": {"name": "embedded"}}
     executors = {
         "encoder": [encoder],
+        # Jina's Flow does not see the class that it is given by the name of a file.
+        "unseen": [{"uses": str(Path(__file__).with_name("unseen_encoder.yml"))}],
         "failing": [encoder, {"uses": Failing}],
         "asking": [{"uses": Asking, "uses_with": {"server": os.environ.get("SERVER")}}],
     }[name]

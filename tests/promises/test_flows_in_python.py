@@ -47,14 +47,19 @@ def stock_flow(module: str, protocol: str, executor: str, **environment: str) ->
         process.stdout.close()
 
 
-@pytest.fixture(scope="module", params=["grpc", "http", "websocket"])
+@pytest.fixture(
+    scope="module",
+    params=[("clip_server", "grpc"), ("jina", "grpc"), ("jina", "http"), ("jina", "websocket")],
+    ids="-".join,
+)
 def flow_address(request: pytest.FixtureRequest) -> Iterator[str]:
-    with stock_flow("clip_server", request.param, "encoder") as port:
-        yield f"{request.param}://0.0.0.0:{port}"
+    module, protocol = request.param
+    with stock_flow(module, protocol, "encoder") as port:
+        yield f"{protocol}://0.0.0.0:{port}"
 
 
 def test_encode_and_rank(flow_address: str, onnx_server: Server) -> None:
-    """`from clip_server import Flow` where clip-as-service had `from jina import Flow`."""
+    """`from jina import Flow` around our CLIPEncoder, and `from clip_server import Flow`."""
     with Client(flow_address) as c, Client(onnx_server.grpc) as other:
         found = c.encode([*SENTENCES, str(CAT)])
         np.testing.assert_allclose(
@@ -68,9 +73,9 @@ def test_encode_and_rank(flow_address: str, onnx_server: Server) -> None:
         assert c.profile(content="hello world")["Roundtrip"] > 0
 
 
-def test_jinas_own_flow_says_what_to_change() -> None:
+def test_jinas_own_gateway_says_what_to_change() -> None:
     with (
-        stock_flow("jina", "grpc", "encoder") as port,
+        stock_flow("jina", "grpc", "unseen") as port,
         Client(f"grpc://0.0.0.0:{port}") as c,
         pytest.raises(ServerError, match=r"clip_server\.Flow"),
     ):
