@@ -91,6 +91,7 @@ FRAMEWORKS = {
     "onnx": ["clip_server.towers.builder", "clip_server.towers.graph",
              "clip_server.towers.onnx_file", "clip_server.convert"],
     "faiss": ["clip_server.search.local", "clip_server.search.segments"],
+    "pymilvus": ["clip_server.search.milvus"],
     "pycuda": ["clip_server.runtimes.cuda"],
     "cuda": ["clip_server.runtimes.cuda"],
     "onnxscript": ["clip_server.convert.export"],

@@ -208,7 +208,7 @@ def test_a_flow_without_an_indexer_says_so(onnx_server: Server) -> None:
         ({"index_method": "PQ"}, "none of auto, Flat"),
         ({"dist_type": "HAMMING"}, "none of COSINE, IP, L2"),
         ({"return_k": 0}, "return_k"),
-        ({"engine": "lucene"}, "none of local"),
+        ({"engine": "lucene"}, "none of local, milvus"),
         ({"indexmethod": "Flat"}, "did you mean index_method"),
     ],
 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import free_ports
 
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.search import filters, open_store
@@ -29,27 +32,81 @@ from clip_server.search.store import (
 
 DIM = 32
 MODEL = Fingerprint("a-model", DIM)
-ENGINES = ["local"]
+ENGINES = ["local", pytest.param("milvus", marks=pytest.mark.slow)]
 METHODS = ["Flat", "IVF", "HNSW32"]
 
 Open = Callable[..., Store]
+
+
+MILVUS = """
+import sys
+from milvus import default_server as server
+server.set_base_dir(sys.argv[1])
+server.config.set("proxy_port", int(sys.argv[2]))
+server.listen_port = int(sys.argv[2])
+server.start()
+print("ready", flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Milvus server: that in MILVUS_URI, or one of its own."""
+    if given := os.environ.get("MILVUS_URI"):
+        yield given
+        return
+    folder, (port,) = tmp_path_factory.mktemp("milvus"), free_ports(1)
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    packages = ["milvus==2.3.5", "setuptools<81"]
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    command = [python, "-c", MILVUS, folder / "data", str(port)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield f"http://127.0.0.1:{port}"
+        assert server.stdin is not None
+        server.stdin.close()
 
 
 @pytest.fixture(params=ENGINES)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Opens collections of an engine, each call the same one again."""
     stores: list[Store] = []
+    is_local = request.param == "local"
+    location = str(tmp_path / "collection") if is_local else request.getfixturevalue("milvus")
+    name = f"c{uuid.uuid4().hex}"
 
     def open_one(method: str = "auto", metric: str = "COSINE", model: Any = MODEL) -> Store:
         while stores:
             stores.pop().close()
         settings = Settings(
-            str(tmp_path / "collection"),
-            request.param,
-            IndexMethod.parse(method),
-            parse_metric(metric),
+            location, request.param, IndexMethod.parse(method), parse_metric(metric), name
         )
         stores.append(open_store(settings, model))
+        return stores[-1]
+
+    yield open_one
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Open]:
+    """Opens collections of the local engine, each call the same one again."""
+    stores: list[Store] = []
+
+    def open_one(method: str = "auto", metric: str = "COSINE") -> Store:
+        while stores:
+            stores.pop().close()
+        settings = Settings(
+            str(tmp_path / "collection"), "local", IndexMethod.parse(method), parse_metric(metric)
+        )
+        stores.append(open_store(settings, MODEL))
         return stores[-1]
 
     yield open_one
@@ -239,8 +296,8 @@ def test_what_is_no_filter_is_refused(written: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "info"])
-def test_a_damaged_index_is_made_again(opened: Open, tmp_path: Path, damage: str) -> None:
-    store = opened("HNSW16")
+def test_a_damaged_index_is_made_again(local: Open, tmp_path: Path, damage: str) -> None:
+    store = local("HNSW16")
     store.upsert(rows(500))
     store.flush()
     store.close()
@@ -254,7 +311,7 @@ def test_a_damaged_index_is_made_again(opened: Open, tmp_path: Path, damage: str
         file.write_bytes(content)
     else:
         file.write_bytes(content[: len(content) // 2])
-    store = opened("HNSW16")
+    store = local("HNSW16")
     for _ in range(2):
         assert ids(store, vectors(500)[42], limit=1) == ["row-42"]
         store.flush()
@@ -278,11 +335,11 @@ def test_another_model_is_refused_by_what_differs(opened: Open) -> None:
     assert opened(model=None).model == model
 
 
-def test_settings_may_change_between_openings(opened: Open) -> None:
-    store = opened("HNSW32")
+def test_settings_may_change_between_openings(local: Open) -> None:
+    store = local("HNSW32")
     store.upsert(rows(300))
     store.flush()
-    store = opened("IVF16", "L2")
+    store = local("IVF16", "L2")
     store.flush()
     assert store.describe().index_method.startswith("IVF")
     assert store.search(vectors(300)[3:4], Query(limit=1))[0][0].score == pytest.approx(0, abs=1e-2)
@@ -297,8 +354,8 @@ def test_names_of_methods(written: str) -> None:
         assert IndexMethod.parse(str(IndexMethod.parse(written))) == IndexMethod.parse(written)
 
 
-def test_a_second_process_is_refused(opened: Open, tmp_path: Path) -> None:
-    opened()
+def test_a_second_process_is_refused(local: Open, tmp_path: Path) -> None:
+    local()
     code = (
         "import sys; from clip_server.search import open_store\n"
         "from clip_server.search.store import Settings\n"

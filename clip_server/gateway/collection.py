@@ -43,9 +43,9 @@ class Collection:
             precision=comparable_precision(info.dtype),
             probes=probes.embeddings,
         )
-        response = await self.indexer.send(pb.Request(open=request))
-        if response.HasField("error"):
-            raise ConfigurationError(response.error.message)
+        for response in await self.indexer.send_to_each(pb.Request(open=request)):
+            if response.HasField("error"):
+                raise ConfigurationError(response.error.message)
 
     async def describe(self) -> pb.Collection:
         """What the collection is."""

@@ -119,6 +119,18 @@ class ReplicaPool:
             f"no replica of executor {self.name} is ready: try again in a moment", "UNAVAILABLE"
         )
 
+    async def send_to_each(self, request: pb.Request) -> list[pb.Response]:
+        """The responses of all replicas, once each of them answers."""
+
+        async def ask(replica: _Replica) -> pb.Response:
+            while True:
+                try:
+                    return await replica.transport.send(request)
+                except ConnectionFailedError:
+                    await asyncio.sleep(_RETRY_SECONDS)  # not yet
+
+        return await asyncio.gather(*map(ask, self._replicas))
+
     async def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of each replica that answers, by its address."""
         found = {}

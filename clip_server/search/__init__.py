@@ -32,7 +32,8 @@ class EngineSpec:
 
 
 ENGINES = {
-    "local": EngineSpec("clip_server.search.local:LocalStore", "search", ("faiss", "filelock")),
+    "local": EngineSpec("clip_server.search.local:LocalStore", "search", ("faiss",)),
+    "milvus": EngineSpec("clip_server.search.milvus:MilvusStore", "search-milvus", ("pymilvus",)),
 }
 
 
