@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import seeded
+from conftest import Start, flow, needs_torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from clip_client import Client
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.models import zoo
 from clip_server.runtimes import cuda
@@ -135,6 +137,27 @@ def test_a_checkpoint_of_a_wrapped_model_is_served(tmp_path: Path) -> None:
     tokens = seeded.random_tokens(alone.card.config, batch=2, longest=9)
     np.testing.assert_array_equal(runtime.encode_text(tokens), alone.encode_text(tokens))
     assert runtime.card.logit_scale == alone.card.logit_scale
+
+
+@pytest.mark.slow
+@needs_torch
+def test_a_fine_tuned_checkpoint_is_served_by_its_path_in_the_name(
+    start: Start, tmp_path: Path
+) -> None:
+    """As open_clip's trainer writes it after training on several GPUs."""
+    import open_clip
+    import torch
+
+    model = seeded.open_clip_model(zoo.resolve("ViT-B/32").config)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": {}}, tmp_path / "finetuned.pt")
+    server = start(flow("torch", name="ViT-B/32::~/finetuned.pt"), HOME=str(tmp_path))
+    texts = ["a cat", "two dogs on a sofa"]
+    tokens = open_clip.get_tokenizer("ViT-B-32")(texts).numpy()
+    with Client(server.grpc) as client:
+        found = client.encode(texts)
+    assert seeded.relative(found, seeded.reference_texts(model, tokens)) < TOLERANCE
+    server.stop()
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
