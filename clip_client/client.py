@@ -658,8 +658,9 @@ class Client:
         timeout: as for `encode`; `results` of a Batch are the ids.
 
         Returns the id of each item, None for those that failed; if all items are Documents, the
-        Documents. They are on disk, and found by searches, when it returns. Raises ItemsError,
-        ServerError, ConnectionFailedError, ClientClosedError, InvalidInputError or TypeError.
+        Documents, with `.embedding` set. They are on disk, and found by searches, when it returns.
+        Raises ItemsError, ServerError, ConnectionFailedError, ClientClosedError, InvalidInputError
+        or TypeError.
         """
         _refuse_async(content, "index")
         return drive_sync(

@@ -110,15 +110,20 @@ class RequestBatch:
         answer = getattr(response, self._kind)
         failures = [self._failure(error) for error in answer.errors]
         ordered = sorted(self.failures + failures, key=lambda failure: failure.index)
-        if self._kind != "encode":
-            return Batch(self.indices, empty, ordered, results=self._results(answer))
-        rows = _matrix(answer, len(self._rows))
+        if self._kind == "encode":
+            return Batch(self.indices, self._placed(_matrix(answer, len(self._rows))), ordered)
+        embeddings = empty
+        if self._kind == "index" and answer.embeddings:
+            embeddings = self._placed(_indexed(answer, len(self._rows)))
+        return Batch(self.indices, embeddings, ordered, results=self._results(answer))
+
+    def _placed(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The rows of an answer at the places of their items, and NaN for the others."""
         if len(self._rows) == len(self.indices):
-            embeddings = rows
-        else:
-            embeddings = np.full((len(self.indices), answer.dim), np.nan, np.float32)
-            embeddings[self._rows] = rows
-        return Batch(self.indices, embeddings, ordered)
+            return rows
+        embeddings = np.full((len(self.indices), rows.shape[1]), np.nan, np.float32)
+        embeddings[self._rows] = rows
+        return embeddings
 
     def _results(self, answer: Any) -> list[Any]:
         """What an indexer answered for each item; None for those that failed."""
@@ -333,3 +338,10 @@ def _matrix(response: clip_pb2.EncodeResponse, rows: int) -> NDArray[np.float32]
         )
     matrix: NDArray[np.float32] = np.frombuffer(embeddings, "<f4")
     return matrix.reshape(rows, response.dim)
+
+
+def _indexed(response: clip_pb2.IndexResponse, rows: int) -> NDArray[np.float32]:
+    embeddings = response.embeddings
+    if len(embeddings) % (4 * rows):
+        raise ServerError(f"the answer to {rows} items holds {len(embeddings)} bytes of embeddings")
+    return np.frombuffer(embeddings, "<f4").reshape(rows, -1)

@@ -29,12 +29,14 @@ class RowCollector(ResultCollector):
         if self.keeps:
             self.results.extend(results)
         failed = {failure.index: failure.message for failure in batch.errors}
-        for index, result in zip(batch.indices, results, strict=True):
+        for index, result, embedding in zip(batch.indices, results, batch.embeddings, strict=True):
             document = self._documents.get(index)
             if document is None:
                 continue
             if batch.exception is None:
                 note_failure(document, failed.get(index))
+            if embedding.size and index not in failed:
+                document.embedding = embedding.copy()
             if isinstance(result, list):
                 set_matches(document, result)
             if not self.keeps or isinstance(document, PlainDocument):

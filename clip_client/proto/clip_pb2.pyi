@@ -203,16 +203,18 @@ class IndexRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., embeddings: _Optional[bytes] = ...) -> None: ...
 
 class IndexResponse(_message.Message):
-    __slots__ = ("ids", "errors", "timings", "truncated")
+    __slots__ = ("ids", "errors", "timings", "truncated", "embeddings")
     IDS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[str]
     errors: _containers.RepeatedCompositeFieldContainer[ItemError]
     timings: Timings
     truncated: int
-    def __init__(self, ids: _Optional[_Iterable[str]] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
+    embeddings: bytes
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ..., embeddings: _Optional[bytes] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
     __slots__ = ("queries", "embeddings", "limit", "filter", "target", "score_threshold", "min_relevance")

@@ -90,6 +90,7 @@ class Collection:
             errors=[*errors.values(), *refused],
             timings=_joint(encoded.timings, stored.index.timings),
             truncated=encoded.truncated,
+            embeddings=b"" if request.index.embeddings else encoded.embeddings,
         )
         return pb.Response(index=response)
 
