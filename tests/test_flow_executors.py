@@ -162,9 +162,12 @@ def test_json_gets_the_answer_of_the_whole_flow(around: Server, onnx_server: Ser
         assert found["tags"] == {"page": 3, "encoded": True}
         names = [route["executor"] for route in answer["routes"]]
         assert names == ["gateway", "lowercase", "clip", "indexer"]
-    (as_base64,) = post_json(
-        around, "/encode", entries[:1], parameters={"encoding_format": "base64"}
+    entries[1:] = [{"image": "%%%"}, {"blob": f"data:image/png;base64,{blob}"}]
+    as_base64, bad, image = post_json(
+        around, "/encode", entries, parameters={"encoding_format": "base64"}
     )["data"]
+    assert bad["embedding"] is None
+    assert len(image["embedding"]) == len(as_base64["embedding"])
     packed = np.frombuffer(base64.b64decode(as_base64["embedding"]), "<f4")
     np.testing.assert_allclose(packed, expected[0] / 2, rtol=1e-4, atol=1e-5)
     kept = post_json(around, "/filter", ["keep", "drop"])["data"]

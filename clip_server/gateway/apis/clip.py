@@ -17,9 +17,9 @@ from starlette.responses import Response
 from clip_client.documents import parse_access_paths
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway.apis.call import Call
 from clip_server.gateway.apis.entries import descend, echo, find_fault, to_item, to_items
 from clip_server.gateway.apis.flow import ask_flow
+from clip_server.gateway.apis.json_call import JsonCall
 from clip_server.gateway.apis.search import SEARCH_ENDPOINTS, SearchApi
 from clip_server.gateway.collection import KINDS
 from clip_server.gateway.http_messages import (
@@ -83,7 +83,7 @@ class ClipApi:
         self, body: Mapping[str, Any], endpoint: str | None, request: Request
     ) -> Response:
         """The response to a body. endpoint: None: the body names it."""
-        call = Call.parse(body, endpoint)
+        call = JsonCall.parse(body, endpoint)
         route = self._listener.router.route(call.endpoint, call.parameters.model_name, call.target)
         # A flow without a collection says so where the path asks for one.
         if self._search.answers(call) or (endpoint in SEARCH_ENDPOINTS and route.is_direct):
@@ -106,7 +106,7 @@ class ClipApi:
         return json_response(answer)
 
     async def _encode(
-        self, call: Call, encoder: FlowExecutor, request: Request
+        self, call: JsonCall, encoder: FlowExecutor, request: Request
     ) -> tuple[list[Any], int]:
         call.refuse_unknown_parameters()
         entries, parameters = call.required_entries(), call.parameters
@@ -138,7 +138,7 @@ class ClipApi:
                 result["embedding"] = embeddings[index]
         return echoes, encoded.truncated
 
-    async def _rank(self, call: Call, encoder: FlowExecutor, request: Request) -> list[Any]:
+    async def _rank(self, call: JsonCall, encoder: FlowExecutor, request: Request) -> list[Any]:
         if call.parameters.access_paths not in (None, ["r"]):
             raise RequestError(
                 "access_paths: to rank, the matches of the entries of data are ranked, '@r'"
@@ -150,7 +150,7 @@ class ClipApi:
         return list(await asyncio.gather(*ranked))
 
     async def _rank_entry(
-        self, entry: Any, call: Call, encoder: FlowExecutor, request: Request
+        self, entry: Any, call: JsonCall, encoder: FlowExecutor, request: Request
     ) -> dict[str, Any]:
         matches = entry.get("matches") if isinstance(entry, Mapping) else None
         if not isinstance(matches, list):
@@ -180,7 +180,7 @@ class ClipApi:
         return {**result, "matches": [results[index] for index in order]}
 
 
-def _encoder_alone(call: Call, route: Route) -> FlowExecutor | None:
+def _encoder_alone(call: JsonCall, route: Route) -> FlowExecutor | None:
     """The encoder, if it alone answers, and by one of the endpoints of clip.v1."""
     encoder = route.encoder
     if encoder is None or not route.is_direct or call.target:

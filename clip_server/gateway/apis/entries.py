@@ -30,7 +30,7 @@ def to_item(entry: Any) -> pb.Item:
     # Clients with a fixed set of fields leave empty those that do not apply.
     filled = [key for key in given if fields[key].strip()]
     for key in filled or given:
-        return _content(key, fields[key])
+        return read_content(key, fields[key])
     return pb.Item()
 
 
@@ -41,7 +41,8 @@ def _fields(entry: Any) -> Mapping[str, Any]:
     return entry if isinstance(entry, Mapping) else {}
 
 
-def _content(key: str, value: str) -> pb.Item:
+def read_content(key: str, value: str) -> pb.Item:
+    """The item in one of the fields text, uri, blob and image of an entry."""
     if key == "text":
         return pb.Item(text=value)
     if key == "uri" or has_scheme(value):

@@ -21,10 +21,11 @@ from docarray.proto import (
 )
 from jina.types.request.data import DataRequest
 
-from clip_client.data_uri import decode_base64, is_data_uri
+from clip_client.data_uri import is_data_uri
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
-from clip_server.gateway.apis.call import Call
+from clip_server.gateway.apis.entries import read_content
+from clip_server.gateway.apis.json_call import JsonCall
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 
 # The fields that hold documents.
@@ -34,7 +35,7 @@ _MOST_NESTED = 20
 _LARGEST_INTEGER = 2**31
 
 
-async def ask_flow(jina: JinaRequestHandler, call: Call) -> dict[str, Any]:
+async def ask_flow(jina: JinaRequestHandler, call: JsonCall) -> dict[str, Any]:
     """What the executors of the flow answer to `call`.
 
     Raises:
@@ -75,17 +76,24 @@ def _to_document(entry: Any) -> DocProto:
     for name, value in entry.items():
         if value is None:
             continue  # its class has a default
-        name = "blob" if name == "image" else name
         if name == "id":
             node = NodeProto(text=str(value))
-        elif name == "blob" and isinstance(value, str):
-            node = NodeProto(blob=decode_base64(value))
+        elif name in ("blob", "image") and isinstance(value, str):
+            name, node = _to_image(name, value)
         elif name in _DOCUMENTS and isinstance(value, list):
             node = NodeProto(doc_array=DocListProto(docs=map(_to_document, value)))
         else:
             node = _to_node(value)
         document.data[name].CopyFrom(node)
     return document
+
+
+def _to_image(name: str, value: str) -> tuple[str, NodeProto]:
+    """The field of a document that holds an image, and the image."""
+    item = read_content(name, value)
+    if item.HasField("image"):
+        return "blob", NodeProto(blob=item.image)
+    return "uri", NodeProto(text=item.uri)
 
 
 def _to_node(value: Any) -> NodeProto:
@@ -103,9 +111,9 @@ def _to_node(value: Any) -> NodeProto:
     return NodeProto(text=value) if isinstance(value, str) else NodeProto()
 
 
-def _from_document(document: DocProto, call: Call) -> dict[str, Any]:
+def _from_document(document: DocProto, call: JsonCall) -> dict[str, Any]:
     fields = {name: _from_node(node, call) for name, node in document.data.items()}
-    if call.parameters.encoding_format == "base64" and "embedding" in fields:
+    if call.parameters.encoding_format == "base64" and fields.get("embedding") is not None:
         embedding = np.asarray(fields["embedding"], "<f4")
         fields["embedding"] = base64.b64encode(embedding.tobytes()).decode()
     if isinstance(fields.get("scores"), dict):
@@ -113,7 +121,7 @@ def _from_document(document: DocProto, call: Call) -> dict[str, Any]:
     return fields
 
 
-def _from_node(node: NodeProto, call: Call) -> Any:
+def _from_node(node: NodeProto, call: JsonCall) -> Any:
     kind = node.WhichOneof("content")
     value: Any = getattr(node, kind) if kind else None
     if kind == "doc":

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.gateway import search_json
-from clip_server.gateway.apis.call import Call
 from clip_server.gateway.apis.entries import echo, to_items
+from clip_server.gateway.apis.json_call import JsonCall
 from clip_server.gateway.collection import KINDS
 from clip_server.gateway.http_messages import ask, json_response
 from clip_server.gateway.listener import Listener
@@ -31,12 +31,12 @@ class SearchApi:
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
 
-    def answers(self, call: Call) -> bool:
+    def answers(self, call: JsonCall) -> bool:
         """Whether a call is on the collection; Jina's clients reach it through the flow."""
         has_collection = self._listener.router.collection is not None
         return has_collection and not call.is_jinas and call.endpoint in SEARCH_ENDPOINTS
 
-    async def answer(self, call: Call, body: Mapping[str, Any], request: Request) -> Response:
+    async def answer(self, call: JsonCall, body: Mapping[str, Any], request: Request) -> Response:
         """The response to a call that came in `body`."""
         if call.endpoint == "/index":
             return json_response(await self._index(call, request))
@@ -53,7 +53,7 @@ class SearchApi:
     async def _ask(self, kind: str, message: Message, request: Request) -> Any:
         return await ask(self._listener.call, kind, message, request)
 
-    async def _index(self, call: Call, request: Request) -> dict[str, Any]:
+    async def _index(self, call: JsonCall, request: Request) -> dict[str, Any]:
         SearchParameters.parse(call.given, refuse_unknown=True)
         entries = call.required_entries()
         check_count(len(entries), self._listener.router.max_request_items)
@@ -71,7 +71,7 @@ class SearchApi:
         ]
         return {"data": data, "truncated": answer.truncated}
 
-    async def _search(self, call: Call, request: Request) -> dict[str, Any]:
+    async def _search(self, call: JsonCall, request: Request) -> dict[str, Any]:
         entries = call.required_entries()
         check_count(len(entries), self._listener.router.max_request_items)
         message = SearchParameters.parse(call.given, refuse_unknown=True).to_request()

@@ -17,7 +17,7 @@ _LONGEST_NAME = 1024
 
 
 @dataclass(frozen=True)
-class Call:
+class JsonCall:
     """A JSON body, without its parts that depend on the endpoint.
 
     endpoint: as it came.
@@ -38,7 +38,7 @@ class Call:
     parameters: RequestParameters
 
     @classmethod
-    def parse(cls, body: Mapping[str, Any], endpoint: str | None) -> Call:
+    def parse(cls, body: Mapping[str, Any], endpoint: str | None) -> JsonCall:
         """From a body.
 
         endpoint: None: the body names it.
