@@ -389,3 +389,21 @@ def test_ipv6_and_ipv4(start: Start) -> None:
                 assert client.encode(["a cat"]).shape == (1, 256)
     assert "WARNING: listening on all network interfaces" in server.output()
     server.stop()
+
+
+@pytest.mark.slow
+def test_the_flow_hands_out_gpus(start: Start) -> None:
+    """Each replica sees its own, though `env` is that of the flow."""
+    spec = flow()
+    spec["with"]["env"] = {"CUDA_VISIBLE_DEVICES": "RR0:2"}
+    (executor,) = spec["executors"]
+    executor["replicas"] = 3
+    executor["uses"]["metas"]["py_modules"] = ["gpu_executor"]
+    environment = {"CUDA_TOTAL_DEVICES": "3", "PYTHONPATH": str(Path(__file__).parent)}
+    server = start(spec, **environment)
+    assert sorted(re.findall(r"sees GPU (\w*)\.", server.output())) == ["0", "0", "1"]
+    server.stop()
+    server = start(spec, **{**environment, "CUDA_TOTAL_DEVICES": "0"})
+    assert re.findall(r"sees GPU (\w*)\.", server.output()) == ["", "", ""]
+    assert "using the CPU" in server.output()
+    server.stop()

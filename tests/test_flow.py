@@ -259,6 +259,47 @@ def test_modules_beside_uses() -> None:
         prepared(spec)
 
 
+@pytest.mark.parametrize("place", ["with.env", f"{CLIP}.env"])
+@pytest.mark.parametrize(
+    ("gpus", "devices", "expected"),
+    [
+        ("2", "RR", "RR"),
+        ("2", "RR0:2", "RR0:2"),
+        ("2", "RR5:9", ""),
+        ("2", "RRa:b", ""),
+        ("0", "RR", ""),
+        ("0", "1", "1"),
+    ],
+)
+def test_gpus_are_handed_out(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    gpus: str,
+    devices: str,
+    expected: str,
+) -> None:
+    """Of the flow as a whole, or of an executor; `RR` without GPUs is a warning."""
+    monkeypatch.setenv("CUDA_TOTAL_DEVICES", gpus)
+    monkeypatch.setenv("PATH", "")  # no driver
+    found = prepared(changed(place, {"CUDA_VISIBLE_DEVICES": devices, "A": "b"}))
+    env = found["executors"][0]["env"]
+    assert str(env["CUDA_VISIBLE_DEVICES"]) == expected
+    assert "CUDA_VISIBLE_DEVICES" not in found["with"].get("env", {})
+    assert {**found["with"].get("env", {}), **env}["A"] == "b"
+    warned = f"CUDA_VISIBLE_DEVICES: {devices} selects none" in capsys.readouterr().err
+    assert warned is (expected == "")
+
+
+def test_the_environment_hands_out_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "RR")
+    for gpus, expected in (("2", "RR"), ("0", "")):
+        monkeypatch.setenv("CUDA_TOTAL_DEVICES", gpus)
+        prepared(flow(ports=[0, 0, 0]))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
 def test_aliases_of_jinas_keys() -> None:
     spec = flow(ports=[0, 0, 0])
     spec["with"]["ports"] = spec["with"].pop("port")

@@ -39,6 +39,7 @@ EXECUTOR_DEFAULTS: Mapping[str, Any] = {
     "grpc_server_options": {"grpc.http2.max_ping_strikes": 0},
 }
 
+_GPUS = "CUDA_VISIBLE_DEVICES"
 _EXECUTORS = "clip_server.executors."
 _INDEXER = f"{_EXECUTORS}indexer"
 _HUB = f"{_EXECUTORS}clip_hub"
@@ -202,6 +203,7 @@ def prepare(
     prepared["executors"] = [
         _prepare_executor(each, _place(each, index)) for index, each in enumerate(executors)
     ]
+    _hand_out_gpus(options, prepared["executors"])
     _check_names(prepared["executors"])
     _check_addresses(prepared)
     for index, executor in enumerate(prepared["executors"]):
@@ -399,6 +401,38 @@ def _prepare_indexer(executor: dict[str, Any], place: str) -> None:
             f"{place}: replicas: a collection in a folder has one process: serve it from a Milvus "
             "server, with uri:, to have several"
         )
+
+
+def _hand_out_gpus(options: dict[str, Any], executors: list[dict[str, Any]]) -> None:
+    """Makes `CUDA_VISIBLE_DEVICES: RR` work wherever it is set.
+
+    Jina reads it in the `env` of an executor and in the environment of the command, but not in
+    the `env` of a flow.
+    """
+    of_flow = as_mapping(options.pop("env", None), "with: env")
+    devices = of_flow.pop(_GPUS, None)
+    if of_flow:
+        options["env"] = of_flow
+    for executor in executors:
+        env = as_mapping(executor.get("env"), "env")
+        if devices is not None:
+            env.setdefault(_GPUS, devices)
+        if env:
+            executor["env"] = _without_missing_gpus(env)
+    if str(os.environ.get(_GPUS)).startswith("RR"):
+        os.environ |= _without_missing_gpus({_GPUS: os.environ[_GPUS]})
+
+
+def _without_missing_gpus(env: dict[str, Any]) -> dict[str, Any]:
+    """An environment in which `RR` that selects no GPU is empty: only the CPU is visible."""
+    devices = str(env.get(_GPUS, ""))
+    if not devices.startswith("RR") or jina_internals.selects_gpus(devices):
+        return env
+    console.log(
+        f"clip_server: warning: {_GPUS}: {devices} selects none of this machine's NVIDIA GPUs; "
+        "using the CPU"
+    )
+    return {**env, _GPUS: ""}
 
 
 def _modules(executor: Mapping[str, Any]) -> list[str]:

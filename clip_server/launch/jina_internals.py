@@ -215,6 +215,20 @@ def use_our_gateway(executor_class: type) -> None:
 # --- The processes of a flow ---
 
 
+def selects_gpus(devices: str) -> bool:
+    """Whether `CUDA_VISIBLE_DEVICES: RR`, or a slice such as `RR0:2`, has GPUs to hand out.
+
+    If it has none, Jina leaves the value as it is for CUDA and its libraries to make sense of, or
+    fails with an exception of its own.
+    """
+    from jina.orchestrate.deployments import Deployment
+
+    try:
+        return bool(Deployment._roundrobin_cuda_device(devices, 1))
+    except (ValueError, StopIteration):  # no slice, or one beyond the last GPU
+        return False
+
+
 class FlowProcess:
     """A process that Jina started: the gateway, or a replica of an executor.
 
