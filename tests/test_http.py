@@ -54,7 +54,7 @@ def test_clip_as_services_own_body(http: Http) -> None:
         assert answer["header"]["execEndpoint"] == endpoint
 
 
-@pytest.mark.parametrize("route", ["/encode", "/post", "/anything"])
+@pytest.mark.parametrize("route", ["/encode", "/post", "/anything", "/"])
 def test_the_answer_is_as_jina_has_it(http: Http, route: str) -> None:
     data = [{"text": "a cat", "id": 7, "tags": {"page": 3}}, "a dog", {"text": ""}]
     header = {"requestId": "mine"}

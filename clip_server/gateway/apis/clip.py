@@ -55,7 +55,7 @@ class ClipApi:
 
     def routes(self) -> list[routing.Route]:
         """The endpoints that every flow has."""
-        named = [routing.Route(each, self.answer, methods=["POST"]) for each in _MESSAGES]
+        named = [routing.Route(each, self.answer, methods=["POST"]) for each in ("/", *_MESSAGES)]
         return [*named, routing.Route("/post", self._answer_post, methods=["POST"])]
 
     async def answer(self, request: Request) -> Response:
