@@ -139,6 +139,15 @@ def test_image_content_comes_back_if_asked_for(http: Http) -> None:
     assert fields(drop_image_content=False) == [{"blob"}, {"image"}, {"uri"}, {"uri"}]
 
 
+def test_base64_in_lines_within_a_string(http: Http) -> None:
+    """As of `base64 cat.png` between quotes in a shell, though JSON allows no such line ends."""
+    body = b'{"data": [{"blob": "%b"}, {"text": "two\nlines"}]}' % base64.encodebytes(CAT)
+    image, text = http.post("/post", data=body).json()["data"]
+    (expected,) = http.post("/encode", json={"data": [{"uri": CAT_URI}]}).json()["data"]
+    np.testing.assert_allclose(image["embedding"], expected["embedding"], rtol=1e-4, atol=1e-5)
+    assert text["text"] == "two\nlines"
+
+
 def test_an_address_of_an_image_is_an_error_of_its_entry(http: Http) -> None:
     data = [{"text": "a cat"}, {"uri": "https://example.org/cat.png"}]
     good, bad = http.post("/post", json={"data": data, "execEndpoint": "/"}).json()["data"]
