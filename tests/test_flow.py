@@ -265,9 +265,9 @@ def test_modules_beside_uses() -> None:
     [
         ("2", "RR", "RR"),
         ("2", "RR0:2", "RR0:2"),
-        ("2", "RR5:9", ""),
-        ("2", "RRa:b", ""),
-        ("0", "RR", ""),
+        ("2", "RR5:9", "-1"),
+        ("2", "RRa:b", "-1"),
+        ("0", "RR", "-1"),
         ("0", "1", "1"),
     ],
 )
@@ -288,13 +288,13 @@ def test_gpus_are_handed_out(
     assert "CUDA_VISIBLE_DEVICES" not in found["with"].get("env", {})
     assert {**found["with"].get("env", {}), **env}["A"] == "b"
     warned = f"CUDA_VISIBLE_DEVICES: {devices} selects none" in capsys.readouterr().err
-    assert warned is (expected == "")
+    assert warned is (expected == "-1")
 
 
 def test_the_environment_hands_out_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "RR")
-    for gpus, expected in (("2", "RR"), ("0", "")):
+    for gpus, expected in (("2", "RR"), ("0", "-1")):
         monkeypatch.setenv("CUDA_TOTAL_DEVICES", gpus)
         prepared(flow(ports=[0, 0, 0]))
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected

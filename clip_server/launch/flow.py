@@ -424,7 +424,7 @@ def _hand_out_gpus(options: dict[str, Any], executors: list[dict[str, Any]]) -> 
 
 
 def _without_missing_gpus(env: dict[str, Any]) -> dict[str, Any]:
-    """An environment in which `RR` that selects no GPU is empty: only the CPU is visible."""
+    """An environment in which `RR` that selects no GPU hides them all."""
     devices = str(env.get(_GPUS, ""))
     if not devices.startswith("RR") or jina_internals.selects_gpus(devices):
         return env
@@ -432,7 +432,7 @@ def _without_missing_gpus(env: dict[str, Any]) -> dict[str, Any]:
         f"clip_server: warning: {_GPUS}: {devices} selects none of this machine's NVIDIA GPUs; "
         "using the CPU"
     )
-    return {**env, _GPUS: ""}
+    return {**env, _GPUS: "-1"}  # empty, Jina would make it None
 
 
 def _modules(executor: Mapping[str, Any]) -> list[str]:
