@@ -168,17 +168,6 @@ class Http(requests.Session):
 Start = Callable[..., Server]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Promises that are not kept yet fail as expected, and are found out once they are kept."""
-    for line in (ROOT / "tests" / "promises" / "not-kept.txt").read_text("utf-8").splitlines():
-        name, _, reason = line.partition("  ")
-        for item in items:
-            if item.nodeid.endswith(f"promises/{name}"):
-                # Those that wait for an answer in vain take too long to be tried.
-                run = not reason.startswith("waits")
-                item.add_marker(pytest.mark.xfail(strict=True, reason=reason, run=run))
-
-
 def has_ipv6() -> bool:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
