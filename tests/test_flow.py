@@ -123,6 +123,8 @@ USES = f"{CLIP}.uses"
         (f"{USES}.metas.py_modules", None, ["py_modules", "clip_server.executors.clip_onnx"]),
         (f"{USES}.metas.py_modules", "clip_server.executors.clip_onx", ["mean clip_onnx?"]),
         (f"{USES}.metas.py_modules", "executors/clip_onx.py", ["there is no file"]),
+        (f"{USES}.metas.py_modules", "executors/clip_hg.py", ["replaced by clip_torch"]),
+        (f"{USES}.metas.py_modules", "clip_server.executors.clip_hg", ["replaced by clip_torch"]),
         (f"{USES}.jtype", None, ["jtype: CLIPEncoder"]),
         (f"{USES}.jtype", "ClipEncoder", ["jtype: ClipEncoder", "CLIPEncoder"]),
         (f"{USES}.with.name", "ViT-B/23", ["'ViT-B/23'", "ViT-B/32"]),

@@ -45,6 +45,8 @@ _INDEXER = f"{_EXECUTORS}indexer"
 _HUB = f"{_EXECUTORS}clip_hub"
 # The classes in the modules of our executors; in the others, CLIPEncoder.
 _CLASSES = {_INDEXER: ["CLIPIndexer"], _HUB: ["CLIPImageEncoder", "CLIPTextEncoder"]}
+# Executors of clip-as-service for which there is no module here.
+_DROPPED = {"clip_hg", "clip_nebullvm"}
 # The indexer in clip-as-service's examples, whose package no longer installs.
 _ANNLITE = ("annlite.executor", "AnnLiteIndexer")
 # Written under `with:`, meant for the gateway.
@@ -450,8 +452,15 @@ def _module(name: str) -> str:
     if name == _ANNLITE[0] and not _is_module(name):
         return _INDEXER
     path = Path(name)
-    ours = path.suffix == ".py" and path.stem in _executors() and not path.is_file()
-    return _EXECUTORS + path.stem if ours else name
+    if path.is_file():
+        return name
+    stem = path.stem if path.suffix == ".py" else name.removeprefix(_EXECUTORS)
+    if stem in _DROPPED:
+        raise ConfigurationError(
+            f"py_modules: {name} of clip-as-service is replaced by clip_torch and clip_onnx: name "
+            "one of them, and under with: name: the model or a folder of Hugging Face's"
+        )
+    return _EXECUTORS + stem if path.suffix == ".py" and stem in _executors() else name
 
 
 def _executors() -> list[str]:
