@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from docarray import DocList
@@ -19,12 +19,15 @@ from jina.types.request.data import DataRequest
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
+from clip_server.gateway.docarray_1 import Docarray1Request, Docarray1Response
 from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.topology import Topology
 from clip_server.rpc.errors import FAILED
 from clip_server.rpc.grpc_service import Context, abort, parse, unary_handler
 
 log = logging.getLogger(__name__)
+
+Response: TypeAlias = DataRequest | Docarray1Response
 
 # The services that a gateway of Jina has.
 JINA_SERVICES = {
@@ -51,21 +54,19 @@ class JinaRequestHandler:
     def __init__(self, handler: GatewayRequestHandler, topology: Topology, prefetch: int) -> None:
         self._handler, self._topology, self._prefetch = handler, topology, prefetch
 
-    async def answer(self, message: bytes) -> DataRequest:
-        """The response to a serialized `jina.DataRequestProto`.
+    async def answer(self, message: bytes) -> Response:
+        """The response to a serialized `jina.DataRequestProto`, in the form of either docarray.
 
         An error of the flow is in the response, as Jina's clients expect it.
 
         Raises:
             RequestError: the request cannot be read.
         """
-        request = _read(message)
-        try:
-            return await self.send(request)
-        except RequestError as error:
-            return _refusal(request, error)
+        if docarray_1 := Docarray1Request.parse(message):
+            return docarray_1.answer(await self._answered(docarray_1.to_jina()))
+        return await self._answered(_read(message))
 
-    async def answer_all(self, messages: AsyncIterator[bytes]) -> AsyncIterator[DataRequest]:
+    async def answer_all(self, messages: AsyncIterator[bytes]) -> AsyncIterator[Response]:
         """The responses to a stream of requests, in their order.
 
         Not by Jina's own streamer: asked for that order, it waits forever if the last answer is
@@ -74,7 +75,7 @@ class JinaRequestHandler:
         Raises:
             RequestError: a request cannot be read.
         """
-        in_flight: asyncio.Queue[asyncio.Task[DataRequest] | None] = asyncio.Queue()
+        in_flight: asyncio.Queue[asyncio.Task[Response] | None] = asyncio.Queue()
         free = asyncio.Semaphore(self._prefetch)
 
         async def begin() -> None:
@@ -96,6 +97,12 @@ class JinaRequestHandler:
             while not in_flight.empty():
                 if (task := in_flight.get_nowait()) is not None:
                     task.cancel()
+
+    async def _answered(self, request: DataRequest) -> DataRequest:
+        try:
+            return await self.send(request)
+        except RequestError as error:
+            return _refusal(request, error)
 
     async def send(self, request: DataRequest) -> DataRequest:
         """The flow's response to `request`.
@@ -200,13 +207,13 @@ def jina_handlers(jina: JinaRequestHandler) -> list[grpc.GenericRpcHandler]:
     ]
 
 
-def serialize(response: DataRequest) -> bytes:
+def serialize(response: Response) -> bytes:
     """The bytes of a response."""
     serialized: bytes = response.SerializeToString()
     return serialized
 
 
-def is_error(response: DataRequest) -> bool:
+def is_error(response: Response) -> bool:
     """Whether a response says that its request failed."""
     failed: bool = response.header.status.code == jina_pb2.StatusProto.ERROR
     return failed
