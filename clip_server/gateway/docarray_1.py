@@ -9,6 +9,7 @@ import numpy as np
 from docarray import DocList
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
+from google.protobuf.struct_pb2 import Struct
 from jina.proto import jina_pb2
 from jina.types.request.data import DataRequest
 from numpy.typing import NDArray
@@ -40,6 +41,11 @@ class Docarray1Request:
         is_docarray_1 = len(docs) > 0 and all(doc.id and doc.id[0] != 0x0A for doc in docs)
         return cls(proto) if is_docarray_1 else None
 
+    @property
+    def parameters(self) -> Struct:
+        """As they came."""
+        return self._proto.parameters
+
     def to_jina(self) -> DataRequest:
         """The same request in docarray 2's form.
 
@@ -57,9 +63,9 @@ class Docarray1Request:
                 )
                 for doc in self._proto.data.docs.docs
             )
-        except (DecodeError, UnicodeDecodeError, ValueError, TypeError) as error:
+        except (DecodeError, json_format.Error, ValueError, TypeError) as error:
             raise RequestError(f"the documents cannot be read: {error}") from None
-        proto.parameters.CopyFrom(self._proto.parameters)
+        proto.parameters.CopyFrom(self.parameters)
         request = DataRequest(proto)
         request.document_array_cls = DocList[ClipDoc]
         request.data.docs = docs
@@ -68,7 +74,7 @@ class Docarray1Request:
     def answer(self, response: DataRequest) -> Docarray1Response:
         """The flow's answer in docarray 1's form: the documents as they came, with what is new."""
         answer = pb.Request(header=response.header.SerializeToString())
-        answer.parameters.CopyFrom(self._proto.parameters)
+        answer.parameters.CopyFrom(self.parameters)
         answer.routes.extend(route.SerializeToString() for route in response.routes)
         if response.header.status.code != jina_pb2.StatusProto.ERROR:
             response.document_array_cls = DocList[FlowDoc]
@@ -81,7 +87,7 @@ class Docarray1Request:
 
     @property
     def _drops_image_content(self) -> bool:
-        fields = self._proto.parameters.fields
+        fields = self.parameters.fields
         return "drop_image_content" in fields and fields["drop_image_content"].bool_value
 
 

@@ -12,6 +12,7 @@ import grpc
 from docarray import DocList
 from google.protobuf import empty_pb2, json_format
 from google.protobuf.message import DecodeError
+from google.protobuf.struct_pb2 import Struct
 from jina.excepts import InternalNetworkError
 from jina.proto import jina_pb2
 from jina.serve.runtimes.gateway.request_handling import GatewayRequestHandler
@@ -63,6 +64,7 @@ class JinaRequestHandler:
             RequestError: the request cannot be read.
         """
         if docarray_1 := Docarray1Request.parse(message):
+            _refuse_unfit(docarray_1.parameters)
             return docarray_1.answer(await self._answered(docarray_1.to_jina()))
         return await self._answered(_read(message))
 
@@ -224,18 +226,19 @@ def _read(message: bytes) -> DataRequest:
     try:
         proto = jina_pb2.DataRequestProto.FromString(message)
     except DecodeError:
-        raise RequestError(
-            "the message is not a serialized jina.DataRequestProto with documents of docarray 2; "
-            "clients with docarray 1, such as clip-as-service's own, work over HTTP"
-        ) from None
+        raise RequestError("the message is not a serialized jina.DataRequestProto") from None
+    _refuse_unfit(proto.parameters)
+    return DataRequest(proto)
+
+
+def _refuse_unfit(parameters: Struct) -> None:
     try:
-        json_format.MessageToDict(proto.parameters)
+        json_format.MessageToDict(parameters)
     except (json_format.Error, ValueError):
         raise RequestError(
             "parameters hold a number that is not finite, or a value without content: send JSON's "
             "values"
         ) from None
-    return DataRequest(proto)
 
 
 def _refusal(request: DataRequest, error: RequestError) -> DataRequest:
