@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from conftest import Server, free_ports
 from docarray import DocList
 from guide import CAT, DIM, SENTENCES, Document, Match, rows, texts
 
-from clip_client import Client, ServerError
+from clip_client import Client, ConnectionFailedError, ServerError
 
 jina = pytest.importorskip("jina")
 pytestmark = pytest.mark.slow
@@ -80,6 +81,42 @@ def test_jinas_own_gateway_says_what_to_change() -> None:
         pytest.raises(ServerError, match=r"clip_server\.Flow"),
     ):
         c.encode(SENTENCES)
+
+
+def test_an_executor_by_itself() -> None:
+    """`jina executor --uses`, asked by our client and by Jina's."""
+    from clip_server.executors.documents import ClipDoc
+
+    (port,) = free_ports(1)
+    file = Path(__file__).with_name("unseen_encoder.yml")
+    arguments = ("executor", "--uses", str(file), "--port", str(port), "--host", "127.0.0.1")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "jina", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with Client(f"grpc://127.0.0.1:{port}") as client:
+            wait_for(client)
+            assert client.encode(SENTENCES).shape == (3, DIM)
+        (document,) = jina.Client(host="127.0.0.1", port=port).post(
+            "/encode", DocList[ClipDoc]([ClipDoc(text="hello")]), return_type=DocList[ClipDoc]
+        )
+        assert document.embedding.shape == (DIM,)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(client: Client) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.info()
+            return
+        except ConnectionFailedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
 
 @pytest.mark.parametrize("call", ["encode", "rank"])
