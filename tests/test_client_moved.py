@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Server, free_ports
+from conftest import free_ports
 from fake_server import DIM, FakeServer, vector
 
 from clip_client import (
@@ -293,78 +293,3 @@ def test_a_gateway_of_jinas_own_is_named() -> None:
         finally:
             for each in (*family.children(recursive=True), family):
                 each.kill()
-
-
-# Run where docarray is older than 0.30: the guide's calls, and what it says they return.
-DOCARRAY_1 = """
-import sys
-import numpy as np
-from docarray import Document, DocumentArray
-from clip_client import Client
-
-address, image = sys.argv[1:]
-client = Client(address)
-
-def given():
-    return [
-        Document(text='a cat'),
-        Document(uri=image),
-        Document(uri=image).load_uri_to_image_tensor(),
-        Document(blob=open(image, 'rb').read()),
-    ]
-
-for wrap in (list, DocumentArray, iter, tuple):
-    documents = given()
-    result = client.encode(wrap(documents), batch_size=2)
-    assert isinstance(result, DocumentArray), type(result)
-    assert all(one is other for one, other in zip(documents, result))
-    assert result.embeddings.shape[0] == 4
-    assert np.allclose(result[1].embedding, result[3].embedding)
-    assert not result[1].blob
-assert isinstance(client.encode(DocumentArray()), DocumentArray)
-
-def matched():
-    texts = [Document(text=text) for text in ('a dog', 'a cat', 'a rocket')]
-    return Document(text='a smiling cat', matches=texts)
-
-for wrap in (list, DocumentArray, iter):
-    for call in (client.rank, lambda docs: client.rank(docs=docs, source='matches')):
-        documents = [matched(), matched()]
-        result = call(wrap(documents))
-        assert isinstance(result, DocumentArray)
-        assert all(one is other for one, other in zip(documents, result))
-        texts, scores = result['@m', ['text', 'scores__clip_score__value']]
-        assert texts[0] == 'a cat' and scores[:3] == sorted(scores[:3], reverse=True)
-        assert abs(sum(scores[:3]) - 1) < 1e-5
-        assert result[0].matches[0].scores['clip_score_cosine'].value > 0
-try:
-    client.rank([Document(text='x')])
-except ValueError as error:
-    assert 'matches' in str(error)
-else:
-    raise AssertionError('no error')
-
-responses = []
-assert client.encode(DocumentArray(given()), on_done=responses.append) is None
-assert isinstance(responses[0].docs, DocumentArray)
-assert responses[0].docs.embeddings.shape == responses[0].embeddings.shape
-parent = Document(chunks=given())
-client.encode([parent], parameters={'access_paths': '@c'})
-assert parent.chunks.embeddings.shape[0] == 4 and parent.embedding is None
-print('as in the guide')
-"""
-
-
-@pytest.mark.slow
-def test_docarray_1(onnx_server: Server, tmp_path: Path) -> None:
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-    requirements = ("docarray[common]<0.30", ROOT / "clip_client", "pillow")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
-    image = ROOT / "clip_server" / "models" / "embedded" / "samples"
-    for address in onnx_server.addresses:
-        arguments = [python, "-c", DOCARRAY_1, address, next(image.glob("*.png"))]
-        done = subprocess.run(
-            arguments, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
-        )
-        assert done.stdout.endswith("as in the guide\n"), done.stdout + done.stderr
