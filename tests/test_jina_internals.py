@@ -142,3 +142,35 @@ def test_the_addresses_of_replicas() -> None:
     assert jina_internals.flow_processes(flow).keys() == {"gateway", "a", "b"}
     addresses = jina_internals.executor_addresses(flow)
     assert {name: len(each) for name, each in addresses.items()} == {"a": 2, "b": 1}
+
+
+def test_its_gateway_makes_a_class_of_each_schema() -> None:
+    code = (
+        "from docarray import BaseDoc\n"
+        "from jina.serve.runtimes.gateway.graph import topology_graph\n"
+        "class Image(BaseDoc):\n"
+        "    blob: bytes\n"
+        "made = topology_graph.create_base_doc_from_schema(Image.schema(), 'Image', {})\n"
+        "print(made.__fields__['blob'].type_.__name__)"
+    )
+    # It cannot hold the image.
+    assert unpatched(code).strip() == "str"
+
+
+def test_it_hides_why_documents_cannot_be_read() -> None:
+    code = (
+        "from docarray import BaseDoc, DocList\n"
+        "from docarray.base_doc import AnyDoc\n"
+        "from jina.types.request.data import DataRequest\n"
+        "class Parent(BaseDoc):\n"
+        "    text: str\n"
+        "request = DataRequest()\n"
+        "request.data.docs = DocList[AnyDoc]([AnyDoc(text=b'\\xff')])\n"
+        "request.document_array_cls = DocList[Parent]\n"
+        "try:\n"
+        "    request.docs\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)"
+    )
+    # The gateway learns neither whose fault it is nor, from its message, what was wrong.
+    assert unpatched(code).strip() == "ValidationError"

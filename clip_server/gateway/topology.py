@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class Topology:
         self.executors = executors
         self.encoders = [each for each in executors if each.info is not None]
         self._conditional = conditional
+        # A route costs 30 µs to find, and clients ask for few different ones.
+        self._routes = functools.lru_cache(maxsize=256)(self._find_route)
         if not self.encoders:
             raise ConfigurationError("no executor of this flow is a CLIPEncoder")
 
@@ -118,6 +121,9 @@ class Topology:
             UnansweredError: no executor answers it.
             RequestError: the pattern or the endpoint is invalid, or no encoder has that name.
         """
+        return self._routes(endpoint, model, target)
+
+    def _find_route(self, endpoint: str, model: str, target: str) -> Route:
         # It travels to the executors as metadata of gRPC, which holds nothing else.
         if not (endpoint.isascii() and endpoint.isprintable() and len(endpoint) <= _LONGEST):
             raise RequestError(

@@ -305,8 +305,8 @@ async def learn_endpoints(gateway: Any, document: type) -> dict[str, dict[str, A
     """Asks the executors for their endpoints; the schemas of each, by executor and endpoint.
 
     Jina's own servers do it in their `setup_server`, which ours replaces. They make a class of
-    documents from each schema, which fails for one that refers to itself and loses fields of
-    documents below others.
+    documents from each schema, which fails for some that refer to themselves, takes bytes for texts
+    and loses fields of documents below others.
 
     document: the class for all of them, with which branches of the flow are merged.
     """
