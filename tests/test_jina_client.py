@@ -15,6 +15,7 @@ import pytest
 from conftest import SAMPLES, Server
 
 from clip_client import Client
+from clip_client.proto import clip_pb2 as pb
 
 jina = pytest.importorskip("jina")
 
@@ -320,3 +321,30 @@ def test_websocket(onnx_server: Server) -> None:
     with Client(onnx_server.websocket) as ours:
         expected = ours.encode(["number 0"])[0]
     np.testing.assert_allclose(found[0].embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_clients_that_go_away_leave_nothing_in_the_log(onnx_server: Server) -> None:
+    import socket
+
+    from websockets.sync.client import connect
+
+    texts = [pb.Item(text=f"text {number}") for number in range(300)]
+    encode = pb.EncodeRequest(items=texts)
+    stream = pb.Requests(requests=[pb.Request(id=1, encode=encode)]).SerializeToString()
+    jina_request = data_request().SerializeToString()
+    with grpc.insecure_channel(onnx_server.grpc.removeprefix("grpc://")) as channel:
+        calls = [
+            channel.unary_unary("/clip.v1.Clip/Encode").future(encode.SerializeToString()),
+            channel.stream_stream("/clip.v1.Clip/Stream")(iter([stream])),
+            channel.unary_unary(f"/{METHODS[3]}").future(jina_request),
+            channel.stream_stream("/jina.JinaRPC/Call")(iter([jina_request])),
+        ]
+        for call in calls:
+            call.cancel()
+    for subprotocols, message in ((None, stream), (["bytes"], jina_request)):
+        with connect(onnx_server.websocket, subprotocols=subprotocols, proxy=None) as connection:
+            connection.send(message)
+            connection.socket.shutdown(socket.SHUT_RDWR)
+    with Client(onnx_server.grpc) as client:  # and the server serves on
+        assert client.encode(["a cat"]).shape == (1, 256)
+    assert "Traceback" not in onnx_server.output()
