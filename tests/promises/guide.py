@@ -2,7 +2,7 @@
 
 docarray 1 had one Document with every field. `Document` has the same fields in docarray 2, which
 ships `LegacyDocument` for the same purpose; the tests that need docarray 1 itself are in
-test_docarray_1.py.
+test_docarray_1_guide.py.
 """
 
 # docarray reads the annotations at run time, in its own older style.
