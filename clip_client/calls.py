@@ -27,7 +27,7 @@ from clip_client.results import Info, Label
 from clip_client.row_collector import IndexCollector, RowCollector
 from clip_client.sansio import CallGenerator
 from clip_client.scores import cosines, probabilities
-from clip_client.search_parameters import SearchParameters, to_json_filter
+from clip_client.search_parameters import SearchParameters, Target, to_json_filter
 
 T = TypeVar("T")
 
@@ -37,16 +37,39 @@ PREFETCH = 8
 _RANKED_DOCUMENTS = 8
 
 
-class RankOptions(TypedDict, total=False):
-    """The options of `rank` that do not change what it returns."""
+class RequestOptions(TypedDict, total=False):
+    """The options of every call with callbacks that do not change what it returns."""
 
     batch_size: SupportsIndex | None
     prefetch: SupportsIndex
     show_progress: bool
-    parameters: Mapping[str, Any] | None
-    on_error: Callback | None
     on_always: Callback | None
     timeout: float | None
+
+
+class IndexOptions(RequestOptions, total=False):
+    """The options of `index` that do not change what it returns."""
+
+    ids: Iterable[Any] | None
+    tags: Iterable[Mapping[str, Any]] | None
+
+
+class SearchOptions(RequestOptions, total=False):
+    """The options of `search` that do not change what it returns."""
+
+    limit: SupportsIndex | None
+    filter: Mapping[str, Any] | str | None
+    target: Target
+    score_threshold: float | None
+    min_relevance: float | None
+    parameters: Mapping[str, Any] | None
+
+
+class RankOptions(RequestOptions, total=False):
+    """The options of `rank` that do not change what it returns."""
+
+    parameters: Mapping[str, Any] | None
+    on_error: Callback | None
 
 
 class EncodeOptions(RankOptions, total=False):

@@ -13,12 +13,19 @@ from numpy.typing import NDArray
 from clip_client import calls
 from clip_client.address import Address
 from clip_client.callbacks import Callback, Callbacks
-from clip_client.calls import PREFETCH, TIMEOUT, EncodeOptions, RankOptions
+from clip_client.calls import (
+    PREFETCH,
+    TIMEOUT,
+    EncodeOptions,
+    IndexOptions,
+    RankOptions,
+    SearchOptions,
+)
 from clip_client.connection import Connection, check_seconds
 from clip_client.errors import InvalidInputError, ItemFailure
-from clip_client.results import Info, Label, Ranking
+from clip_client.results import Info, Label, Match, Ranking
 from clip_client.sansio import drive_async, drive_sync
-from clip_client.search_parameters import SearchParameters
+from clip_client.search_parameters import SearchParameters, Target
 from clip_client.tls import Trust
 
 if TYPE_CHECKING:
@@ -46,7 +53,6 @@ M = TypeVar("M", bound=MatchedDocument)
 Raise = Literal["raise"]
 Return = Literal["return"]
 OnItemError = Literal["raise", "return"]
-Target = Literal["both", "texts", "images"]
 Failures = list[ItemFailure]
 Embeddings = NDArray[np.float32]
 
@@ -632,6 +638,83 @@ class Client:
             )
         )
 
+    @overload
+    def index(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> None: ...
+
+    @overload
+    def index(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[IndexOptions],
+    ) -> tuple[None, Failures]: ...
+
+    @overload
+    def index(
+        self,
+        content: Iterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> list[D]: ...
+
+    @overload
+    def index(
+        self,
+        content: Iterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[IndexOptions],
+    ) -> tuple[list[D], Failures]: ...
+
+    @overload
+    def index(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> list[str]: ...
+
+    @overload
+    def index(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> list[str | None]: ...
+
+    @overload
+    def index(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[IndexOptions],
+    ) -> tuple[list[str | None], Failures]: ...
+
     def index(
         self,
         content: Any,
@@ -678,6 +761,83 @@ class Client:
             )
         )
 
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> None: ...
+
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[IndexOptions],
+    ) -> tuple[None, Failures]: ...
+
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[D] | AsyncIterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> list[D]: ...
+
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[D] | AsyncIterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[IndexOptions],
+    ) -> tuple[list[D], Failures]: ...
+
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> list[str]: ...
+
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[IndexOptions],
+    ) -> list[str | None]: ...
+
+    @overload
+    async def aindex(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[IndexOptions],
+    ) -> tuple[list[str | None], Failures]: ...
+
     async def aindex(
         self,
         content: Any,
@@ -707,6 +867,83 @@ class Client:
                 timeout=timeout,
             )
         )
+
+    @overload
+    def search(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> None: ...
+
+    @overload
+    def search(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[SearchOptions],
+    ) -> tuple[None, Failures]: ...
+
+    @overload
+    def search(
+        self,
+        content: Iterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> list[D]: ...
+
+    @overload
+    def search(
+        self,
+        content: Iterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[SearchOptions],
+    ) -> tuple[list[D], Failures]: ...
+
+    @overload
+    def search(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> list[list[Match]]: ...
+
+    @overload
+    def search(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> list[list[Match] | None]: ...
+
+    @overload
+    def search(
+        self,
+        content: Iterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[SearchOptions],
+    ) -> tuple[list[list[Match] | None], Failures]: ...
 
     def search(
         self,
@@ -758,6 +995,83 @@ class Client:
                 timeout=timeout,
             )
         )
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> None: ...
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: Callback,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[SearchOptions],
+    ) -> tuple[None, Failures]: ...
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[D] | AsyncIterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> list[D]: ...
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[D] | AsyncIterable[D],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[SearchOptions],
+    ) -> tuple[list[D], Failures]: ...
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: None = ...,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> list[list[Match]]: ...
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback,
+        on_item_error: Raise | None = ...,
+        **options: Unpack[SearchOptions],
+    ) -> list[list[Match] | None]: ...
+
+    @overload
+    async def asearch(
+        self,
+        content: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_done: None = ...,
+        on_error: Callback | None = ...,
+        on_item_error: Return,
+        **options: Unpack[SearchOptions],
+    ) -> tuple[list[list[Match] | None], Failures]: ...
 
     async def asearch(
         self,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from clip_client.errors import InvalidInputError
 from clip_client.parameters import positive
 from clip_client.proto import clip_pb2
 
+Target = Literal["both", "texts", "images"]
 _TARGETS = {"both": clip_pb2.BOTH, "texts": clip_pb2.TEXTS, "images": clip_pb2.IMAGES}
 
 

@@ -51,6 +51,22 @@ REVEALED = {
     "client.classify([b'x'], texts, on_item_error='return')": (
         "tuple[list[list[Label] | None], list[ItemFailure]]"
     ),
+    "client.index(texts, ids=texts, tags=[{'a': 1}])": "list[str]",
+    "client.index([b'x'], on_error=store)": "list[str | None]",
+    "client.index(texts, on_item_error='return')": "tuple[list[str | None], list[ItemFailure]]",
+    "client.index(listed, timeout=5)": "list[Document]",
+    "client.index(documents(), on_item_error='return')": (
+        "tuple[list[Document], list[ItemFailure]]"
+    ),
+    "client.index(texts, on_done=store, on_error=store)": "None",
+    "client.search(texts, limit=3, target='images', filter={'a': 1})": "list[list[Match]]",
+    "client.search(texts)[0][0].score": "float",
+    "client.search(content=texts, on_error=store)": "list[list[Match] | None]",
+    "client.search([b'x'], on_item_error='return')": (
+        "tuple[list[list[Match] | None], list[ItemFailure]]"
+    ),
+    "client.search(listed, parameters={'limit': 3})": "list[Document]",
+    "client.search(texts, on_done=store, on_item_error='return')": "tuple[None, list[ItemFailure]]",
     "client.profile()['Server']": "float",
     "client.info()": "Info",
     "await client.aencode(stream())": ARRAY,
@@ -60,10 +76,24 @@ REVEALED = {
     "await client.aencode(texts, on_done=store)": "None",
     "await client.arank('a', texts)": "list[Ranking]",
     "await client.aclassify([b'x'], texts)": "list[list[Label]]",
+    "await client.aindex(stream(), batch_size=2)": "list[str]",
+    "await client.aindex(documents(), on_item_error='return')": (
+        "tuple[list[Document], list[ItemFailure]]"
+    ),
+    "await client.asearch(stream(), min_relevance=0.5)": "list[list[Match]]",
+    "await client.asearch(texts, on_item_error='return')": (
+        "tuple[list[list[Match] | None], list[ItemFailure]]"
+    ),
+    "await client.asearch(texts, on_done=store)": "None",
     "(await client.aprofile(content='cat.jpg'))['Server']": "float",
     "(await client.ainfo()).dim": "int",
 }
-REFUSED = ("client.encode(texts, batchsize=3)", "client.encode(texts, on_item_error='ignore')")
+REFUSED = (
+    "client.encode(texts, batchsize=3)",
+    "client.encode(texts, on_item_error='ignore')",
+    "client.index(texts, limit=3)",
+    "client.search(texts, target='videos')",
+)
 
 
 def test_types(tmp_path: Path) -> None:
