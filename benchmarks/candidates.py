@@ -22,7 +22,8 @@ from clip_server.models import converted
 from clip_server.runtimes import tensorrt_engines
 from clip_server.runtimes.cuda import Gpu
 from clip_server.runtimes.loading import load_checkpoint
-from clip_server.runtimes.onnx import OnnxRuntime, _Tower
+from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.onnx_graph import Feeds, Graph, ImageGraph, TextGraph
 from clip_server.runtimes.protocol import Runtime
 from clip_server.runtimes.tensorrt import EngineTower, TensorrtRuntime
 from clip_server.runtimes.torch import TorchRuntime, towers
@@ -113,32 +114,35 @@ def _io_binding(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     """Batches copied into memory of the GPU that is kept for their shape."""
     from onnxruntime import OrtValue  # after clip_server, which keeps it from calling home
 
-    class BoundTower(_Tower):
-        def __init__(self, tower: _Tower) -> None:
-            super().__init__(tower._session)
+    class BoundGraph(Graph):
+        def __init__(self, graph: Graph) -> None:
+            super().__init__(graph._session, graph.origin)
             self._bindings: dict[tuple[int, ...], tuple[Any, OrtValue]] = {}
 
-        def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        def _run(self, feeds: Feeds, size: int) -> NDArray[np.float32]:
+            ((name, batch),) = self._prepared(feeds, size).items()
             if batch.shape not in self._bindings:
-                self._bindings[batch.shape] = self._bind(batch.shape)
+                self._bindings[batch.shape] = self._bind(name, batch)
             binding, source = self._bindings[batch.shape]
-            source.update_inplace(np.ascontiguousarray(batch, dtype=self.dtype))
+            source.update_inplace(batch)
             self._session.run_with_iobinding(binding)
             output: NDArray[Any] = binding.copy_outputs_to_cpu()[0]
             return output.astype(np.float32, copy=False)
 
-        def _bind(self, shape: tuple[int, ...]) -> tuple[Any, OrtValue]:
+        def _bind(self, name: str, batch: NDArray[Any]) -> tuple[Any, OrtValue]:
             kind, _, index = device.partition(":")
             place = (kind, int(index or 0))
-            source = OrtValue.ortvalue_from_shape_and_type(shape, self.dtype, *place)
+            source = OrtValue.ortvalue_from_shape_and_type(batch.shape, batch.dtype, *place)
             binding = self._session.io_binding()
-            binding.bind_ortvalue_input(self._input, source)
-            binding.bind_output(self._session.get_outputs()[0].name, *place)
+            binding.bind_ortvalue_input(name, source)
+            binding.bind_output(self._output, *place)
             return binding, source
 
     runtime = OnnxRuntime.load("", model_path=checkpoint, device=device, precision=precision)
-    towers = BoundTower(runtime._visual), BoundTower(runtime._textual)
-    return OnnxRuntime(runtime.card, *towers, runtime.device, runtime.precision)
+    card = runtime.card
+    visual = ImageGraph(BoundGraph(runtime._visual._graph), card.image)
+    textual = TextGraph(BoundGraph(runtime._textual._graph), card.text)
+    return OnnxRuntime(card, visual, textual, runtime.device, runtime.precision)
 
 
 def _cuda_graphs(checkpoint: Path, precision: Precision, device: str) -> Runtime:
