@@ -140,6 +140,9 @@ class RequestBatch:
         return int(getattr(response, self._kind).truncated) if response else 0
 
     def _failure(self, error: clip_pb2.ItemError) -> ItemFailure:
+        count = len(self._rows)
+        if error.index >= count:
+            raise ServerError(f"the answer to {count} items holds an error of item {error.index}")
         row = self._rows[error.index]
         return ItemFailure(self.indices[row], error.message, label(self._names[row]))
 
@@ -330,8 +333,7 @@ def _is_done(answer: Future[clip_pb2.Response] | None) -> bool:
 
 def _matrix(response: clip_pb2.EncodeResponse, rows: int) -> NDArray[np.float32]:
     embeddings = response.embeddings  # every access makes a copy
-    in_range = all(error.index < rows for error in response.errors)
-    if response.count != rows or len(embeddings) != rows * response.dim * 4 or not in_range:
+    if response.count != rows or len(embeddings) != rows * response.dim * 4:
         raise ServerError(
             f"the answer to {rows} items holds {response.count} x {response.dim} embeddings "
             f"in {len(embeddings)} bytes"
