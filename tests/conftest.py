@@ -272,3 +272,25 @@ def photos() -> list[bytes]:
         Image.fromarray(getattr(data, name)()).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images, some of which the model mistakes for others, with 48 captions beside them."""
+    from PIL import Image, ImageOps
+
+    variants = {
+        "": lambda image: image,
+        "upside down ": lambda image: image.rotate(180),
+        "negative ": lambda image: ImageOps.invert(image.convert("RGB")),
+    }
+    folder = tmp_path_factory.mktemp("gallery")
+    for sample in SAMPLES.glob("*.png"):
+        with Image.open(sample) as image:
+            for variant, change in variants.items():
+                file = folder / f"{variant.replace(' ', '-')}{sample.stem}.png"
+                change(image).save(file)
+                file.with_suffix(".txt").write_text(
+                    f"a {variant}{sample.stem}\n\nthe {sample.stem}, {variant or 'as it is'}\n"
+                )
+    return folder

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import SAMPLES, Server, needs_torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
 
 from clip_server import runtimes
@@ -29,26 +28,6 @@ from clip_server.runtimes.onnx import OnnxRuntime
 ONNX = ("--runtime", "onnx", "--device", "cpu", "--threads", "1")
 CARD = zoo.resolve("embedded")
 TOKENIZER, TRANSFORM = tokenizer_for(CARD.text), ImageTransform(CARD.image)
-VARIANTS = {
-    "": lambda image: image,
-    "upside down ": lambda image: image.rotate(180),
-    "negative ": lambda image: ImageOps.invert(image.convert("RGB")),
-}
-
-
-@pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures, some of which the model mistakes for others, with 48 captions beside them."""
-    folder = tmp_path_factory.mktemp("gallery")
-    for sample in SAMPLES.glob("*.png"):
-        with Image.open(sample) as image:
-            for variant, change in VARIANTS.items():
-                file = folder / f"{variant.replace(' ', '-')}{sample.stem}.png"
-                change(image).save(file)
-                file.with_suffix(".txt").write_text(
-                    f"a {variant}{sample.stem}\n\nthe {sample.stem}, {variant or 'as it is'}\n"
-                )
-    return folder
 
 
 @pytest.fixture(scope="module")
