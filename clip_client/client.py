@@ -976,8 +976,8 @@ class Client:
         on_done, on_error, on_always, on_item_error, batch_size, prefetch, show_progress,
         timeout: as for `encode`; `results` of a Batch are the matches.
 
-        If all queries are Documents, their `.matches` are set, with the scores in `.scores` of
-        each, and the Documents are returned. Raises ItemsError, ServerError,
+        The list is None for a query that failed. If all queries are Documents, their `.matches` are
+        set, with the scores in `.scores` of each, and the Documents are returned. Raises ItemsError, ServerError,
         ConnectionFailedError, ClientClosedError, InvalidInputError or TypeError.
         """
         _refuse_async(content, "search")
