@@ -977,8 +977,10 @@ class Client:
         timeout: as for `encode`; `results` of a Batch are the matches.
 
         The list is None for a query that failed. If all queries are Documents, their `.matches` are
-        set, with the scores in `.scores` of each, and the Documents are returned. Raises ItemsError, ServerError,
-        ConnectionFailedError, ClientClosedError, InvalidInputError or TypeError.
+        set, with the scores in `.scores` of each, and the Documents are returned.
+
+        Raises ItemsError, ServerError, ConnectionFailedError, ClientClosedError, InvalidInputError
+        or TypeError.
         """
         _refuse_async(content, "search")
         asked = SearchParameters(limit, filter, target, score_threshold, min_relevance)
