@@ -6,18 +6,20 @@ import argparse
 import time
 
 from benchmarks import report
-from benchmarks.legs import LEGS, Options
+from benchmarks.legs import LEGS
+from benchmarks.options import QUICK, Options
 from benchmarks.peers import Peers
 
 # All but the soak, which takes its time.
 DEFAULT = [name for name in LEGS if name != "soak"]
-QUICK = Options(rounds=1, seconds=2, bulk=100_000, minutes=1)
 
 
 def main() -> None:
     options = _parser().parse_args()
     how = f"{options.rounds} rounds of {options.seconds:g} s"
-    chosen = Options(options.rounds, options.seconds, options.bulk, options.minutes)
+    chosen = Options(
+        options.rounds, options.seconds, options.bulk, options.minutes, tuple(options.sizes)
+    )
     if options.quick:
         chosen = QUICK
     print(report.machine(), flush=True)
@@ -44,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--bulk", type=int, default=100_000, help="texts of the bulk job")
     parser.add_argument("--minutes", type=float, default=20, help="of the soak")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[10_000, 50_000],
+        metavar="ROWS",
+        help="of the collections that are searched",
+    )
     parser.add_argument("--port", type=int, default=9600, help="the first of those to listen on")
     parser.add_argument("--quick", action="store_true", help="little of everything, to try it")
     parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and its plot")

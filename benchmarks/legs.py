@@ -6,7 +6,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import workload
+from benchmarks.options import Options
 from benchmarks.peers import (
     CLIP_AS_SERVICE,
     EMBEDDED,
@@ -28,6 +28,7 @@ from benchmarks.peers import (
 )
 from benchmarks.processes import Driver
 from benchmarks.report import Figures, Goal, Leg
+from benchmarks.search import search
 from clip_client import scores
 from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -52,16 +53,6 @@ PHOTO, NOISE = "photograph", "off by one at random"
 # Of the soak: between two looks at the memory, the share of the time that is warm-up, the looks
 # whose median is one point, and how far a point may be from the median of all.
 LOOK_SECONDS, WARM_UP_SHARE, LOOKS, FLAT = 5.0, 0.25, 12, 0.05
-
-
-@dataclass(frozen=True)
-class Options:
-    """rounds, and seconds of each measurement; texts of the bulk job; minutes of the soak."""
-
-    rounds: int
-    seconds: float
-    bulk: int
-    minutes: float
 
 
 def texts(peers: Peers, options: Options) -> Leg:
@@ -114,7 +105,7 @@ def latency(peers: Peers, options: Options) -> Leg:
 
 
 def capacity(peers: Peers, options: Options) -> Leg:
-    """What the server itself can do: a runtime that answers zeros at once."""
+    """What the server itself can do: a runtime that answers at once."""
     drivers = {protocol: peers.driver(NULL, protocol) for protocol in SCHEMES}
     many = _rates(
         "texts/s, 128 a request", drivers, dict.fromkeys(drivers, 8), options, "texts", 128
@@ -297,7 +288,8 @@ def _unevenness(memory: NDArray[np.float64]) -> float:
 
 
 LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
-    leg.__name__: leg for leg in (texts, photos, latency, capacity, triton, mixed, decode, soak)
+    leg.__name__: leg
+    for leg in (texts, photos, latency, capacity, triton, search, mixed, decode, soak)
 }
 
 

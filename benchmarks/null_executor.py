@@ -11,7 +11,7 @@ from clip_server.models import zoo
 
 
 class NullRuntime:
-    """Zeros, at once; see `Runtime` for the methods."""
+    """Ones, at once; see `Runtime` for the methods."""
 
     name, device, precision = "null", "cpu", "fp32"
     concurrent, overlaps = True, False
@@ -20,10 +20,10 @@ class NullRuntime:
         self.card = zoo.resolve(name)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.zeros((len(pixels), self.card.dim), np.float32)
+        return np.ones((len(pixels), self.card.dim), np.float32)
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        return np.zeros((len(tokens), self.card.dim), np.float32)
+        return np.ones((len(tokens), self.card.dim), np.float32)
 
 
 class NullEncoder(BaseCLIPEncoder):

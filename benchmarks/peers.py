@@ -1,4 +1,4 @@
-"""Who is measured: this server in several forms, its runtime alone, and the two peers."""
+"""Who is measured: this server in several forms, its runtime alone, and its peers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,20 @@ class Peers:
         crowd = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
         self._stack.callback(crowd.kill)
         return crowd
+
+    def indexer(self, name: str, folder: Path, method: str) -> tuple[str, Callable[[], Server]]:
+        """The gRPC address of a flow with an indexer whose collection is in `folder`, and what
+        starts it, which may be done several times."""
+        port = next(self._ports)
+        listen = {"protocol": "grpc", "port": port, "host": HOST}
+        indexer = {
+            "jtype": "CLIPIndexer",
+            "with": {"path": str(folder), "index_method": method},
+            "metas": {"py_modules": ["clip_server.executors.indexer"]},
+        }
+        flow = _write_flow(name, listen, **_encoder(NULL), indexer=indexer)
+        command = [sys.executable, "-m", "clip_server", flow]
+        return f"{HOST}:{port}", lambda: Server(name, command, "clip_server: ready", {})
 
     def _check(self, name: str) -> None:
         if name not in LEAST_COSINE:
@@ -199,11 +214,20 @@ def _encoder(name: str) -> dict[str, Any]:
 
 
 def _write_flow(
-    name: str, listen: dict[str, Any], encoder: str, module: str, parameters: dict[str, Any]
+    name: str,
+    listen: dict[str, Any],
+    encoder: str,
+    module: str,
+    parameters: dict[str, Any],
+    indexer: dict[str, Any] | None = None,
 ) -> Path:
-    uses = {"jtype": encoder, "with": parameters, "metas": {"py_modules": [module]}}
-    executor = {"name": "clip", "host": HOST, "timeout_ready": -1, "uses": uses}
-    flow = {"jtype": "Flow", "version": "1", "with": listen, "executors": [executor]}
+    clip = {"jtype": encoder, "with": parameters, "metas": {"py_modules": [module]}}
+    executors = [
+        {"name": executor, "host": HOST, "timeout_ready": -1, "uses": uses}
+        for executor, uses in (("clip", clip), ("indexer", indexer))
+        if uses
+    ]
+    flow = {"jtype": "Flow", "version": "1", "with": listen, "executors": executors}
     file = CACHE / f"{name}.yml"
     # Jina reads `jtype` only where it stands first.
     file.write_text(yaml.safe_dump(flow, sort_keys=False))

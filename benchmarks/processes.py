@@ -58,6 +58,11 @@ class Driver:
             raise RuntimeError(f"a client ended, see {self._log}")
         return json.loads(line)
 
+    def memory(self) -> int:
+        """Its resident bytes."""
+        resident: int = psutil.Process(self._process.pid).memory_info().rss
+        return resident
+
     def close(self) -> None:
         """Ends it, whatever it does."""
         self._process.kill()
@@ -100,10 +105,13 @@ class Server:
                 raise NotAvailableError(f"it did not start: {last}")
             time.sleep(0.1)
 
-    def memory(self) -> int:
-        """Resident bytes of all its processes together."""
+    def memory(self, using: Path | None = None) -> int:
+        """Resident bytes of all its processes together, or of those with a file open in `using`."""
         parent = psutil.Process(self._process.pid)
-        return sum(each.memory_info().rss for each in [parent, *parent.children(recursive=True)])
+        processes = [parent, *parent.children(recursive=True)]
+        if using is not None:
+            processes = [each for each in processes if _uses(each, using)]
+        return sum(each.memory_info().rss for each in processes)
 
     def close(self) -> None:
         """Asks it to end, and kills what is left of its group after END_SECONDS."""
@@ -113,3 +121,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _uses(process: psutil.Process, folder: Path) -> bool:
+    return any(Path(each.path).is_relative_to(folder) for each in process.open_files())

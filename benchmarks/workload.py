@@ -1,4 +1,4 @@
-"""What the servers are given: a model with seeded random weights, photos, pictures."""
+"""What the servers are given: a model with seeded random weights, photos, embeddings."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ MODEL = "ViT-B-32::openai"
 PHOTOS = 96
 PHOTO_SIZE = (1600, 1200)
 PHOTO_QUALITY = 90
+# Of a collection: the dimensions of an embedding, the clusters they are in, how far they are from
+# the centre of theirs, and the queries.
+DIMENSIONS, CLUSTERS, SPREAD, QUERIES = 512, 1000, 0.7, 500
 # Photographs that come with scikit-image.
 _SOURCES = ("astronaut", "coffee", "chelsea", "rocket")
 
@@ -93,3 +96,25 @@ def jpeg(picture: Image.Image, quality: int, subsampling: str) -> bytes:
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     return buffer.getvalue()
+
+
+def embeddings(count: int) -> Path:
+    """A folder with `rows.npy`, [count, D], and `queries.npy`, [QUERIES, D], made once.
+
+    They are float32 of length 1, in clusters; the queries are none of the rows.
+    """
+    folder = CACHE / "embeddings" / str(count)
+    if not (folder / "queries.npy").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        centres = _unit(rng.standard_normal((CLUSTERS, DIMENSIONS), np.float32))
+        for name, number in (("rows", count), ("queries", QUERIES)):
+            noise = _unit(rng.standard_normal((number, DIMENSIONS), np.float32))
+            near = centres[rng.integers(CLUSTERS, size=number)]
+            np.save(folder / f"{name}.npy", _unit(near + SPREAD * noise))
+    return folder
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

@@ -83,3 +83,24 @@ def test_the_capacity_leg_measures_every_protocol() -> None:
     rate = next(line for line in table.splitlines() if line.startswith("| texts/s"))
     cells = [float(cell.replace(",", "")) for cell in rate.split("|")[2:5]]
     assert all(cell > 0 for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_search_leg_measures_the_service(tmp_path: Path) -> None:
+    script = (
+        "import json; from benchmarks.peers import Peers; from benchmarks.search import measure\n"
+        f"with Peers({free_ports(1)[0]}) as peers:\n"
+        "    print(json.dumps(measure(peers, 'clip-server Flat', size=300, seconds=1)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert [value for what, value in figures.items() if "recall" in what] == [1, 1, 1]
+    assert all(value > 0 for value in figures.values())

@@ -74,7 +74,20 @@ def until(deadline: float, items: Iterable[Item]) -> Iterator[Item]:
     return itertools.takewhile(lambda _: time.perf_counter() < deadline, items)
 
 
-class Driver(ABC):
+class Commands:
+    """The operations of a driver: its methods."""
+
+    def serve(self) -> None:
+        """Carries out the commands of standard input until it ends."""
+        answers = sys.stdout
+        sys.stdout = sys.stderr  # what a library prints is no answer
+        for line in sys.stdin:
+            command = json.loads(line)
+            answer = getattr(self, command.pop("op"))(**command)
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+class Driver(Commands, ABC):
     """Drives one client. The operations are `throughput`, `latency` and `vectors`."""
 
     def __init__(self, photo_folder: str) -> None:
@@ -149,12 +162,3 @@ class Driver(ABC):
         if kind == "photos":
             return photos(self.photo_folder, seed)
         return itertools.cycle(random.Random(seed).sample(self.captions, CAPTIONS))
-
-    def serve(self) -> None:
-        """Carries out the commands of standard input until it ends."""
-        answers = sys.stdout
-        sys.stdout = sys.stderr  # what a library prints is no answer
-        for line in sys.stdin:
-            command = json.loads(line)
-            answer = getattr(self, command.pop("op"))(**command)
-            print(json.dumps(answer), file=answers, flush=True)
