@@ -37,9 +37,9 @@ class MilvusLiteDriver(EmbeddedDriver):
 
     def finish(self) -> None:
         self._connect()
-        self.client.load_collection(NAME)
         self.client.flush(NAME)
         self.client.compact(NAME)
+        self.client.load_collection(NAME)
         self.client.close()
 
     def open(self) -> None:
