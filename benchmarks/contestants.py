@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` compares: this project's runtimes, and torch as clip-as-service uses it.
+"""The contestants of `benchmarks.gpu`: our runtimes, and torch as clip-as-service uses it.
 
 Each computes embeddings of ready batches, and of texts and JPEG files as people have them.
 """

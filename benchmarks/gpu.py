@@ -108,7 +108,7 @@ def _loaded(options: argparse.Namespace, checkpoint: Path) -> dict[str, Contesta
 
 
 def _works(checkpoint: Path, options: argparse.Namespace) -> dict[str, Work]:
-    """What is measured. Each does a piece of work once, and says of how many items."""
+    """Measured tasks. Each does its work once and returns the number of items."""
     card, _ = load_checkpoint("", checkpoint)
     tokenizer = tokenizer_for(card.text)
     texts = list(itertools.islice(captions(seed=0), options.texts))
@@ -180,7 +180,7 @@ def _rate(work: Work, who: Contestant, seconds: float) -> float:
 
 def _goals(rates: Rates) -> list[Goal]:
     def ratio(what: str, other: str) -> float | None:
-        """How many times as fast the best runtime is."""
+        """The speed of the best runtime, relative to the others."""
         found = rates.get(what, {})
         if BEST not in found or other not in found:
             return None

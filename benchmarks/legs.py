@@ -105,7 +105,7 @@ def latency(peers: Peers, options: Options) -> Leg:
 
 
 def capacity(peers: Peers, options: Options) -> Leg:
-    """What the server itself can do: a runtime that answers at once."""
+    """The capacity of the server alone, with a runtime that answers immediately."""
     drivers = {protocol: peers.driver(NULL, protocol) for protocol in SCHEMES}
     many = _rates(
         "texts/s, 128 a request", drivers, dict.fromkeys(drivers, 8), options, "texts", 128
@@ -146,7 +146,7 @@ def triton(peers: Peers, options: Options) -> Leg:
 
 
 def mixed(peers: Peers, options: Options) -> Leg:
-    """What a bulk job does to the queries of a person."""
+    """The effect of a bulk job on interactive queries."""
     rows, goals, notes = [], [], []
     for name in (OURS, EMBEDDED):
         found, bulk = _idle_and_loaded(peers, name, options)
@@ -281,7 +281,7 @@ def soak(peers: Peers, options: Options) -> Leg:
 
 
 def _unevenness(memory: NDArray[np.float64]) -> float:
-    """How far a minute's median is at most from the median of all, as a share of it."""
+    """The largest deviation of a minute's median from the overall median, as a share of it."""
     whole = len(memory) // LOOKS * LOOKS
     points = np.median(memory[:whole].reshape(-1, LOOKS), axis=1) if whole else memory
     return float(np.abs(points / np.median(memory) - 1).max())
@@ -296,7 +296,7 @@ LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
 def _interleaved(
     drivers: dict[str, Driver], options: Options, ask: Callable[[str, float, int], T]
 ) -> dict[str, list[T]]:
-    """What `ask(name, seconds, seed)` gives for each driver in every round.
+    """The results of `ask(name, seconds, seed)` for each driver in every round.
 
     In a round they take turns, so that whatever else the machine does meets all of them. A
     first round warms up and is not kept.

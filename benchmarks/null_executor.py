@@ -31,6 +31,5 @@ class NullEncoder(BaseCLIPEncoder):
 
     @classmethod
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> NullRuntime:
-        """See BaseCLIPEncoder."""
         del threads
         return NullRuntime(parameters.name)

@@ -1,4 +1,4 @@
-"""What is measured, and for how long."""
+"""The extent and the duration of measurements."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure should be. relation: `>=` or `<=`. figure: None where it was not measured."""
+    """A bound on a figure. relation: `>=` or `<=`. figure: None where it was not measured."""
 
     what: str
     relation: str
@@ -74,7 +74,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Leg:
-    """What one leg found.
+    """The results of one leg.
 
     first: the heading of the first column.
     notes: lines to be read with the table.
@@ -154,7 +154,7 @@ def write_docs(order: Iterable[str]) -> None:
 
 
 def machine() -> str:
-    """What it was measured on and with."""
+    """The machine and the versions that were measured."""
     memory = psutil.virtual_memory().total / 2**30
     here = f"{_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB"
     peers = [("infinity", "infinity_emb"), ("clip-as-service", "clip-server"), ("torch", "torch")]

@@ -84,7 +84,7 @@ def measure(peers: Peers, column: str, size: int, seconds: float) -> dict[str, f
 def _contestant(
     peers: Peers, column: str, folder: Path, data: Path
 ) -> tuple[Callable[[], Driver], Callable[[], AbstractContextManager[Server | None]]]:
-    """What starts a driver of the collection, and what serves it meanwhile, if it needs that."""
+    """A driver of the collection, and the server behind it, if it needs one."""
     if column in METHODS:
         address, start = peers.indexer(column, folder, METHODS[column])
         command = [sys.executable, DRIVERS / "clip_server_search_driver.py"]

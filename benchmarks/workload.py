@@ -1,4 +1,4 @@
-"""What the servers are given: a model with seeded random weights, photos, embeddings."""
+"""The workload: a model with seeded random weights, photos, embeddings."""
 
 from __future__ import annotations
 

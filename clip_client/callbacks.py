@@ -84,7 +84,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Header:
-    """What a request asked for and how it ended, in Jina's terms."""
+    """The endpoint and status of a request, in Jina's terms."""
 
     exec_endpoint: str
     status: Status

@@ -80,7 +80,7 @@ class EncodeOptions(RankOptions, total=False):
 
 @dataclass(frozen=True)
 class Sending:
-    """How the items of a call are sent."""
+    """Options for sending the items of a call."""
 
     batch_size: int | None = None
     prefetch: int = PREFETCH
@@ -424,7 +424,7 @@ def _best_first(scores: NDArray[np.float64]) -> list[tuple[int, float]]:
 
 
 def _item_policy(on_item_error: str | None, callbacks: Callbacks | None = None) -> str:
-    """How the errors of items end a call: 'raise', 'return', or 'pass' if `on_error` gets them."""
+    """The policy for errors of items: 'raise', 'return', or 'pass' if `on_error` gets them."""
     if on_item_error is None:
         return "pass" if callbacks and callbacks.on_error else "raise"
     if on_item_error not in ("raise", "return"):

@@ -44,7 +44,7 @@ def in_own_list(documents: list[Any]) -> Any:
 
 
 def returned(items: Any, documents: list[Any]) -> Any:
-    """What a call returns for items that were all Documents.
+    """The result of a call whose items were all Documents.
 
     `items` itself, with the same Documents; but a list for an iterator, and a DocumentArray for
     any other collection of docarray 1's Documents.

@@ -37,7 +37,7 @@ class ClipError(Exception):
 
 
 class InvalidInputError(ClipError, ValueError):
-    """What was passed cannot be sent at all."""
+    """The arguments of a call cannot be sent at all."""
 
 
 @dataclass(frozen=True)

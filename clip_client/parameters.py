@@ -19,7 +19,7 @@ _ROOT = ["r"]
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the `parameters` of a call ask for.
+    """The parsed `parameters` of a call.
 
     model: the name of a model, or of its executor, where the server has several; "": the first.
     access_paths: which Documents are encoded, below those that are passed.

@@ -126,7 +126,7 @@ class RequestBatch:
         return embeddings
 
     def _results(self, answer: Any) -> list[Any]:
-        """What an indexer answered for each item; None for those that failed."""
+        """An indexer's results by item; None for those that failed."""
         found = ids_in(answer) if self._kind == "index" else matches_in(answer)
         if len(found) != len(self._rows):
             raise ServerError(f"the answer to {len(self._rows)} items holds {len(found)} results")
@@ -136,7 +136,7 @@ class RequestBatch:
         return results
 
     def truncated(self, response: clip_pb2.Response | None) -> int:
-        """How many of its texts were longer than the model reads."""
+        """The number of its texts that were longer than the model reads."""
         return int(getattr(response, self._kind).truncated) if response else 0
 
     def _failure(self, error: clip_pb2.ItemError) -> ItemFailure:

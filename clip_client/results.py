@@ -60,7 +60,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Collection:
-    """What the server's collection is."""
+    """The server's collection."""
 
     # `local` or `milvus`.
     engine: str

@@ -1,4 +1,4 @@
-"""What can go wrong on the server. Every message may be shown to a client or a person:
+"""The server's exceptions. Every message may be shown to a client or a person:
 it says what was wrong, what was allowed and what to do, and names no path or internals
 of the server unless the person at its own keyboard is the only reader.
 

@@ -1,4 +1,4 @@
-"""What is installed, and how to install what is missing."""
+"""Checks installed packages, and names the commands that install missing ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def install_hint(extra: str) -> str:
 
 
 def conflict() -> str | None:
-    """What to do about clip-as-service's packages, which own the folders of ours; None: absent."""
+    """Advice if clip-as-service's packages own the folders of ours; None if they are absent."""
     found = [name for name in ("clip-client", "clip-server") if _owns_our_folders(name)]
     if not found:
         return None

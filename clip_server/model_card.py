@@ -28,7 +28,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes pixels.
+    """Preprocessing of images: encoded image to pixels.
 
     size: side of the square the tower takes, in pixels.
     mean, std: per channel (RGB), of pixel values scaled to 0..1.
@@ -46,7 +46,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """How a text becomes tokens.
+    """Preprocessing of texts: text to token ids.
 
     tokenizer: where a Hugging Face `tokenizer.json` is, a repository of the hub or a folder; None
         for a bundled vocabulary.

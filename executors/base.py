@@ -144,7 +144,6 @@ class BaseCLIPEncoder(ClipExecutor):
         return max(1, (cores or 1) // max(1, getattr(self.runtime_args, "replicas", 1)))
 
     async def handle(self, request: pb.Request) -> pb.Response:
-        """See ClipExecutor."""
         response = await self.service.handle(request)
         if response.HasField("info"):
             response.info.access_paths = self.parameters.access_paths

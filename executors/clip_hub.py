@@ -52,7 +52,6 @@ class _OneModality(BaseCLIPEncoder):
 
     @classmethod
     def read_parameters(cls, given: Mapping[str, Any]) -> EncoderParameters:
-        """See BaseCLIPEncoder."""
         values = {_ALIASES[key]: value for key, value in given.items() if key in _ALIASES}
         values |= {key: value for key, value in given.items() if key not in _ALIASES}
         if not isinstance(values.pop("use_default_preprocessing", True), bool):
@@ -81,7 +80,7 @@ class _OneModality(BaseCLIPEncoder):
         return docs
 
     def select(self, docs: Iterable[Any], paths: Iterable[str]) -> list[Any]:
-        """See BaseCLIPEncoder. Of a document without content, its chunks."""
+        """Selects documents; of a document without content, its chunks."""
         found = super().select(docs, paths)
         parts = [part for doc in found for part in _parts(doc)]
         return [part for part in parts if self._is_ours(part)]
@@ -104,7 +103,6 @@ class CLIPImageEncoder(_OneModality):
         self._use_default_preprocessing = arguments.get("use_default_preprocessing", True)
 
     def from_tensor(self, tensor: np.ndarray[Any, Any]) -> Item:
-        """See BaseCLIPEncoder."""
         if self._use_default_preprocessing or tensor.ndim != 3 or len(tensor) != 3:
             return super().from_tensor(tensor)
         spec = self.engine.card.image

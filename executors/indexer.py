@@ -38,7 +38,6 @@ class CLIPIndexer(ClipExecutor):
         )
 
     async def handle(self, request: pb.Request) -> pb.Response:
-        """See ClipExecutor."""
         return await self.service.handle(request)
 
     @requests(on="/index")

@@ -71,7 +71,7 @@ class IndexerParameters:
         return parameters
 
     def settings(self) -> Settings:
-        """Where the collection is, and how it is searched."""
+        """Location and index settings of the collection."""
         engine = self.engine or ("milvus" if self.uri else "local")
         if engine == "local" and self.uri:
             raise ConfigurationError("uri: the engine local has a path, not a uri")

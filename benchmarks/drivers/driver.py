@@ -1,4 +1,4 @@
-"""What the drivers share: commands in and answers out as lines of JSON, texts, photos, clocks.
+"""The base of the drivers: commands in and answers out as lines of JSON, texts, photos, clocks.
 
 A driver is a process of its own, in the environment of the client that it drives. It needs
 numpy and nothing of this project. Each command is an object with `op` and its arguments.

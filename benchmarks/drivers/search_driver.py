@@ -1,4 +1,4 @@
-"""What the drivers of collections share: the embeddings, their filters, and the clocks.
+"""The base of the drivers of collections: the embeddings, their filters, and the clocks.
 
 A driver has one collection in one folder. The tag or field `n` of row i is i modulo 100, so that
 `n < 1` keeps 1 % of the rows and `n < 50` half of them.

@@ -31,7 +31,7 @@ _MODELS: Mapping[type, tuple[str, str]] = {
 }
 # The lines of a request's error that name its items.
 _ITEM_ERROR = re.compile(r"^(?:in ensemble '\w+', )?item (\d+): (.*)$", re.MULTILINE)
-# Requests in flight at once.
+# The most requests in flight.
 _CONCURRENCY = 32
 
 
@@ -252,7 +252,7 @@ def _batches(
 
 
 def _info(config: Mapping[str, Any]) -> clip_pb2.InfoResponse:
-    """What the configuration of an ensemble says of the model."""
+    """Reads facts about the model from the configuration of an ensemble."""
     facts = {key: each["string_value"] for key, each in config["parameters"].items()}
     return clip_pb2.InfoResponse(
         model=facts["model"],

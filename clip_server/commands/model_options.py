@@ -62,7 +62,7 @@ def chosen(options: argparse.Namespace) -> list[Variant]:
 
 
 def of_folder(folder: Path) -> Variant:
-    """What `python -m clip_server.convert` wrote.
+    """A model that `python -m clip_server.convert` wrote.
 
     Raises:
         ConfigurationError: the folder is not one of these.

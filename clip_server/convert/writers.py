@@ -55,11 +55,9 @@ class OnnxWriter:
         self._card, self._tensors, self._precision = card, tensors, precision
 
     def write(self, tower: Tower, path: Path) -> None:
-        """See `Writer`."""
         onnx_file.save(self.model(tower), path)
 
     def open(self, path: Path) -> Encode | None:
-        """See `Writer`."""
         return onnx_runtime.open_tower(path)
 
     def model(self, tower: Tower) -> onnx.ModelProto:
@@ -108,7 +106,6 @@ class TensorrtWriter(TensorrtGraphWriter):
         super().__init__(card, tensors, precision)
 
     def write(self, tower: Tower, path: Path) -> None:
-        """See `Writer`."""
         profiles = tensorrt_engines.profiles(self._card, tower, tensorrt_runtime.BATCH)
         with onnx_file.packed(self.model(tower)) as packed:
             engine = tensorrt_engines.build(
@@ -117,7 +114,6 @@ class TensorrtWriter(TensorrtGraphWriter):
         path.write_bytes(engine)
 
     def open(self, path: Path) -> Encode | None:
-        """See `Writer`."""
         return tensorrt_runtime.open_tower(path) if cuda.device_count() else None
 
 
@@ -129,14 +125,12 @@ class TorchScriptWriter:
         self._modules = _torch_towers(card, tensors, precision)
 
     def write(self, tower: Tower, path: Path) -> None:
-        """See `Writer`."""
         from clip_server.runtimes import torch as torch_runtime
 
         example = samples(self._card, tower)
         torch_runtime.save_traced(self._modules[tower], example, path)
 
     def open(self, path: Path) -> Encode | None:
-        """See `Writer`."""
         from clip_server.runtimes import torch as torch_runtime
 
         return torch_runtime.open_tower(path)

@@ -52,12 +52,10 @@ class EngineEncoder:
         self._loop = asyncio.new_event_loop()
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
-        """See `Encoder`."""
         encoded = self._loop.run_until_complete(self._engine.encode(items))
         return encoded.embeddings, encoded.errors
 
     def close(self) -> None:
-        """See `Encoder`."""
         self._engine.close()
         self._loop.close()
 
@@ -72,14 +70,12 @@ class ServerEncoder:
         self.device, self.dim = info.device, info.dim
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
-        """See `Encoder`."""
         # A caption such as "cat.jpg" is a text, not a path.
         documents = [{"text": item} if isinstance(item, str) else item for item in items]
         embeddings, failures = self._client.encode(documents, on_item_error="return")
         return embeddings, {failure.index: failure.message for failure in failures}
 
     def close(self) -> None:
-        """See `Encoder`."""
         self._client.close()
 
 

@@ -60,7 +60,7 @@ _TYPE_NAMES = {str: "a text", int: "a whole number", bool: "true or false", floa
 
 @dataclass(frozen=True)
 class GalleryConfig:
-    """What a gallery is built from, or searched for, and where it is.
+    """A gallery's sources, queries and location.
 
     mode: a key of `MODES`.
     infer_imgs, texts: files, folders or patterns with the images, and with the texts.
@@ -98,7 +98,7 @@ class GalleryConfig:
 
     @property
     def modality(self) -> str:
-        """What the collection holds: `image` or `text`."""
+        """The modality of the collection: `image` or `text`."""
         return MODES[self.mode]
 
     @property
@@ -204,7 +204,7 @@ def _checked(place: str, value: Any, types: tuple[type, ...]) -> Any:
 
 
 def differences(transform_ops: Sequence[Any], spec: ImageSpec) -> list[str]:
-    """Where the preprocessing of a configuration differs from that of the model, in words."""
+    """Describes how the preprocessing of a configuration differs from that of the model."""
     given: dict[tuple[str, str], Any] = {}
     for step in transform_ops:
         if isinstance(step, Mapping):

@@ -23,7 +23,7 @@ _MOST_BYTES = 256 << 20
 
 @dataclass
 class Report:
-    """What became of the entries.
+    """Results for the entries.
 
     errors: why an entry was left out, by its id.
     """

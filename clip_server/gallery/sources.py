@@ -1,4 +1,4 @@
-"""What a gallery is built from: files, folders, lists, JSONL, tars and Parquet."""
+"""Sources of a gallery: files, folders, lists, JSONL, tars and Parquet."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Format:
-    """How entries are read.
+    """Options for reading entries.
 
     modality: `image` or `text`.
     delimiter: between a path or text of a list, and its label.

@@ -48,7 +48,7 @@ class Collection:
                 raise ConfigurationError(response.error.message)
 
     async def describe(self) -> pb.Collection:
-        """What the collection is."""
+        """Describes the collection."""
         response = await self.indexer.send(pb.Request(info=pb.InfoRequest()))
         return response.info.collection
 
@@ -150,7 +150,7 @@ async def open_collection(topology: Topology) -> Collection | None:
 
 
 def _without_content(item: pb.Item) -> pb.Item:
-    """What a collection stores of an item: its text, but not its image."""
+    """The source that a collection stores with an item: its text, but not its image."""
     content: str | bytes = item.text or item.image
     if item.uri:
         try:

@@ -134,7 +134,7 @@ def _fields(item: pb.Item) -> dict[str, Any]:
 
 
 def _places(sent: Sequence[Any], answered: Sequence[Any]) -> list[int]:
-    """Which of the sent documents each answered one is: by id, or in order if all are new.
+    """Matches answered documents with those sent: by id, or in order if all ids are new.
 
     Raises:
         RequestError: an answered document is none of those sent.

@@ -147,7 +147,7 @@ def json_error(status: int, code: str, message: str) -> Response:
 
 
 def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., Any]]:
-    """What Starlette answers to requests that raise, by exception or status.
+    """Starlette's handlers for requests that raise, by exception or status.
 
     endpoints: listed in the answer to a request for another one.
     """

@@ -1,4 +1,4 @@
-"""What the three protocols share: where they listen and what answers."""
+"""The base of the three protocols' listeners: addresses, options, and the handler of requests."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def prepare(
 
 
 def addresses(spec: Mapping[str, Any]) -> list[str]:
-    """Where a prepared flow listens, as URLs."""
+    """The addresses of a prepared flow, as URLs."""
     gateway = spec["gateway"]
     secure = bool(gateway.get("ssl_keyfile"))
     schemes = {"grpc": "grpc", "http": "http", "websocket": "ws"}

@@ -156,7 +156,7 @@ def whole_number(value: Any, place: str, least: int = 0, most: int | None = None
 
 
 def likely(written: str, known: Iterable[str], place: str = "") -> str:
-    """What may have been meant, to end a message with; empty where nothing is near."""
+    """A suggestion to end a message with; empty if no known key is similar."""
     found = difflib.get_close_matches(written, list(known), 1, cutoff=0.7)
     return f"; did you mean {found[0]}{place}?" if found else ""
 

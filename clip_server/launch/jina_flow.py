@@ -31,5 +31,5 @@ class Flow(jina.Flow):
             self._gateway_kwargs |= jina_internals.GATEWAY_DEFAULTS
 
     def add(self, **options: Any) -> Flow:
-        """See `jina.Flow.add`."""
+        """Adds an executor as `jina.Flow.add` does."""
         return super().add(**{**EXECUTOR_DEFAULTS, **options})  # type: ignore[no-any-return]

@@ -19,10 +19,10 @@ _LONGEST_PATHS = 100
 
 @dataclass(frozen=True)
 class RequestParameters:
-    """What one request may ask for itself.
+    """Parameters of one request.
 
     normalize: embeddings of length 1.
-    minibatch_size: items the model takes at once for this request; 0: the server's own setting.
+    minibatch_size: items per batch for this request; 0: the server's own setting.
     drop_image_content: whether responses come back without `uri` and `blob`; None: as the
         protocol has it.
     encoding_format: of embeddings in JSON, `float` or `base64`.

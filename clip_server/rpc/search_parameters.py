@@ -19,7 +19,7 @@ _LONGEST_FILTER = 1 << 20
 
 @dataclass(frozen=True)
 class SearchParameters:
-    """What one request asks of a collection.
+    """Parameters of one request to a collection.
 
     limit: hits of each query; 0: the indexer's own setting.
     filter: a condition on tags, in JSON; empty: none.

@@ -66,7 +66,7 @@ class _Driver(Protocol):
 
 
 class _PyCuda:
-    """See `_Driver`."""
+    """Implements `_Driver`."""
 
     def __init__(self, index: int) -> None:
         import pycuda.driver as driver
@@ -110,7 +110,7 @@ class _PyCuda:
 
 
 class _CudaCore:
-    """See `_Driver`."""
+    """Implements `_Driver`."""
 
     def __init__(self, index: int) -> None:
         from cuda import core

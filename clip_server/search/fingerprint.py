@@ -14,7 +14,7 @@ _SAME_COSINE = 0.999
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is known of the model that encoded a collection.
+    """Identifies the model that encoded a collection.
 
     name: its name, for people.
     dim: D, the length of an embedding.

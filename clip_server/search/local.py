@@ -59,7 +59,7 @@ class _ClosingError(Exception):
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is searched: the index, and the rows with greater numbers."""
+    """A consistent view for searches: the index, and the rows that it does not cover yet."""
 
     index: AnnSegment | None
     fresh: MemorySegment
@@ -95,19 +95,16 @@ class LocalStore:
 
     @classmethod
     def open(cls, settings: Settings, model: Fingerprint | None) -> LocalStore:
-        """See Store."""
         return cls(settings, model)
 
     @classmethod
     def shadow(cls, settings: Settings) -> Settings:
-        """See Store."""
         location = f"{settings.location}.new"
         shutil.rmtree(location, ignore_errors=True)
         return replace(settings, location=location)
 
     @classmethod
     def swap(cls, settings: Settings, shadow: Settings) -> None:
-        """See Store."""
         folder, new = Path(settings.location), Path(shadow.location)
         old = folder.with_name(f"{folder.name}.old")
         if folder.exists():
@@ -119,7 +116,6 @@ class LocalStore:
         _finish_swap(folder)
 
     def close(self) -> None:
-        """See Store."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -128,7 +124,6 @@ class LocalStore:
         self._lock.release()
 
     def upsert(self, rows: Sequence[Row]) -> None:
-        """See Store."""
         # Of several with one id, the last.
         rows = list({row.id: row for row in rows}.values())
         if not rows:
@@ -142,12 +137,10 @@ class LocalStore:
             self._forget(replaced)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """See Store."""
         with self._writing:
             return self._forget(self._rows.delete(ids))
 
     def delete_matching(self, condition: Condition) -> int:
-        """See Store."""
         with self._writing:
             return self._forget(self._rows.delete_matching(condition))
 
@@ -159,7 +152,6 @@ class LocalStore:
         return len(numbers)
 
     def search(self, embeddings: Vectors, query: Query) -> list[list[Hit]]:
-        """See Store."""
         faiss.omp_set_num_threads(1)  # of this thread; searches run beside each other
         queries = segments.prepare(embeddings, self._settings.metric)
         found: list[list[tuple[float, int]]] = [[] for _ in queries]
@@ -220,12 +212,10 @@ class LocalStore:
         return score <= threshold if self._settings.metric == "L2" else score >= threshold
 
     def get(self, ids: Sequence[str]) -> list[Row | None]:
-        """See Store."""
         found = self._rows.get(ids)
         return [found.get(each) for each in ids]
 
     def count(self, condition: Condition | None = None, target: Target = "both") -> int:
-        """See Store."""
         if condition is not None:
             return self._rows.count(condition, target)
         # Every query's relevance asks for it: not by reading the table.
@@ -233,15 +223,12 @@ class LocalStore:
         return sum(_counted(each, self._allowed(each, asked)) for each in self._parts.segments())
 
     def scan(self, batch: int = 1000) -> Iterator[list[Row]]:
-        """See Store."""
         return self._rows.scan(batch)
 
     def sample(self, modality: Modality, count: int) -> Vectors:
-        """See Store."""
         return self._rows.sample(modality, count, self.model.dim)
 
     def describe(self) -> Description:
-        """See Store."""
         index, fresh = self._parts.index, self._parts.fresh
         return Description(
             engine="local",
@@ -254,7 +241,7 @@ class LocalStore:
         )
 
     def flush(self) -> None:
-        """See Store. Raises the error that keeps the index from being written."""
+        """Raises the error that keeps the index from being written."""
         with self._changed:
             self._flush_through = max(self._flush_through, self._parts.fresh.last)
             self._failed = None

@@ -90,12 +90,10 @@ class MilvusStore:
 
     @classmethod
     def open(cls, settings: Settings, model: Fingerprint | None) -> MilvusStore:
-        """See Store."""
         return cls(settings, model)
 
     @classmethod
     def shadow(cls, settings: Settings) -> Settings:
-        """See Store."""
         shadow = replace(settings, collection=f"{settings.collection}_new")
         client = _connect(settings)
         client.drop_collection(shadow.collection)
@@ -104,7 +102,6 @@ class MilvusStore:
 
     @classmethod
     def swap(cls, settings: Settings, shadow: Settings) -> None:
-        """See Store."""
         client = _connect(settings)
         old = f"{settings.collection}_old"
         client.drop_collection(old)
@@ -115,11 +112,9 @@ class MilvusStore:
         client.close()
 
     def close(self) -> None:
-        """See Store."""
         self._client.close()
 
     def upsert(self, rows: Sequence[Row]) -> None:
-        """See Store."""
         records = [_record(row) for row in {row.id: row for row in rows}.values()]
         if not records:
             return
@@ -129,21 +124,18 @@ class MilvusStore:
             raise StoreFullError(error.message) from None
 
     def delete(self, ids: Sequence[str]) -> int:
-        """See Store."""
         found = [row.id for row in self.get(ids) if row is not None]
         if found:
             self._client.delete(self._name, ids=found)
         return len(found)
 
     def delete_matching(self, condition: Condition) -> int:
-        """See Store."""
         count = self.count(condition)
         if count:
             self._client.delete(self._name, filter=_joined([to_expression(condition)]))
         return count
 
     def search(self, embeddings: Vectors, query: Query) -> list[list[Hit]]:
-        """See Store."""
         parts = _target(query.target) + ([to_expression(query.filter)] if query.filter else [])
         width = max(_GRAPH_WIDTH, query.limit)
         found = self._client.search(
@@ -169,7 +161,6 @@ class MilvusStore:
         return score <= threshold if self._settings.metric == "L2" else score >= threshold
 
     def get(self, ids: Sequence[str]) -> list[Row | None]:
-        """See Store."""
         found = {}
         for start in range(0, len(ids), 1000):
             chunk = list(ids[start : start + 1000])
@@ -178,13 +169,11 @@ class MilvusStore:
         return [found.get(each) for each in ids]
 
     def count(self, condition: Condition | None = None, target: Target = "both") -> int:
-        """See Store."""
         parts = _target(target) + ([to_expression(condition)] if condition else [])
         found = self._client.query(self._name, filter=_joined(parts), output_fields=["count(*)"])
         return int(found[0]["count(*)"])
 
     def scan(self, batch: int = 1000) -> Iterator[list[Row]]:
-        """See Store."""
         stream = self._client.query_iterator(
             self._name, batch_size=batch, filter=_EVERY_ROW, output_fields=[*_FIELDS, "embedding"]
         )
@@ -193,7 +182,6 @@ class MilvusStore:
         stream.close()
 
     def sample(self, modality: Modality, count: int) -> Vectors:
-        """See Store."""
         target: Target = "texts" if modality == "text" else "images"
         draws = -(-_DRAWS * 2 * count // max(self.count(target=target), 1))
         rows = self._client.query(
@@ -206,11 +194,9 @@ class MilvusStore:
         return vectors.reshape(-1, self.model.dim)
 
     def flush(self) -> None:
-        """See Store."""
         self._client.flush(self._name)
 
     def describe(self) -> Description:
-        """See Store."""
         rows = self.count()
         return Description(
             engine="milvus",

@@ -81,7 +81,7 @@ def relevance(score: float, background: NDArray[np.float64], rows: int) -> float
 
 
 def standard_score(score: float, unrelated: NDArray[np.float64]) -> float:
-    """How many standard deviations a score lies above the mean of others, as of a normal
+    """The number of standard deviations that a score lies above the mean of others, as of a normal
     distribution: few others make it smaller, since they say little of the deviation."""
     spread = float(unrelated.std(ddof=1)) or 1e-9
     deviation = (score - float(unrelated.mean())) / spread

@@ -153,7 +153,6 @@ class MemorySegment(Segment):
     def search(
         self, queries: Vectors, count: int, allowed: Mask | None
     ) -> tuple[Vectors, Positions]:
-        """See Segment."""
         scores = queries @ self._vectors.T
         if self._metric == "L2":
             scores = 2 * scores - (self._vectors**2).sum(axis=1)
@@ -171,7 +170,7 @@ def _enlarged(buffer: NDArray[Any], count: int, total: int) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """What a saved index is, beside its vectors.
+    """Metadata of a saved index.
 
     method: `Flat`, `IVF1024` or `HNSW32`.
     search_width: clusters that are probed, or the breadth of a search in a graph.
@@ -221,7 +220,7 @@ class AnnSegment(Segment):
 
     @property
     def method(self) -> IndexMethod:
-        """How it searches."""
+        """The search parameters."""
         return IndexMethod.parse(self.info.method)
 
     def writable(self) -> Any:
@@ -231,7 +230,6 @@ class AnnSegment(Segment):
     def search(
         self, queries: Vectors, count: int, allowed: Mask | None
     ) -> tuple[Vectors, Positions]:
-        """See Segment."""
         total = len(self.numbers)
         part = 1.0 if allowed is None else float(np.count_nonzero(allowed)) / max(total, 1)
         count = min(count, total)

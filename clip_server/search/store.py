@@ -30,7 +30,7 @@ HNSW_NEIGHBOURS = 32
 
 @dataclass(frozen=True)
 class IndexMethod:
-    """How nearest neighbours are found.
+    """An index method and its parameters.
 
     kind: `Flat` (exact), `IVF` (clusters), `HNSW` (a graph), or `auto`, by the number of rows.
     size: clusters of IVF, neighbours of a node of HNSW; 0: chosen by the engine.
@@ -77,7 +77,7 @@ def parse_metric(written: str) -> Metric:
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a collection is, and how it is searched.
+    """Location and index settings of a collection.
 
     engine: its name in `ENGINES`.
     location: a folder (local), or the URL of a server (milvus).
@@ -129,7 +129,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Query:
-    """What a search asks for, besides the embeddings.
+    """Parameters of a search, besides the embeddings.
 
     threshold: the least score, or with L2 the greatest distance; None: any.
     """
@@ -142,7 +142,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Description:
-    """What a collection is: for people, logs and tests.
+    """A description of a collection, for people, logs and tests.
 
     rows: those that are stored.
     indexed: rows that the approximate index holds; the others are searched exactly.
@@ -174,7 +174,7 @@ class Store(Protocol):
 
     @classmethod
     def shadow(cls, settings: Settings) -> Settings:
-        """Where a collection is built that will replace that of `settings`; it is empty."""
+        """Creates an empty collection that is to replace that of `settings`."""
 
     @classmethod
     def swap(cls, settings: Settings, shadow: Settings) -> None:
@@ -186,7 +186,7 @@ class Store(Protocol):
 
     @property
     def model(self) -> Fingerprint:
-        """What encoded the rows."""
+        """The model that encoded the rows."""
 
     def upsert(self, rows: Sequence[Row]) -> None:
         """Stores rows, all or none, replacing those with the same ids.
@@ -220,7 +220,7 @@ class Store(Protocol):
         """Returns when the approximate index holds every row."""
 
     def describe(self) -> Description:
-        """What the collection is."""
+        """Describes the collection."""
 
     def close(self) -> None:
         """Closes the collection; every row that was stored stays."""

@@ -89,12 +89,10 @@ class BertText(TextTower):
 
     @property
     def max_length(self) -> int:
-        """See `TextTower`."""
         return self.positions - self.first_position
 
     @classmethod
     def from_config(cls, config: Config) -> BertText | None:
-        """See `Tower`."""
         described = config["text_cfg"].get("bert")
         if not described:
             return None
@@ -111,7 +109,6 @@ class BertText(TextTower):
 
     @classmethod
     def from_transformers(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Tower`."""
         if saved["hidden_act"] != "gelu":
             raise ConfigurationError(f"hidden_act {saved['hidden_act']!r} of a BERT: only gelu")
         bert = {
@@ -129,7 +126,6 @@ class BertText(TextTower):
         return {"text_cfg": text}
 
     def shapes(self, dim: int) -> Shapes:
-        """See `Tower`."""
         width, embeddings = self.width, f"{self.prefix}embeddings."
         shapes: Shapes = {
             f"{embeddings}word_embeddings.weight": (self.vocab_size, width),
@@ -166,7 +162,6 @@ class BertText(TextTower):
         }
 
     def build(self, graph: GraphBuilder, target: Target) -> str:
-        """See `TextTower`."""
         del target  # the same graph for all
         length = graph.op("Shape", "tokens", name="length", start=1, end=2)
         present = self._present(graph)

@@ -71,12 +71,10 @@ class ClipText(TextTower):
 
     @property
     def max_length(self) -> int:
-        """See `TextTower`."""
         return self.context
 
     @classmethod
     def from_config(cls, config: Config) -> ClipText | None:
-        """See `Tower`."""
         text = config["text_cfg"]
         if not text.keys() <= cls.keys:
             return None
@@ -96,7 +94,6 @@ class ClipText(TextTower):
 
     @classmethod
     def from_transformers(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Tower`."""
         width, vocabulary, end = saved["hidden_size"], saved["vocab_size"], saved["eos_token_id"]
         text = {
             "context_length": saved["max_position_embeddings"],
@@ -111,7 +108,6 @@ class ClipText(TextTower):
         return {"text_cfg": text, "quick_gelu": saved_with_quick_gelu(saved)}
 
     def shapes(self, dim: int) -> Shapes:
-        """See `Tower`."""
         width = self.blocks.width
         return {
             "token_embedding.weight": (self.vocabulary, width),
@@ -122,7 +118,6 @@ class ClipText(TextTower):
         }
 
     def build(self, graph: GraphBuilder, target: Target) -> str:
-        """See `TextTower`."""
         layout = of_texts(graph) if target == "onnxruntime" else of_padded_texts(graph)
         table = graph.weight("token_embedding.weight")
         states = graph.lookup("token_embedding", table, layout.tokens)

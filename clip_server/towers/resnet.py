@@ -42,7 +42,6 @@ class ResNet(ImageTower):
 
     @classmethod
     def from_config(cls, config: Config) -> ResNet | None:
-        """See `Tower`."""
         vision = config["vision_cfg"]
         layers = vision.get("layers")
         if not vision.keys() <= cls.keys or not isinstance(layers, list):
@@ -53,7 +52,6 @@ class ResNet(ImageTower):
         return cls(tuple(layers), width, heads, grid=size // _SHRINKS)
 
     def shapes(self, dim: int) -> Shapes:
-        """See `Tower`."""
         half, pooled = self.width // 2, 32 * self.width
         shapes: Shapes = {
             **_convolution_shapes(_PREFIX, 1, 3, half, 3),
@@ -74,7 +72,6 @@ class ResNet(ImageTower):
         return shapes | linear_shapes(f"{pool}c_proj", pooled, dim)
 
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
-        """See `ImageTower`."""
         del target  # the same graph for all
         states = _convolved(graph, normalised(graph, image), _PREFIX, 1, stride=2)
         states = _convolved(graph, states, _PREFIX, 2)

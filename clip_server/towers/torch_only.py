@@ -27,16 +27,14 @@ class TorchOnlyImage(ImageTower):
 
     @classmethod
     def from_config(cls, config: Config, known: frozenset[str] = frozenset()) -> TorchOnlyImage:
-        """See `Tower`. known: the keys that other families read."""
+        """As in `Tower`. known: the keys that other families read."""
         return cls(_unknown(config["vision_cfg"], known))
 
     def shapes(self, dim: int) -> Shapes:
-        """See `Tower`."""
         del dim
         _refuse("vision_cfg", self.unknown)
 
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
-        """See `ImageTower`."""
         del graph, image, target
         _refuse("vision_cfg", self.unknown)
 
@@ -55,12 +53,11 @@ class TorchOnlyText(TextTower):
 
     @property
     def max_length(self) -> int:
-        """See `TextTower`."""
         return self.context
 
     @classmethod
     def from_config(cls, config: Config, known: frozenset[str] = frozenset()) -> TorchOnlyText:
-        """See `Tower`. known: the keys that other families read."""
+        """As in `Tower`. known: the keys that other families read."""
         text = config["text_cfg"]
         return cls(
             _unknown(text, known),
@@ -71,12 +68,10 @@ class TorchOnlyText(TextTower):
         )
 
     def shapes(self, dim: int) -> Shapes:
-        """See `Tower`."""
         del dim
         _refuse("text_cfg", self.unknown)
 
     def build(self, graph: GraphBuilder, target: Target) -> str:
-        """See `TextTower`."""
         del graph, target
         _refuse("text_cfg", self.unknown)
 

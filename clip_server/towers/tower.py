@@ -109,7 +109,7 @@ class ImageTower(Tower):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Config) -> ImageTower | None:
-        """See `Tower`."""
+        """The tower that a configuration describes, as in `Tower`."""
 
     @abstractmethod
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
@@ -140,12 +140,12 @@ class TextTower(Tower):
     @property
     @abstractmethod
     def max_length(self) -> int:
-        """See above."""
+        """The most tokens of a text that the tower has positions for."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Config) -> TextTower | None:
-        """See `Tower`."""
+        """The tower that a configuration describes, as in `Tower`."""
 
     @abstractmethod
     def build(self, graph: GraphBuilder, target: Target) -> str:

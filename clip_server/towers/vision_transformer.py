@@ -62,7 +62,6 @@ class VisionTransformer(ImageTower):
 
     @classmethod
     def from_config(cls, config: Config) -> VisionTransformer | None:
-        """See `Tower`."""
         vision = config["vision_cfg"]
         if not vision.keys() <= cls.keys or isinstance(vision.get("layers"), list):
             return None
@@ -81,7 +80,6 @@ class VisionTransformer(ImageTower):
 
     @classmethod
     def from_transformers(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Tower`."""
         width = saved["hidden_size"]
         vision = {
             "image_size": saved["image_size"],
@@ -94,7 +92,6 @@ class VisionTransformer(ImageTower):
         return {"vision_cfg": vision, "quick_gelu": saved_with_quick_gelu(saved)}
 
     def shapes(self, dim: int) -> Shapes:
-        """See `Tower`."""
         width = self.blocks.width
         shapes: Shapes = {
             "conv1.weight": (width, 3, self.patch, self.patch),
@@ -107,7 +104,6 @@ class VisionTransformer(ImageTower):
         return {_PREFIX + name: shape for name, shape in shapes.items()} | self.blocks.shapes()
 
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
-        """See `ImageTower`."""
         width, length = self.blocks.width, self.grid**2 + 1
         patches = self._patches(graph, image, target)
         patches = graph.op(

@@ -58,7 +58,7 @@ def ensemble_steps(*steps: tuple[str, Mapping[str, str], Mapping[str, str]]) -> 
 
 
 def dynamic_batching(preferred: Sequence[int]) -> Fields:
-    """What is waiting goes together; nothing waits for more to come."""
+    """Batches whatever is queued, without waiting for more."""
     return {"preferred_batch_size": list(preferred), "max_queue_delay_microseconds": 0}
 
 

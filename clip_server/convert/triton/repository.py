@@ -214,7 +214,7 @@ class Repository:
         self._write_config("zero_shot", fields)
 
     def _facts(self, card: ModelCard, precision: str) -> Mapping[str, object]:
-        """What a client may want to know of the model."""
+        """Facts about the model, for clients."""
         return {
             "model": card.name,
             "precision": precision,
@@ -294,7 +294,7 @@ _TYPES = {
 
 
 def _shape(card: Mapping[str, object]) -> object:
-    """What two versions of one model have to have alike."""
+    """The dimensions that all versions of a model share."""
     text, image = card["text"], card["image"]
     assert isinstance(text, dict)
     assert isinstance(image, dict)

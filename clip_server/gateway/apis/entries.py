@@ -103,7 +103,7 @@ def _find_fault_in_text(field: str, text: str) -> str | None:
 
 
 def echo(entry: Any, drop_image_content: bool | None, level: int = 0) -> dict[str, Any]:
-    """What comes back of an entry besides its result, entries below it included.
+    """The part of an entry that is sent back with its result, entries below it included.
 
     drop_image_content: True: nothing of an image; False: all of it; None: a short uri at most.
 

@@ -36,7 +36,7 @@ _LARGEST_INTEGER = 2**31
 
 
 async def ask_flow(jina: JinaRequestHandler, call: JsonCall) -> dict[str, Any]:
-    """What the executors of the flow answer to `call`.
+    """The answer of the flow's executors to `call`.
 
     Raises:
         RequestError: none answers, one failed, or documents cannot hold what is in the body.
