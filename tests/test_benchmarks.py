@@ -24,12 +24,12 @@ CANDIDATES = [
 
 
 @needs_torch
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ([], CONTESTANTS),
-        # Compiling takes most of a minute.
-        pytest.param(["--candidates"], CONTESTANTS + CANDIDATES, marks=pytest.mark.slow),
+        (["--candidates"], CONTESTANTS + CANDIDATES),
     ],
     ids=["contestants", "candidates"],
 )

@@ -21,7 +21,7 @@ from guide import CAT, DIM, DOG, SENTENCES, Document, Match, pixels, rows
 
 from clip_client import Client
 
-ENCODERS = ["onnx", pytest.param("torch", marks=needs_torch)]
+ENCODERS = ["onnx", pytest.param("torch", marks=[needs_torch, pytest.mark.slow])]
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
