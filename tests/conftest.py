@@ -42,6 +42,12 @@ def free_ports(count: int) -> list[int]:
     return list(itertools.islice(filter(_is_free, _PORTS), count))
 
 
+def free_range(count: int) -> int:
+    """The first of so many consecutive ports that nobody listens on, none of `free_ports`."""
+    starts = random.sample(range(8_000, 10_000 - count), 1_000)
+    return next(start for start in starts if all(map(_is_free, range(start, start + count))))
+
+
 def _is_free(port: int) -> bool:
     try:
         socket.create_server(("127.0.0.1", port)).close()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import seeded
-from conftest import free_ports, needs_torch
+from conftest import free_range, needs_torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +70,7 @@ def test_the_capacity_leg_measures_every_protocol() -> None:
         "benchmarks",
         "--quick",
         "--port",
-        str(free_ports(1)[0]),
+        str(free_range(12)),
         "capacity",
     ]
     done = subprocess.run(
@@ -89,7 +89,7 @@ def test_the_capacity_leg_measures_every_protocol() -> None:
 def test_the_search_leg_measures_the_service(tmp_path: Path) -> None:
     script = (
         "import json; from benchmarks.peers import Peers; from benchmarks.search import measure\n"
-        f"with Peers({free_ports(1)[0]}) as peers:\n"
+        f"with Peers({free_range(12)}) as peers:\n"
         "    print(json.dumps(measure(peers, 'clip-server Flat', size=300, seconds=1)))"
     )
     done = subprocess.run(
