@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from clip_server import runtimes
 from clip_server.commands import console
+from clip_server.commands.model_options import positive
 from clip_server.convert import chinese_clip
 from clip_server.convert.parity import LEAST_COSINE, Parity
 from clip_server.convert.triton.config import BACKENDS
@@ -116,7 +117,7 @@ def _add_triton_options(group: argparse._ArgumentGroup) -> None:
         help="that run the towers; by default all that Triton sees, or else the CPU",
     )
     group.add_argument(
-        "--version", type=_positive, default=1, metavar="N", help="version of the models; 1"
+        "--version", type=positive, default=1, metavar="N", help="version of the models; 1"
     )
     group.add_argument(
         "--labels", type=Path, metavar="FILE", help="default prompts of zero_shot, one per line"
@@ -125,12 +126,6 @@ def _add_triton_options(group: argparse._ArgumentGroup) -> None:
 
 def _numbers(given: str) -> list[int]:
     return [int(number) for number in given.split(",")]
-
-
-def _positive(given: str) -> int:
-    if (number := int(given)) < 1:
-        raise ValueError
-    return number
 
 
 def _convert(options: argparse.Namespace) -> bool:

@@ -20,8 +20,7 @@ class Enum(str):
     __slots__ = ()
 
 
-STRING, BOOL = Enum("TYPE_STRING"), Enum("TYPE_BOOL")
-UINT8, INT32, FP32 = Enum("TYPE_UINT8"), Enum("TYPE_INT32"), Enum("TYPE_FP32")
+STRING, BOOL, FP32 = Enum("TYPE_STRING"), Enum("TYPE_BOOL"), Enum("TYPE_FP32")
 CPU, GPU, AUTO = Enum("KIND_CPU"), Enum("KIND_GPU"), Enum("KIND_AUTO")
 Fields = Mapping[str, Any]
 

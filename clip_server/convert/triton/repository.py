@@ -22,17 +22,13 @@ from clip_server.runtimes.samples import samples
 # Of a request, and of the batches that Triton forms.
 MAX_BATCH_SIZE = 64
 _PREFERRED_BATCH_SIZES = (8, 16, 32, 64)
-# Texts are padded to this length at least, or to a larger power of two; see models/text.py.
-_SHORTEST_TEXT, _USUAL_TEXT = 8, 16
+# The length of texts that engines are fastest at.
+_USUAL_TEXT = 16
 _TOWER_MODELS: Mapping[Tower, str] = {"text": "clip_textual", "image": "clip_visual"}
 _GRAPH, _ENGINE = "model.onnx", "model.plan"
 # What preprocessing needs of this package, and of others.
 _CARRIED = ("__init__.py", "errors.py", "install.py", "model_card.py", "preprocess")
-_REQUIREMENTS: Mapping[Backend, tuple[str, ...]] = {
-    "onnxruntime": ("numpy", "pillow", "tokenizers", "ftfy"),
-    "tensorrt": ("numpy", "pillow", "tokenizers", "ftfy"),
-    "python": ("numpy", "pillow", "tokenizers", "ftfy", "onnxruntime"),
-}
+_REQUIREMENTS = ("numpy", "pillow", "tokenizers", "ftfy")
 _BUILD_ENGINES = "build_engines.sh"
 
 
@@ -70,18 +66,19 @@ class Repository:
     def write(self, card: ModelCard, precision: str) -> None:
         """Writes every model around the towers' graphs."""
         facts = self._facts(card, precision)
-        self._write_preprocessing("text", card, config.tensor("TEXT", STRING, 1))
-        self._write_preprocessing("image", card, config.tensor("IMAGE", STRING, 1))
-        for tower in TOWERS:
-            self._write_tower(tower, card)
-        truncated = config.tensor("TRUNCATED", BOOL, 1)
-        self._write_ensemble("text", card, facts, extra=[truncated])
-        self._write_ensemble("image", card, facts)
+        # Reading a graph reads its weights too.
+        graphs = {tower: _tensors(self.graph(tower)) for tower in TOWERS}
+        for tower, (source, target) in graphs.items():
+            self._write_preprocessing(tower, card, source)
+            self._write_tower(tower, card, source, target)
+            self._write_ensemble(tower, card, facts, source, target)
         self._write_zero_shot(facts)
-        requirements = "\n".join(_REQUIREMENTS[self.backend])
-        (self.folder / "requirements.txt").write_text(f"{requirements}\n", "utf-8")
+        runs_towers = ("onnxruntime",) if self.backend == "python" else ()
+        requirements = "".join(f"{name}\n" for name in (*_REQUIREMENTS, *runs_towers))
+        (self.folder / "requirements.txt").write_text(requirements, "utf-8")
         if self.backend == "tensorrt":
-            self._write_engine_script(card)
+            names = {tower: source["name"] for tower, (source, _) in graphs.items()}
+            self._write_engine_script(card, names)
 
     def instructions(self) -> str:
         """The commands that serve the repository, for a person."""
@@ -101,7 +98,7 @@ class Repository:
         text = config.to_text({"name": name, **fields})
         (self.folder / name / "config.pbtxt").write_text(text, "utf-8")
 
-    def _write_preprocessing(self, kind: Tower, card: ModelCard, source: Fields) -> None:
+    def _write_preprocessing(self, kind: Tower, card: ModelCard, tower_input: Fields) -> None:
         name = f"clip_{kind}"
         version = self._version(name)
         _copy_source("clip_preprocessing", version / "clip_preprocessing.py")
@@ -111,21 +108,19 @@ class Repository:
         if kind == "text":
             for file in tokenizer_files.files(card.text):
                 shutil.copyfile(file, version / file.name)
-        target = dict(_tensors(self.graph(kind))[0], name=_CONTENT[kind])
-        more = [config.tensor("TRUNCATED", BOOL, 1)] if kind == "text" else []
+        target = {**tower_input, "name": _CONTENT[kind]}
         fields = {
             "backend": "python",
             "max_batch_size": MAX_BATCH_SIZE,
-            "input": [source],
-            "output": [target, *more],
+            "input": [_item(kind)],
+            "output": [target, *_EXTRA_OUTPUTS[kind]],
             "instance_group": [{"count": 1, "kind": CPU}],
             "dynamic_batching": config.dynamic_batching(_PREFERRED_BATCH_SIZES),
         }
         self._write_config(name, fields)
 
-    def _write_tower(self, tower: Tower, card: ModelCard) -> None:
+    def _write_tower(self, tower: Tower, card: ModelCard, source: Fields, target: Fields) -> None:
         name = _TOWER_MODELS[tower]
-        source, target = _tensors(self.graph(tower))
         if self.backend == "python":
             _copy_source("tower", self._version(name) / "model.py")
         fields = {
@@ -171,19 +166,23 @@ class Repository:
         kind: Tower,
         card: ModelCard,
         facts: Mapping[str, object],
-        extra: Sequence[Fields] = (),
+        tower_input: Fields,
+        tower_output: Fields,
     ) -> None:
-        source, content = kind.upper(), _CONTENT[kind]
-        tower_input, tower_output = (each["name"] for each in _tensors(self.graph(kind)))
-        outputs = {each["name"]: each["name"] for each in extra}
+        item, content, extra = _item(kind), _CONTENT[kind], _EXTRA_OUTPUTS[kind]
+        outputs = {name: name for name in (content, *(each["name"] for each in extra))}
         steps = config.ensemble_steps(
-            (f"clip_{kind}", {source: source}, {content: content, **outputs}),
-            (_TOWER_MODELS[kind], {tower_input: content}, {tower_output: "EMBEDDING"}),
+            (f"clip_{kind}", {item["name"]: item["name"]}, outputs),
+            (
+                _TOWER_MODELS[kind],
+                {tower_input["name"]: content},
+                {tower_output["name"]: "EMBEDDING"},
+            ),
         )
         fields = {
             "platform": "ensemble",
             "max_batch_size": MAX_BATCH_SIZE,
-            "input": [config.tensor(source, STRING, 1)],
+            "input": [item],
             "output": [config.tensor("EMBEDDING", FP32, card.dim), *extra],
             "ensemble_scheduling": {"step": steps},
             "parameters": config.parameters(facts),
@@ -201,7 +200,7 @@ class Repository:
             "backend": "python",
             "max_batch_size": 0,
             "input": [
-                config.tensor("IMAGE", STRING, 1),
+                _item("image"),
                 config.tensor("TEXTS", STRING, -1, optional=True),
             ],
             "output": [
@@ -225,7 +224,7 @@ class Repository:
             "max_batch_size": MAX_BATCH_SIZE,
         }
 
-    def _write_engine_script(self, card: ModelCard) -> None:
+    def _write_engine_script(self, card: ModelCard, inputs: Mapping[Tower, str]) -> None:
         """An engine runs only with the TensorRT and on the kind of GPU that built it: those of
         the machine, and of the container, in which Triton will run."""
         side, context = card.image.size, card.text.context_length
@@ -235,16 +234,15 @@ class Repository:
             lengths = (context,) * 3
         text = [(shape[0], length) for shape, length in zip(image, lengths, strict=True)]
         commands = [
-            self._engine_command("image", image),
-            self._engine_command("text", text),
+            self._engine_command("image", inputs["image"], image),
+            self._engine_command("text", inputs["text"], text),
         ]
         script = self.folder / _BUILD_ENGINES
         script.write_text("\n".join([_SCRIPT_HEAD, *commands, ""]), "utf-8")
         script.chmod(0o755)
 
-    def _engine_command(self, tower: Tower, shapes: Sequence[Sequence[int]]) -> str:
+    def _engine_command(self, tower: Tower, name: str, shapes: Sequence[Sequence[int]]) -> str:
         folder = f"{_TOWER_MODELS[tower]}/{self.version}"
-        name = _tensors(self.graph(tower))[0]["name"]
         options = [
             f"--{which}Shapes={name}:{'x'.join(map(str, shape))}"
             for which, shape in zip(("min", "opt", "max"), shapes, strict=True)
@@ -255,6 +253,11 @@ class Repository:
 
 # Between preprocessing and a tower.
 _CONTENT: Mapping[Tower, str] = {"text": "TOKENS", "image": "PIXELS"}
+# Outputs of preprocessing for clients, besides the input of the tower.
+_EXTRA_OUTPUTS: Mapping[Tower, Sequence[Fields]] = {
+    "text": [config.tensor("TRUNCATED", BOOL, 1)],
+    "image": [],
+}
 _INSTRUCTIONS = """
 In a container of Triton, with {folder} mounted at /models:
 
@@ -268,6 +271,11 @@ _SCRIPT_HEAD = """#!/bin/sh
 set -e
 cd "$(dirname "$0")"
 trtexec=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)"""
+
+
+def _item(kind: Tower) -> Fields:
+    """A text or an image, as a client sends it."""
+    return config.tensor(kind.upper(), STRING, 1)
 
 
 def _tensors(graph: Path) -> tuple[Fields, Fields]:
