@@ -26,7 +26,7 @@ from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust, server_certificate
 from clip_client.transports.base import CONNECT_SECONDS, broken
-from clip_client.transports.jina_gateway import DRY_RUN, jina_gateway_error
+from clip_client.transports.jina_gateway import STATUS, jina_gateway_error
 from clip_client.transports.multiplex import Multiplexer
 
 _STREAM, _INFO = "/clip.v1.Clip/Stream", "/clip.v1.Clip/Info"
@@ -130,11 +130,14 @@ class _StreamLink:
         return self._error(error)
 
     async def _is_jina_gateway(self) -> bool:
-        dry_run: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(DRY_RUN)
+        status: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(STATUS)
         try:
-            await dry_run(b"", metadata=self._metadata, timeout=CONNECT_SECONDS)
-        except grpc.aio.AioRpcError:
-            return False
+            await status(
+                b"", metadata=self._metadata, timeout=CONNECT_SECONDS, wait_for_ready=True
+            )
+        except grpc.aio.AioRpcError as error:
+            # A server that has the method but is slow or fails is one all the same.
+            return error.code() is not grpc.StatusCode.UNIMPLEMENTED
         return True
 
     async def _hidden_error(self) -> ClipError:

@@ -6,8 +6,8 @@ from clip_client.address import Address
 from clip_client.errors import ServerError, server_error
 from clip_client.tls import Trust
 
-# The method of its gRPC port that takes and returns next to nothing.
-DRY_RUN = "/jina.JinaGatewayDryRunRPC/dry_run"
+# The method of its gRPC port that it answers by itself, whatever its executors do.
+STATUS = "/jina.JinaInfoRPC/_status"
 _SECONDS = 5.0
 
 
