@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from random import getrandbits
 from typing import Any
 
@@ -85,10 +86,14 @@ class JsonCall:
     def show_scores(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
         """Scores of a match, each an object with its `value`, as docarray 1 has them; a number
         where the sender's class has a field of numbers for them, as ClipMatch has."""
-        matches = (match for entry in self.entries or () for match in _matches(entry))
-        if any(isinstance(match.get("scores"), dict) for match in matches):
+        if self._sends_scores:
             return scores
         return {name: {"value": score} for name, score in scores.items()}
+
+    @cached_property
+    def _sends_scores(self) -> bool:
+        matches = (match for entry in self.entries or () for match in _matches(entry))
+        return any(isinstance(match.get("scores"), dict) for match in matches)
 
     def answer(
         self, data: list[Any], routes: Iterable[tuple[str, str, str]], parameters: Any
