@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import grpc
 from docarray import DocList
 from google.protobuf import empty_pb2, json_format
-from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 from jina.excepts import InternalNetworkError
 from jina.proto import jina_pb2
@@ -156,11 +155,9 @@ class JinaRequestHandler:
         return serialized
 
     async def post(
-        self, endpoint: str, docs: DocList[Any], parameters: Mapping[str, Any], target: str = ""
+        self, endpoint: str, docs: DocList[Any], parameters: Mapping[str, Any]
     ) -> Sequence[FlowDoc]:
         """The documents with which the flow answers `docs`.
-
-        target: a pattern of the executors that get them.
 
         Raises:
             RequestError: no executor answers `endpoint`, or one failed.
@@ -168,7 +165,7 @@ class JinaRequestHandler:
         request = DataRequest()
         request.document_array_cls = DocList[docs.doc_type]  # type: ignore[name-defined]
         request.data.docs = docs
-        request.header.exec_endpoint, request.header.target_executor = endpoint, target
+        request.header.exec_endpoint = endpoint
         request.parameters = dict(parameters)
         response = await self.send(request)
         response.document_array_cls = DocList[FlowDoc]
@@ -223,10 +220,7 @@ def is_error(response: Response) -> bool:
 
 def _read(message: bytes) -> DataRequest:
     """A request whose parts can all be read, which Jina itself finds out too late."""
-    try:
-        proto = jina_pb2.DataRequestProto.FromString(message)
-    except DecodeError:
-        raise RequestError("the message is not a serialized jina.DataRequestProto") from None
+    proto = parse(jina_pb2.DataRequestProto, message)
     _refuse_unfit(proto.parameters)
     return DataRequest(proto)
 
