@@ -11,6 +11,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.gateway.replicas import ReplicaPool
 from clip_server.gateway.topology import Topology
+from clip_server.rpc.errors import request_error
 from clip_server.rpc.items import content_id
 from clip_server.rpc.probes import PROBE_IMAGE, PROBE_TEXT, comparable_precision
 
@@ -128,9 +129,7 @@ class Collection:
         request = pb.Request(encode=pb.EncodeRequest(items=items), timeout=timeout)
         response = await self._encoder.send(request)
         if response.HasField("error"):
-            error = response.error
-            code = pb.Error.Code.Name(error.code)
-            raise RequestError(error.message, code, error.retry_after / 1e3)
+            raise request_error(response.error)
         return response.encode
 
 

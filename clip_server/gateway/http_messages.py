@@ -16,7 +16,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
 from clip_server.gateway.topology import UnansweredError
-from clip_server.rpc.errors import FAILED, error_response
+from clip_server.rpc.errors import FAILED, error_response, request_error
 from clip_server.rpc.multiplexing import Call
 
 log = logging.getLogger(__name__)
@@ -126,8 +126,7 @@ async def ask(call: Call, kind: str, message: Any, request: Request) -> Any:
     """
     response = await unless_client_leaves(call(pb.Request(**{kind: message})), request)
     if response.HasField("error"):
-        error = response.error
-        raise RequestError(error.message, pb.Error.Code.Name(error.code), error.retry_after / 1e3)
+        raise request_error(response.error)
     return getattr(response, kind)
 
 

@@ -16,6 +16,11 @@ def error_response(request_id: int, error: RequestError) -> pb.Response:
     return pb.Response(id=request_id, error=detail)
 
 
+def request_error(error: pb.Error) -> RequestError:
+    """The exception that a response's error stands for."""
+    return RequestError(error.message, pb.Error.Code.Name(error.code), error.retry_after / 1e3)
+
+
 def check_count(count: int, most: int) -> None:
     """Raises RequestError if a request has more items than the server takes."""
     if count > most:
