@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from clip_server import __version__
 from clip_server.engine.engine import Encoded, Engine, Item
 from clip_server.errors import ItemError, RequestError
 from clip_server.rpc.errors import FAILED, check_count, error_response
+from clip_server.rpc.items import item_errors
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Service:
             embeddings = scores.normalize(embeddings)
         response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
         response.count, response.dim = embeddings.shape
-        response.errors.extend(_item_errors(encoded.errors.items()))
+        response.errors.extend(item_errors(encoded.errors))
         response.truncated = encoded.truncated
         _set_timings(response.timings, encoded)
 
@@ -129,7 +130,7 @@ class Service:
         candidates = [self.to_item(each) for each in request.candidates]
         ranked = await self.rank(self.to_item(request.query), candidates, timeout)
         response.matches.extend(ranked.matches)
-        response.errors.extend(_item_errors(ranked.errors.items()))
+        response.errors.extend(item_errors(ranked.errors))
         _set_timings(response.timings, ranked.encoded)
 
     def _metrics(self) -> dict[str, float]:
@@ -201,10 +202,6 @@ def read_uri(uri: str) -> str | bytes:
         return read_data_uri(uri)
     except ValueError as error:
         raise ItemError(str(error)) from None
-
-
-def _item_errors(errors: Iterable[tuple[int, str]]) -> list[pb.ItemError]:
-    return [pb.ItemError(index=index, message=message) for index, message in errors]
 
 
 def _set_timings(timings: pb.Timings, encoded: Encoded) -> None:

@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.rpc.documents import ClipDoc, ClipMatch, ClipPart
+from clip_server.rpc.items import item_errors
 
 
 class FlowDoc(AnyDoc):
@@ -86,7 +87,7 @@ def encode_response(
         else:
             errors[index] = f"its embedding has {len(embedding)} dimensions, another's {dim}"
     return pb.EncodeResponse(
-        embeddings=rows.tobytes(), count=len(sent), dim=dim, errors=_item_errors(errors)
+        embeddings=rows.tobytes(), count=len(sent), dim=dim, errors=item_errors(errors)
     )
 
 
@@ -114,7 +115,7 @@ def rank_response(sent: ClipDoc, answered: Sequence[Any]) -> pb.RankResponse:
             continue
         response.matches.add(index=index, probability=probability, cosine=cosine)
         errors.pop(index, None)
-    response.errors.extend(_item_errors(errors))
+    response.errors.extend(item_errors(errors))
     return response
 
 
@@ -159,7 +160,3 @@ def _places(sent: Sequence[Any], answered: Sequence[Any]) -> list[int]:
 
 def _field(doc: Any, name: str) -> Any:
     return vars(doc).get(name)
-
-
-def _item_errors(errors: dict[int, str]) -> list[pb.ItemError]:
-    return [pb.ItemError(index=index, message=errors[index]) for index in sorted(errors)]

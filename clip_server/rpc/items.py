@@ -1,8 +1,9 @@
-"""Items of requests: how many there are, and ids of those that come without one."""
+"""Items of requests: how many there are, ids of those that come without one, and errors."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from clip_client.proto import clip_pb2 as pb
 
@@ -21,3 +22,8 @@ def count_items(request: pb.Request) -> int | None:
     if kind == "search":
         return len(request.search.queries)
     return 1 if kind == "rank" else None
+
+
+def item_errors(errors: Mapping[int, str]) -> list[pb.ItemError]:
+    """Messages by the index of their items, in that order."""
+    return [pb.ItemError(index=index, message=errors[index]) for index in sorted(errors)]
