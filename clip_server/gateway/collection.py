@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from clip_client.data_uri import read_data_uri
 from clip_client.proto import clip_pb2 as pb
-from clip_server.errors import ConfigurationError, RequestError
+from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool
 from clip_server.gateway.topology import Topology
 from clip_server.rpc.errors import request_error
-from clip_server.rpc.items import content_id
+from clip_server.rpc.items import content_id, read_embeddings
 from clip_server.rpc.probes import PROBE_IMAGE, PROBE_TEXT, comparable_precision
 
 # Requests that an indexer answers.
@@ -73,7 +71,7 @@ class Collection:
         errors = {error.index: error for error in encoded.errors}
         good = [index for index in range(len(items)) if index not in errors]
         # Rows of those that failed are NaN.
-        rows = np.frombuffer(encoded.embeddings, "<f4").reshape(-1, self._dim)[good]
+        rows = read_embeddings(encoded.embeddings, len(items), self._dim)[good]
         stored = await self.indexer.send(
             pb.Request(
                 index=pb.IndexRequest(items=[kept[i] for i in good], embeddings=rows.tobytes())
@@ -118,11 +116,6 @@ class Collection:
         """The embeddings of items: those given, or the encoder's."""
         if not given and items:
             return await self._encode(items, timeout)
-        if len(given) != 4 * len(items) * self._dim:
-            raise RequestError(
-                f"embeddings holds {len(given):,} bytes: {len(items):,} of {self._dim} dimensions "
-                f"in float32 are {4 * len(items) * self._dim:,}"
-            )
         return pb.EncodeResponse(embeddings=given)
 
     async def _encode(self, items: Sequence[pb.Item], timeout: int) -> pb.EncodeResponse:

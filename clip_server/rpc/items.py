@@ -1,11 +1,15 @@
-"""Items of requests: how many there are, ids of those that come without one, and errors."""
+"""Items of requests: how many there are, their ids, embeddings and errors."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
 
 
 def content_id(content: str | bytes) -> str:
@@ -27,3 +31,17 @@ def count_items(request: pb.Request) -> int | None:
 def item_errors(errors: Mapping[int, str]) -> list[pb.ItemError]:
     """Messages by the index of their items, in that order."""
     return [pb.ItemError(index=index, message=errors[index]) for index in sorted(errors)]
+
+
+def read_embeddings(embeddings: bytes, count: int, dim: int) -> NDArray[np.float32]:
+    """The embeddings of a message, [count, dim] float32.
+
+    Raises:
+        RequestError: it holds more or fewer.
+    """
+    if len(embeddings) != 4 * count * dim:
+        raise RequestError(
+            f"embeddings holds {len(embeddings):,} bytes: {count:,} of {dim} dimensions "
+            f"in float32 are {4 * count * dim:,}"
+        )
+    return np.frombuffer(embeddings, "<f4").reshape(count, dim)

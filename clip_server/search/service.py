@@ -19,7 +19,7 @@ from clip_client.tags import tags_to_dict
 from clip_server import __version__
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.rpc.errors import FAILED, check_count, error_response
-from clip_server.rpc.items import content_id
+from clip_server.rpc.items import content_id, read_embeddings
 from clip_server.search import filters, open_store
 from clip_server.search.fingerprint import Fingerprint
 from clip_server.search.relevance import Background
@@ -123,7 +123,7 @@ class SearchService:
         started = time.perf_counter()
         store = self._opened()
         check_count(len(request.items), self._max_request_items)
-        embeddings = _matrix(request.embeddings, len(request.items), store.model.dim)
+        embeddings = read_embeddings(request.embeddings, len(request.items), store.model.dim)
         ids, rows, errors = [], [], []
         for index, (item, embedding) in enumerate(zip(request.items, embeddings, strict=True)):
             try:
@@ -141,7 +141,7 @@ class SearchService:
         started = time.perf_counter()
         store = self._opened()
         check_count(len(request.queries), self._max_request_items)
-        queries = _matrix(request.embeddings, len(request.queries), store.model.dim)
+        queries = read_embeddings(request.embeddings, len(request.queries), store.model.dim)
         threshold = self._threshold
         if request.HasField("score_threshold"):
             threshold = request.score_threshold
@@ -294,16 +294,6 @@ def _message(hit: Hit, relevance: float | None) -> pb.Hit:
         tags=hit.tags or None,
         is_image=hit.modality == "image",
     )
-
-
-def _matrix(embeddings: bytes, rows: int, dim: int) -> Vectors:
-    if len(embeddings) != 4 * rows * dim:
-        raise RequestError(
-            f"embeddings holds {len(embeddings):,} bytes; {rows:,} of {dim} dimensions in float32 "
-            f"are {4 * rows * dim:,}"
-        )
-    matrix: Vectors = np.frombuffer(embeddings, "<f4").reshape(rows, dim)
-    return matrix
 
 
 def _limit(limit: int) -> int:
