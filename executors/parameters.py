@@ -78,7 +78,6 @@ class EncoderParameters:
                 "traversal_paths is the old name of access_paths: rename it", stacklevel=2
             )
             values.setdefault("access_paths", values.pop("traversal_paths"))
-            values.pop("traversal_paths", None)
         parameters = read_parameters(cls, values, "CLIPEncoder")
         parse_access_paths(parameters.access_paths)
         return parameters

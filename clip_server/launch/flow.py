@@ -360,7 +360,6 @@ def _prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
     if "replicas" in uses:
         # Jina would ignore it here without a word; clip-as-service's own pages show it so.
         executor.setdefault("replicas", uses.pop("replicas"))
-        uses.pop("replicas", None)
         console.log(f"clip_server: warning: {place}: replicas belongs next to uses:, not under it")
     if "workspace" in uses:
         # As clip-as-service's page on retrieval has it.
