@@ -12,7 +12,8 @@ import os
 import re
 import ssl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -521,11 +522,13 @@ def _check_encoders(executor: Mapping[str, Any], place: str) -> None:
                     f"{place}: jtype: {uses['jtype']}: the class in {module} is "
                     f"{' or '.join(names)}"
                 )
+            parameters, where = uses["with"], f"{place}: uses: with"
             if module == _HUB:
-                _check_hub_encoder(uses["jtype"], uses["with"], f"{place}: uses: with")
+                _check_hub_encoder(uses["jtype"], parameters, where)
+            elif module == _INDEXER:
+                _check_indexer(parameters, where)
             else:
-                check = _check_indexer if module == _INDEXER else _check_encoder
-                check(module, uses["with"], f"{place}: uses: with")
+                _check_encoder(module, parameters, where)
         elif not ("extra_search_paths" in executor or Path(module).exists() or _is_module(module)):
             kind = "file" if module.endswith(".py") else "module or file"
             raise ConfigurationError(
@@ -550,27 +553,31 @@ def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> No
             f"py_modules: there is no {module}{flow_keys.likely(name, _executors())}"
         )
     given = section(parameters, flow_keys.encoder_section(), place)
-    try:
+    with _errors_placed(place):
         EncoderParameters.parse(given)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{place}: {error}") from None
     if package := runtime.missing_package():
         raise ConfigurationError(_not_installed(runtime, package))
     importlib.import_module(module).CLIPEncoder.prepare(given)
 
 
 def _check_hub_encoder(name: str, parameters: Mapping[str, Any], place: str) -> None:
-    try:
+    with _errors_placed(place):
         getattr(importlib.import_module(_HUB), name).prepare(parameters)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{place}: {error}") from None
 
 
-def _check_indexer(_: str, parameters: Mapping[str, Any], place: str) -> None:
+def _check_indexer(parameters: Mapping[str, Any], place: str) -> None:
     from clip_server.executors.indexer_parameters import IndexerParameters
 
+    given = section(parameters, flow_keys.indexer_section(), place)
+    with _errors_placed(place):
+        IndexerParameters.parse(given)
+
+
+@contextmanager
+def _errors_placed(place: str) -> Iterator[None]:
+    """Puts the place in the flow in front of an error's message."""
     try:
-        IndexerParameters.parse(section(parameters, flow_keys.indexer_section(), place))
+        yield
     except ConfigurationError as error:
         raise ConfigurationError(f"{place}: {error}") from None
 
