@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, TypeAlias
 
+from clip_server.commands import console
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
@@ -291,7 +291,7 @@ def profiles_of(engine: Any, tensor: str) -> list[Profile]:
 
 def progress_logger(what: str) -> LogProgress:
     """Returns a function that prints messages about an engine on stderr."""
-    return lambda message: print(f"clip_server: {what}: {message}", file=sys.stderr, flush=True)
+    return lambda message: console.log(f"clip_server: {what}: {message}")
 
 
 @contextmanager
