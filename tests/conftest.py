@@ -18,12 +18,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import requests
 import yaml
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
@@ -54,6 +57,13 @@ def _is_free(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    """An image as a file of a format has it, by Pillow's names."""
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
 
 
 def copy_package(target: Path) -> Path:
@@ -272,12 +282,10 @@ def photos() -> list[bytes]:
     from PIL import Image
     from skimage import data
 
-    files = []
-    for name in ("astronaut", "coffee", "chelsea", "rocket"):
-        buffer = BytesIO()
-        Image.fromarray(getattr(data, name)()).save(buffer, "JPEG", quality=90)
-        files.append(buffer.getvalue())
-    return files
+    return [
+        saved(Image.fromarray(getattr(data, name)()), "JPEG", quality=90)
+        for name in ("astronaut", "coffee", "chelsea", "rocket")
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Http, Server, Start, flow
+from conftest import SAMPLES, Http, Server, Start, flow, saved
 from odd_bodies import PROTOBUF, odd_bodies
 
 from clip_client import Client
@@ -33,26 +33,20 @@ def client(request: pytest.FixtureRequest, onnx_server: Server) -> Iterator[Clie
 
 
 def bad_items(folder: Path) -> dict[str, object]:
-    cat = (SAMPLES / "cat.png").read_bytes()
     text = folder / "notes.jpg"
     text.write_text("these are my notes")
-    from io import BytesIO
-
     from PIL import Image
 
-    jpeg = BytesIO()
-    Image.open(BytesIO(cat)).convert("RGB").save(jpeg, "JPEG")
-    bomb = BytesIO()
-    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    jpeg = saved(Image.open(SAMPLES / "cat.png").convert("RGB"), "JPEG")
     return {
         "notes.jpg": text,
-        "truncated JPEG": jpeg.getvalue()[: len(jpeg.getvalue()) // 2],
+        "truncated JPEG": jpeg[: len(jpeg) // 2],
         "empty string": "",
         "spaces": " \n ",
         "empty bytes": b"",
         "missing file": folder / "nowhere.png",
         "large": b"\xff\xd8" + bytes(40 << 20),
-        "bomb": bomb.getvalue(),
+        "bomb": saved(Image.new("1", (20_000, 20_000)), "PNG"),
         "half a surrogate pair": "\ud83d",
         "a data URI of nonsense": "data:image/png;base64,AAAA",
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import saved
 from PIL import Image
 
 from clip_client import InvalidInputError, inputs
@@ -32,9 +33,7 @@ def pixels(thing: Any) -> np.ndarray[Any, Any]:
 
 
 def png(array: np.ndarray[Any, Any] = PIXELS) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
+    return saved(Image.fromarray(array), "PNG")
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from io import BytesIO
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from conftest import saved
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -97,9 +97,7 @@ class CountingRuntime:
 
 
 def image(grey: int) -> bytes:
-    buffer = BytesIO()
-    Image.new("RGB", (64, 64), (grey, grey, grey)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return saved(Image.new("RGB", (64, 64), (grey, grey, grey)), "PNG")
 
 
 def run(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import SAMPLES, Server, Start, flow
+from conftest import SAMPLES, Server, Start, flow, saved
 from docarray import DocList
 from docarray.documents import ImageDoc, TextDoc
 from jina import Client as JinaClient
@@ -119,9 +119,8 @@ def pixels(kind: str) -> np.ndarray[Any, Any]:
 def test_a_tensor_is_the_image_that_pil_makes_of_it(
     encoder: CLIPEncoder, tensor: np.ndarray[Any, Any], mode: str
 ) -> None:
-    file = BytesIO()
-    Image.open(BytesIO(CAT)).convert(mode).save(file, "PNG")
-    found, expected = encoded(encoder, [ClipDoc(tensor=tensor), ClipDoc(blob=file.getvalue())])
+    image = saved(Image.open(BytesIO(CAT)).convert(mode), "PNG")
+    found, expected = encoded(encoder, [ClipDoc(tensor=tensor), ClipDoc(blob=image)])
     assert found.error is None
     np.testing.assert_allclose(found.embedding, expected.embedding, atol=1e-4)
     assert found.tensor is not None
@@ -189,9 +188,8 @@ def test_tensors_that_are_preprocessed_already() -> None:
     spec = made.engine.card.image
     image = Image.open(BytesIO(CAT)).convert("RGB").resize((spec.size, spec.size))
     ready = ((np.asarray(image) / 255 - spec.mean) / spec.std).transpose(2, 0, 1)
-    file = BytesIO()
-    image.save(file, "PNG")
-    found, expected = encoded(made, [ClipDoc(tensor=ready), ClipDoc(blob=file.getvalue())])
+    docs = [ClipDoc(tensor=ready), ClipDoc(blob=saved(image, "PNG"))]
+    found, expected = encoded(made, docs)
     np.testing.assert_allclose(found.embedding, expected.embedding, atol=1e-4)
     made.close()
 

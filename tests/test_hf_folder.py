@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import seeded
 from cn_clip_reference import picture
+from conftest import saved
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -155,9 +155,7 @@ def test_pixels_are_transformers_own(kind: str, tmp_path: Path) -> None:
     for sides in ((120, 90), (123, 90), (90, 125), (90, 131), (64, 64), (31, 17)):
         image = picture(*sides)
         expected = theirs(image, return_tensors="np")["pixel_values"][0]
-        buffer = BytesIO()
-        image.save(buffer, "PNG")
-        np.testing.assert_array_equal(ours(buffer.getvalue()), np.round(expected * 255))
+        np.testing.assert_array_equal(ours(saved(image, "PNG")), np.round(expected * 255))
 
 
 def described(folder: Path, config: dict[str, Any], **files: Any) -> Path:

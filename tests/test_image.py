@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import Start, flow
+from conftest import Start, flow, saved
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -45,14 +45,8 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(values)
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def sixteen_bit_grey(kind: str) -> bytes:
-    return encoded(Image.fromarray(np.asarray(photo().convert("L")).astype(np.uint16) * 257), kind)
+    return saved(Image.fromarray(np.asarray(photo().convert("L")).astype(np.uint16) * 257), kind)
 
 
 def sixteen_bit_colour() -> NDArray[np.uint16]:
@@ -94,24 +88,24 @@ def icon(mode: str = "RGB", bitmap: str = "png") -> bytes:
     """Three sizes of one image, the largest of them 90 x 60."""
     image = transparent() if mode == "RGBA" else photo().convert(mode)
     sizes = [(16, 16), (90, 60), (32, 32)]
-    return encoded(image, "ICO", sizes=sizes, bitmap_format=bitmap)
+    return saved(image, "ICO", sizes=sizes, bitmap_format=bitmap)
 
 
 def several(kind: str, **options: Any) -> bytes:
     """An animation, the pages of a TIFF, or the two images of a phone's MPO."""
     others = [photo().rotate(90)]
-    return encoded(photo(), kind, save_all=True, append_images=others, **options)
+    return saved(photo(), kind, save_all=True, append_images=others, **options)
 
 
 def turned(kind: str, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x112] = orientation
-    return encoded(photo(), kind, exif=exif)
+    return saved(photo(), kind, exif=exif)
 
 
 def ycck() -> bytes:
     """As Photoshop writes CMYK: the file's Adobe segment says how its colours are kept."""
-    data = bytearray(encoded(photo().convert("CMYK"), "JPEG"))
+    data = bytearray(saved(photo().convert("CMYK"), "JPEG"))
     transform = data.index(b"Adobe") + 11
     assert data[transform] == 0
     data[transform] = 2
@@ -125,12 +119,12 @@ def transparent(mode: str = "RGBA") -> Image.Image:
 
 
 def palette(**options: Any) -> bytes:
-    return encoded(photo().convert("P"), "PNG", **options)
+    return saved(photo().convert("P"), "PNG", **options)
 
 
 SAMPLES: dict[str, Callable[[], bytes]] = {
     **{
-        f"{kind} {mode}": lambda kind=kind, mode=mode: encoded(photo().convert(mode), kind)
+        f"{kind} {mode}": lambda kind=kind, mode=mode: saved(photo().convert(mode), kind)
         for kind, modes in {
             "JPEG": ["RGB", "L", "CMYK"],
             "PNG": ["RGB", "RGBA", "L", "LA", "P", "1"],
@@ -145,7 +139,7 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
         if kind in FORMATS
     },
     **{
-        f"{kind} transparent": lambda kind=kind: encoded(transparent(), kind)
+        f"{kind} transparent": lambda kind=kind: saved(transparent(), kind)
         for kind in ("PNG", "TIFF", "WEBP", "AVIF", "HEIF")
         if kind in FORMATS
     },
@@ -167,24 +161,22 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
         for mode in ("RGB", "RGBA", "P", "1")
         for bitmap in ("png", "bmp")
     },
-    "JPEG progressive": lambda: encoded(photo(), "JPEG", progressive=True),
-    "JPEG with all of its colour": lambda: encoded(photo(), "JPEG", subsampling=0),
+    "JPEG progressive": lambda: saved(photo(), "JPEG", progressive=True),
+    "JPEG with all of its colour": lambda: saved(photo(), "JPEG", subsampling=0),
     "JPEG YCCK": ycck,
-    "WEBP lossless": lambda: encoded(photo(), "WEBP", lossless=True),
-    "WEBP lossless transparent": lambda: encoded(transparent(), "WEBP", lossless=True),
+    "WEBP lossless": lambda: saved(photo(), "WEBP", lossless=True),
+    "WEBP lossless transparent": lambda: saved(transparent(), "WEBP", lossless=True),
     "PNG 16 bit grey": lambda: sixteen_bit_grey("PNG"),
     "PNG 16 bit colour": sixteen_bit_png,
-    "PNG LA transparent": lambda: encoded(transparent("LA"), "PNG"),
+    "PNG LA transparent": lambda: saved(transparent("LA"), "PNG"),
     "PNG palette with a transparent entry": lambda: palette(transparency=3),
     "PNG palette with alphas": lambda: palette(transparency=bytes(range(256))),
-    "PNG with a transparent colour": lambda: encoded(photo(), "PNG", transparency=(1, 2, 3)),
+    "PNG with a transparent colour": lambda: saved(photo(), "PNG", transparency=(1, 2, 3)),
     "TIFF 16 bit grey": lambda: sixteen_bit_grey("TIFF"),
     "TIFF 16 bit colour": sixteen_bit_tiff,
     "TIFF tiles": lambda: tiff(100, 90, zlib.compress(noise(128, 128).tobytes()), tile=128),
     **{
-        f"{width} x {height}": lambda width=width, height=height: encoded(
-            noise(width, height), "PNG"
-        )
+        f"{width} x {height}": lambda width=width, height=height: saved(noise(width, height), "PNG")
         for width, height in [(1, 1), (2, 3), (64, 64), (65, 64), (301, 777), (900, 1), (1, 900)]
     },
 }
@@ -227,7 +219,7 @@ THIN = [(7, 3000), (3001, 9), (1, 2000), (37, 2999)]
 )
 def test_exact_equals_open_clip_whatever_the_shape(mode: str, size: tuple[int, int]) -> None:
     pytest.importorskip("open_clip")
-    data = encoded(noise_in(mode, *size), "PNG")
+    data = saved(noise_in(mode, *size), "PNG")
     found = ImageTransform(ImageSpec(224), exact=True)(data)
     np.testing.assert_array_equal(found, open_clip_pixels(data, 224, "shortest"))
 
@@ -235,10 +227,10 @@ def test_exact_equals_open_clip_whatever_the_shape(mode: str, size: tuple[int, i
 def test_a_big_endian_tiff_is_the_png_of_the_same_pixels() -> None:
     grey = noise_in("I;16", 300, 200)
     values = np.asarray(grey).astype(">u2").tobytes()
-    tiff = encoded(Image.frombytes("I;16B", grey.size, values), "TIFF")
+    tiff = saved(Image.frombytes("I;16B", grey.size, values), "TIFF")
     assert Image.open(io.BytesIO(tiff)).mode == "I;16B"
     found = ImageTransform(SPEC, exact=True)(tiff)
-    np.testing.assert_array_equal(found, ImageTransform(SPEC, exact=True)(encoded(grey, "PNG")))
+    np.testing.assert_array_equal(found, ImageTransform(SPEC, exact=True)(saved(grey, "PNG")))
 
 
 def noise_in(mode: str, width: int, height: int) -> Image.Image:
@@ -252,7 +244,7 @@ def noise_in(mode: str, width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("size", THIN, ids="{0[0]} x {0[1]}".format)
 def test_the_centre_alone_differs_by_rounding(size: tuple[int, int]) -> None:
-    data = encoded(noise(*size), "PNG")
+    data = saved(noise(*size), "PNG")
     centre = ImageTransform(ImageSpec(224), max_pixels=size[0] * size[1])(data)
     whole = ImageTransform(ImageSpec(224))(data)
     different = np.abs(centre.astype(np.int64) - whole)
@@ -298,7 +290,7 @@ def difference(data: bytes, size: int, resize: Any = "shortest") -> NDArray[np.i
 
 @pytest.mark.parametrize("kind", ["JPEG", "MPO"])
 def test_scaled_decoding_is_close_to_exact(kind: str) -> None:
-    found = difference(encoded(photo(1600, 1200), kind, quality=90), 64)
+    found = difference(saved(photo(1600, 1200), kind, quality=90), 64)
     assert 0 < found.mean() < 0.2
 
 
@@ -307,12 +299,12 @@ def test_scaled_decoding_does_not_shift_a_image(resize: Any) -> None:
     # An eighth of these sides is not whole: the last pixels are only partly the image's.
     rows, columns = np.mgrid[0:3593, 0:3601]
     waves = 127 + 60 * (np.sin(columns / 30) + np.sin(rows / 30))
-    data = encoded(Image.fromarray(waves.astype(np.uint8)), "JPEG", quality=95)
+    data = saved(Image.fromarray(waves.astype(np.uint8)), "JPEG", quality=95)
     assert difference(data, 224, resize).mean() < 0.5
 
 
 def test_a_jpeg_under_twice_the_size_is_decoded_whole() -> None:
-    data = encoded(photo(1000, 447), "JPEG")
+    data = saved(photo(1000, 447), "JPEG")
     fast, exact = ImageTransform(ImageSpec(224)), ImageTransform(ImageSpec(224), exact=True)
     np.testing.assert_array_equal(fast(data), exact(data))
 
@@ -325,7 +317,7 @@ def test_the_memory_of_an_unknown_pillow_is_not_read(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("width", "height"), [(100_000, 1), (1, 100_000)])
 def test_a_thin_image_is_not_blown_up(width: int, height: int) -> None:
     ramp = np.linspace(0, 255, width * height).astype(np.uint8).reshape(height, width)
-    pixels = ImageTransform(SPEC)(encoded(Image.fromarray(ramp), "PNG"))
+    pixels = ImageTransform(SPEC)(saved(Image.fromarray(ramp), "PNG"))
     assert pixels.shape == (3, 64, 64)
     # Only the centre is made, from the one or two pixels that are there.
     assert set(pixels.flat) <= {127, 128}
@@ -367,13 +359,13 @@ def test_heic_without_its_package(hidden: None) -> None:
 @pytest.mark.parametrize("kind", ["JPEG2000", "PPM", "TGA", "EPS", "PDF"])
 def test_other_formats_are_not_opened(kind: str) -> None:
     with pytest.raises(ItemError, match="not an image the server can read"):
-        ImageTransform(SPEC)(encoded(photo(), kind))
+        ImageTransform(SPEC)(saved(photo(), kind))
 
 
 @pytest.mark.skipif("HEIF" not in FORMATS, reason="pillow-heif is not installed")
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
 def test_a_brand_that_heic_and_avif_share(kind: str) -> None:
-    data = encoded(photo(), kind)
+    data = saved(photo(), kind)
     shared = data.replace(b"ftypheic", b"ftypmif1").replace(b"ftypavif", b"ftypmif1")
     assert shared != data
     np.testing.assert_array_equal(ImageTransform(SPEC)(shared), ImageTransform(SPEC)(data))
@@ -381,7 +373,7 @@ def test_a_brand_that_heic_and_avif_share(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_cut_off_image_is_an_item_error(kind: str) -> None:
-    data = encoded(photo(), kind)
+    data = saved(photo(), kind)
     for part in (10, 40, len(data) // 2):
         with pytest.raises(ItemError) as caught:
             ImageTransform(SPEC)(data[:part])
@@ -400,13 +392,13 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "ICO"])
 def test_the_limit_on_pixels_holds_for_every_format(kind: str) -> None:
     with pytest.raises(ItemError, match="300 x 200 = 60,000 pixels; at most 59,999"):
-        ImageTransform(SPEC, max_pixels=59_999)(encoded(photo(), kind))
-    ImageTransform(SPEC, max_pixels=60_000)(encoded(photo(), kind))
+        ImageTransform(SPEC, max_pixels=59_999)(saved(photo(), kind))
+    ImageTransform(SPEC, max_pixels=60_000)(saved(photo(), kind))
 
 
 @pytest.mark.parametrize("bitmap", ["png", "bmp"])
 def test_the_limit_on_pixels_holds_for_the_image_inside_an_icon(bitmap: str) -> None:
-    data = bytearray(encoded(photo(), "ICO", sizes=[(90, 60)], bitmap_format=bitmap))
+    data = bytearray(saved(photo(), "ICO", sizes=[(90, 60)], bitmap_format=bitmap))
     if bitmap == "png":
         start = data.index(b"IHDR")
         header = b"IHDR" + struct.pack(">II", 30_000, 20_000) + data[start + 12 : start + 17]
@@ -429,7 +421,7 @@ def png_of(data: bytes, colours: int = 2, bits: int = 8, side: int = SIDE) -> by
 
 def claiming(kind: str, **options: Any) -> bytes:
     """A small image whose header says that it is large."""
-    data = bytearray(encoded(noise(300, 200), kind, **options))
+    data = bytearray(saved(noise(300, 200), kind, **options))
     size = struct.pack("<HH", SIDE, SIDE)
     if kind == "JPEG":
         start = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
@@ -461,7 +453,7 @@ def test_no_memory_is_taken_for_pixels_that_the_data_cannot_hold(name: str) -> N
     data = LIES[name]()
     for exact in (False, True):
         transform = ImageTransform(SPEC, exact)
-        transform(encoded(photo(), name.split()[0]))  # loads what Pillow loads only once
+        transform(saved(photo(), name.split()[0]))  # loads what Pillow loads only once
         Image.core.reset_stats()
         with pytest.raises(ItemError, match="cut off"):
             transform(data)
@@ -472,7 +464,7 @@ def test_data_that_compresses_best_is_not_taken_for_cut_off() -> None:
     """As few bytes for each pixel as the format allows."""
     blank = Image.new("1", (3000, 3000))
     for image, kind in ((blank, "PNG"), (blank.convert("P"), "GIF"), (blank.convert("L"), "JPEG")):
-        assert not ImageTransform(SPEC)(encoded(image, kind, optimize=True)).any()
+        assert not ImageTransform(SPEC)(saved(image, kind, optimize=True)).any()
 
 
 def resident(processes: list[psutil.Process]) -> int:
@@ -532,7 +524,7 @@ def compressed_text(name: bytes, size: int) -> bytes:
 @pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
 def test_compressed_texts_in_a_png_are_not_inflated(name: bytes, behind: bool) -> None:
-    plain, transform = encoded(photo(30, 20), "PNG"), ImageTransform(SPEC)
+    plain, transform = saved(photo(30, 20), "PNG"), ImageTransform(SPEC)
     expected = transform(plain)  # and everything there is to import is imported
     place = -12 if behind else 33  # before IEND, or after IHDR
     for text in (compressed_text(name, 2 * 2**20), compressed_text(name, 128 * 2**20)):
@@ -548,7 +540,7 @@ def test_compressed_texts_in_a_png_are_not_inflated(name: bytes, behind: bool) -
 
 @pytest.mark.parametrize("name", [b"tEXt", b"gAMA", b"eXIf", b"pHYs", b"acTL", b"fcTL", b"vpAg"])
 def test_a_damaged_chunk_beside_the_pixels_of_a_png_does_not_matter(name: bytes) -> None:
-    plain = encoded(photo(), "PNG")
+    plain = saved(photo(), "PNG")
     for chunk in (png_chunk(name, b"\xff"), png_chunk(name, b"\xff" * 40)[:-4] + b"crc?"):
         found = ImageTransform(SPEC)(plain[:33] + chunk + plain[33:])
         np.testing.assert_array_equal(found, ImageTransform(SPEC)(plain))
@@ -565,7 +557,7 @@ def test_a_damaged_chunk_beside_the_pixels_of_a_png_does_not_matter(name: bytes)
     ids=["EXIF", "profile", "Photoshop", "comments"],
 )
 def test_damaged_segments_beside_the_pixels_of_a_jpeg_do_not_matter(segment: bytes) -> None:
-    plain = encoded(photo(), "JPEG", quality=95)
+    plain = saved(photo(), "JPEG", quality=95)
     found = ImageTransform(SPEC)(plain[:2] + segment * 20 + plain[2:])
     np.testing.assert_array_equal(found, ImageTransform(SPEC)(plain))
 
@@ -579,9 +571,9 @@ def test_megabytes_of_metadata_do_not_matter(kind: str) -> None:
         "TIFF": {"tiffinfo": {270: "a" * 2_000_000}, "icc_profile": b"p" * 2_000_000},
         "WEBP": {"xmp": b"a" * 2_000_000, "icc_profile": b"p" * 2_000_000},
     }
-    data = encoded(photo(), kind, **plenty.get(kind, {"xmp": b"a" * 2_000_000}))
+    data = saved(photo(), kind, **plenty.get(kind, {"xmp": b"a" * 2_000_000}))
     np.testing.assert_array_equal(
-        ImageTransform(SPEC)(data), ImageTransform(SPEC)(encoded(photo(), kind))
+        ImageTransform(SPEC)(data), ImageTransform(SPEC)(saved(photo(), kind))
     )
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import pytest
-from conftest import SAMPLES, Http, Server
+from conftest import SAMPLES, Http, Server, saved
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -285,16 +285,9 @@ def palette(transparency: bytes | int | None = None, colors: int = 256) -> Image
 
 
 def frames(form: str) -> bytes:
-    file = BytesIO()
-    several = [noise("RGB"), noise("RGB").transpose(Image.Transpose.ROTATE_180)]
-    several[0].save(file, form, save_all=True, append_images=several[1:])
-    return file.getvalue()
-
-
-def saved(image: Image.Image, form: str, **options: Any) -> bytes:
-    file = BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
+    first = noise("RGB")
+    others = [first.transpose(Image.Transpose.ROTATE_180)]
+    return saved(first, form, save_all=True, append_images=others)
 
 
 def files() -> dict[str, bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import seeded
 import triton_server
 from cn_clip_reference import drawn
+from conftest import saved
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
@@ -71,9 +71,7 @@ def clients(triton: Triton) -> Iterator[list[Client]]:
 
 def jpeg(seed: int, width: int = 320, height: int = 240) -> bytes:
     colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    file = BytesIO()
-    Image.fromarray(colours).resize((width, height)).save(file, "JPEG")
-    return file.getvalue()
+    return saved(Image.fromarray(colours).resize((width, height)), "JPEG")
 
 
 IMAGES = [jpeg(0), jpeg(1, 700, 300), jpeg(2, 90, 400)]

@@ -11,12 +11,11 @@ test_docarray_1_guide.py.
 from __future__ import annotations
 
 import base64
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
-from conftest import SAMPLES
+from conftest import SAMPLES, saved
 from docarray import BaseDoc, DocList
 from docarray.typing import AnyTensor, NdArray
 from PIL import Image
@@ -63,9 +62,8 @@ def pixels(path: Path) -> np.ndarray[Any, Any]:
 
 def data_uri(path: Path, kind: str = "png") -> str:
     """The image in `path`, as a `data:` URI of that kind."""
-    buffer = BytesIO()
-    Image.open(path).save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image = base64.b64encode(saved(Image.open(path), kind)).decode()
+    return f"data:image/{kind};base64,{image}"
 
 
 def rows(documents: Any) -> np.ndarray[Any, Any]:
