@@ -231,6 +231,12 @@ def onnx_server(start: Start) -> Server:
     return start(flow("onnx"))
 
 
+@pytest.fixture(scope="module")
+def http(onnx_server: Server) -> Iterator[Http]:
+    with Http(onnx_server.http) as session:
+        yield session
+
+
 @pytest.fixture(scope="session")
 def search_server(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
     return start(search_flow(tmp_path_factory.mktemp("collection") / "rows"))

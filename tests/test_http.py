@@ -26,12 +26,6 @@ def nested_entry(levels: int) -> dict[str, Any]:
     return entry
 
 
-@pytest.fixture
-def http(onnx_server: Server) -> Any:
-    with Http(onnx_server.http) as http:
-        yield http
-
-
 def test_encode(http: Http, onnx_server: Server) -> None:
     data = [{"text": "a cat", "id": "x"}, {"uri": CAT_URI}, "a dog",
             {"blob": base64.b64encode(CAT).decode()}]  # fmt: skip

@@ -33,12 +33,6 @@ def client(onnx_server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def http(onnx_server: Server) -> Iterator[Http]:
-    with Http(onnx_server.http) as session:
-        yield session
-
-
-@pytest.fixture(scope="module")
 def cat(client: Client) -> Rows:
     row: Rows = client.encode([CAT])[0]
     return row

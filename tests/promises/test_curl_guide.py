@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -21,12 +20,6 @@ from clip_client import Client
 # As `base64 FILE` prints it: in lines.
 LINES = base64.encodebytes(CAT.read_bytes()).decode()
 BLOB = base64.b64encode(CAT.read_bytes()).decode()
-
-
-@pytest.fixture(scope="module")
-def http(onnx_server: Server) -> Iterator[Http]:
-    with Http(onnx_server.http) as session:
-        yield session
 
 
 @pytest.fixture(scope="module")
