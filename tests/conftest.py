@@ -119,6 +119,41 @@ def search_flow(
     return spec
 
 
+MILVUS = """
+import sys
+from milvus import default_server as server
+server.set_base_dir(sys.argv[1])
+server.config.set("proxy_port", int(sys.argv[2]))
+server.listen_port = int(sys.argv[2])
+server.start()
+print("ready", flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Milvus server: that in MILVUS_URI, or one of its own."""
+    if given := os.environ.get("MILVUS_URI"):
+        yield given
+        return
+    folder, (port,) = tmp_path_factory.mktemp("milvus"), free_ports(1)
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    packages = ["milvus==2.3.5", "setuptools<81"]
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    command = [python, "-c", MILVUS, folder / "data", str(port)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield f"http://127.0.0.1:{port}"
+        assert server.stdin is not None
+        server.stdin.close()
+
+
 @dataclass
 class Server:
     """A server process and where it answers."""

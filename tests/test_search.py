@@ -7,12 +7,15 @@ import itertools
 import os
 import signal
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from conftest import SAMPLES, Http, Server, Start, flow, search_flow
+
+from clip_client import Client
 
 IMAGES = sorted(SAMPLES.glob("*.png"))
 BATCH = 32
@@ -221,6 +224,30 @@ def test_mistakes_in_the_flow_are_refused(tmp_path: Path, with_: Any, said: str)
 
     with pytest.raises(ConfigurationError, match=said):
         prepare(search_flow(tmp_path / "rows", **with_))
+
+
+@pytest.mark.slow
+def test_two_indexers_share_a_collection_on_milvus(
+    start: Start, milvus: str, tmp_path: Path
+) -> None:
+    spec = search_flow(tmp_path / "unused", uri=milvus, collection=f"c{uuid.uuid4().hex}")
+    spec["executors"][-1]["replicas"] = 2
+    server = start(spec)
+    http = Http(server.http)
+    index_all(http)
+    # Every other request goes to the replica that did not store the rows.
+    for _ in range(2):
+        assert search(http, "a smiling cat", target="images", limit=1)[0]["id"] == "cat.png"
+        assert http.post("/count", json={}).json() == {"count": len(IMAGES) + 3}
+    with Client(server.grpc) as client:
+        (matches,) = client.search(["a car"], limit=1, target="texts", filter={"n": {"$lt": 2}})
+        assert [match.text for match in matches] == ["a red car"]
+        assert client.delete(["text-0", "nobody"]) == 1
+    server.stop()
+    http = Http(start(spec).http)
+    assert http.post("/count", json={}).json() == {"count": len(IMAGES) + 2}
+    assert search(http, entry(SAMPLES / "pizza.png"), limit=1)[0]["id"] == "pizza.png"
+    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.slow

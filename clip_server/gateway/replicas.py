@@ -124,8 +124,11 @@ class ReplicaPool:
 
         async def ask(replica: _Replica) -> pb.Response:
             while True:
+                # A transport numbers the message that it sends.
+                own = pb.Request()
+                own.CopyFrom(request)
                 try:
-                    return await replica.transport.send(request)
+                    return await replica.transport.send(own)
                 except ConnectionFailedError:
                     await asyncio.sleep(_RETRY_SECONDS)  # not yet
 
