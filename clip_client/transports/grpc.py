@@ -132,9 +132,7 @@ class _StreamLink:
     async def _is_jina_gateway(self) -> bool:
         status: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(STATUS)
         try:
-            await status(
-                b"", metadata=self._metadata, timeout=CONNECT_SECONDS, wait_for_ready=True
-            )
+            await status(b"", metadata=self._metadata, timeout=CONNECT_SECONDS, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             # A server that has the method but is slow or fails is one all the same.
             return error.code() is not grpc.StatusCode.UNIMPLEMENTED
