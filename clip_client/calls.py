@@ -68,6 +68,7 @@ class SearchOptions(RequestOptions, total=False):
 class RankOptions(RequestOptions, total=False):
     """The options of `rank` that do not change what it returns."""
 
+    model: str | None
     parameters: Mapping[str, Any] | None
     on_error: Callback | None
 
@@ -103,6 +104,7 @@ def encode(
     prefetch: SupportsIndex,
     show_progress: bool,
     normalize: bool | None,
+    model: str | None,
     parameters: Mapping[str, Any] | None,
     on_item_error: str | None,
     callbacks: Callbacks,
@@ -110,7 +112,7 @@ def encode(
 ) -> CallGenerator[Any]:
     """`Client.encode`."""
     policy = _item_policy(on_item_error, callbacks)
-    given = Parameters.parse(parameters, normalize)
+    given = Parameters.parse(parameters, normalize, model)
     sending = Sending.of(batch_size, prefetch, timeout)
     raw_items = iterate(items)
     roots: list[Any] | None = None
@@ -149,6 +151,7 @@ def rank(
     batch_size: SupportsIndex | None,
     prefetch: SupportsIndex,
     show_progress: bool,
+    model: str | None,
     parameters: Mapping[str, Any] | None,
     on_item_error: str | None,
     callbacks: Callbacks,
@@ -156,7 +159,7 @@ def rank(
 ) -> CallGenerator[Any]:
     """`Client.rank`."""
     policy = _item_policy(on_item_error, callbacks)
-    given = Parameters.parse(parameters)
+    given = Parameters.parse(parameters, model=model)
     sending = Sending.of(batch_size, prefetch, timeout)
     items = query if candidates is None else candidates
     roots: list[Any] | None = [] if candidates is None and callbacks.on_done is None else None
@@ -166,15 +169,15 @@ def rank(
         groups = ((each, candidates_of(each, source), each) for each in chosen)
     else:
         groups = iter([(query, list(_synchronous(items)), None)])
-    model = server.send(_info_request(given.model), timeout)
+    info_answer = server.send(_info_request(given.model), timeout)
     with progress(show_progress, items) as advance:
         collector = RankCollector(
-            model, callbacks, given, advance, source, sending.batch_size or _RANKED_DOCUMENTS
+            info_answer, callbacks, given, advance, source, sending.batch_size or _RANKED_DOCUMENTS
         )
         if candidates is None:  # of Documents, whose items are sent as they fit
             sending = replace(sending, batch_size=None)
         template = _encode_template(given)
-        encoding = _encoding(server, collector, sending, template, first=model)
+        encoding = _encoding(server, collector, sending, template, first=info_answer)
         yield from encoding.run(collector.items_of(groups))
         collector.finish()
     result: Any = None
@@ -192,6 +195,7 @@ def classify(
     labels: Sequence[str],
     *,
     prompt: str,
+    model: str | None,
     on_item_error: str | None,
     timeout: float | None,
 ) -> CallGenerator[Any]:
@@ -202,12 +206,13 @@ def classify(
     if "{}" not in prompt:
         raise InvalidInputError(f"the prompt {prompt!r} has no {{}} for the label to go")
     images = _as_images(iterate(images, "classify"))
+    given = Parameters.parse(None, model=model)
     prompts = [{"text": prompt.replace("{}", label)} for label in labels]
-    targets, collector, scale = yield from _embedded(server, iter(prompts), timeout)
+    targets, collector, scale = yield from _embedded(server, iter(prompts), given, timeout)
     for failure in collector.failures:
         raise InvalidInputError(f"label {labels[failure.index]!r}: {failure.message}")
     truncated = collector.truncated
-    queries, collector, _ = yield from _embedded(server, images, timeout)
+    queries, collector, _ = yield from _embedded(server, images, given, timeout)
     failed = {failure.index for failure in collector.failures}
     cosine = cosines(queries, targets)
     scores = probabilities(cosine, scale)
@@ -370,13 +375,13 @@ def _on_rows(
 
 
 def _embedded(
-    server: Connection, raw_items: Inputs, timeout: float | None
+    server: Connection, raw_items: Inputs, given: Parameters, timeout: float | None
 ) -> CallGenerator[tuple[NDArray[np.float32], ResultCollector, float]]:
     """The embeddings [N, D] of items, what else was collected, and the model's logit scale."""
     collector = ResultCollector(into_documents=False)
-    asked = server.send(_info_request(), timeout)
+    asked = server.send(_info_request(given.model), timeout)
     sending = Sending(timeout=timeout)
-    template = _encode_template(Parameters())
+    template = _encode_template(given)
     yield from _encoding(server, collector, sending, template).run(raw_items)
     model = (yield asked).info
     return collector.embeddings(model.dim), collector, model.logit_scale

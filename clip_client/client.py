@@ -174,6 +174,7 @@ class Client:
         prefetch: SupportsIndex = PREFETCH,
         show_progress: bool = False,
         normalize: bool | None = None,
+        model: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         on_item_error: OnItemError | None = None,
         on_done: Callback | None = None,
@@ -193,11 +194,12 @@ class Client:
         prefetch: maximum requests in flight.
         show_progress: shows a progress bar on stderr.
         normalize: True scales embeddings to length 1.
-        parameters: `normalize` as well; `minibatch_size` (int: maximum batch of the model);
-            `model_name` (str: which model, if the server has several); `access_paths` (str:
-            '@c' encodes the chunks of the Documents passed, '@m' their matches, '@r,c' several);
-            `drop_image_content` (False: the Documents that callbacks get for items that are none
-            have the bytes of images in `.blob`).
+        model: which model, if the server has several: its name, an alias, or the name of its
+            executor. By default the first.
+        parameters: `normalize` and `model` as well; `minibatch_size` (int: maximum batch of the
+            model); `access_paths` (str: '@c' encodes the chunks of the Documents passed, '@m' their
+            matches, '@r,c' several); `drop_image_content` (False: the Documents that callbacks get
+            for items that are none have the bytes of images in `.blob`).
         on_item_error: 'raise' raises ItemsError for the items that failed, at the end, with the
             embeddings of the others in it; 'return' returns `(result, failures)`, with NaN in
             their rows. By default 'raise'; with `on_error` the result alone is returned.
@@ -223,6 +225,7 @@ class Client:
                 prefetch=prefetch,
                 show_progress=show_progress,
                 normalize=normalize,
+                model=model,
                 parameters=parameters,
                 on_item_error=on_item_error,
                 callbacks=Callbacks(on_done, on_error, on_always),
@@ -298,6 +301,7 @@ class Client:
         prefetch: SupportsIndex = PREFETCH,
         show_progress: bool = False,
         normalize: bool | None = None,
+        model: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         on_item_error: OnItemError | None = None,
         on_done: Callback | None = None,
@@ -313,6 +317,7 @@ class Client:
                 prefetch=prefetch,
                 show_progress=show_progress,
                 normalize=normalize,
+                model=model,
                 parameters=parameters,
                 on_item_error=on_item_error,
                 callbacks=Callbacks(on_done, on_error, on_always),
@@ -400,6 +405,7 @@ class Client:
         batch_size: SupportsIndex | None = None,
         prefetch: SupportsIndex = PREFETCH,
         show_progress: bool = False,
+        model: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         on_item_error: OnItemError | None = None,
         on_done: Callback | None = None,
@@ -417,7 +423,7 @@ class Client:
         source: the attribute of `docs` that holds the candidates.
         batch_size: items per request; with `docs`, Documents per call of the callbacks, 8 by
             default.
-        prefetch, show_progress, parameters, timeout: as for `encode`.
+        prefetch, show_progress, model, parameters, timeout: as for `encode`.
         on_item_error: 'raise' raises ItemsError for candidates that failed; 'return' returns
             `(rankings, failures)`. By default as for `encode`.
         on_done, on_error, on_always: as for `encode`, called with a Batch of Documents, or once
@@ -435,6 +441,7 @@ class Client:
                 batch_size=batch_size,
                 prefetch=prefetch,
                 show_progress=show_progress,
+                model=model,
                 parameters=parameters,
                 on_item_error=on_item_error,
                 callbacks=Callbacks(on_done, on_error, on_always),
@@ -522,6 +529,7 @@ class Client:
         batch_size: SupportsIndex | None = None,
         prefetch: SupportsIndex = PREFETCH,
         show_progress: bool = False,
+        model: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         on_item_error: OnItemError | None = None,
         on_done: Callback | None = None,
@@ -538,6 +546,7 @@ class Client:
                 batch_size=batch_size,
                 prefetch=prefetch,
                 show_progress=show_progress,
+                model=model,
                 parameters=parameters,
                 on_item_error=on_item_error,
                 callbacks=Callbacks(on_done, on_error, on_always),
@@ -552,6 +561,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = ...,
+        model: str | None = ...,
         on_item_error: Raise | None = ...,
         timeout: float | None = ...,
     ) -> list[list[Label]]: ...
@@ -563,6 +573,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = ...,
+        model: str | None = ...,
         on_item_error: Return,
         timeout: float | None = ...,
     ) -> tuple[list[list[Label] | None], Failures]: ...
@@ -573,6 +584,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = "a photo of a {}",
+        model: str | None = None,
         on_item_error: OnItemError | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
@@ -580,6 +592,7 @@ class Client:
 
         images: images as `encode` accepts them; a str is a path, a URL or a `data:` URI.
         labels: at least one; each replaces the {} in `prompt`.
+        model: as for `encode`.
         on_item_error: 'raise', the default, raises ItemsError for images that failed; 'return'
             returns `(results, failures)`, with None for those images.
         timeout: seconds per request; None: no limit.
@@ -591,6 +604,7 @@ class Client:
                 images,
                 labels,
                 prompt=prompt,
+                model=model,
                 on_item_error=on_item_error,
                 timeout=timeout,
             )
@@ -603,6 +617,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = ...,
+        model: str | None = ...,
         on_item_error: Raise | None = ...,
         timeout: float | None = ...,
     ) -> list[list[Label]]: ...
@@ -614,6 +629,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = ...,
+        model: str | None = ...,
         on_item_error: Return,
         timeout: float | None = ...,
     ) -> tuple[list[list[Label] | None], Failures]: ...
@@ -624,6 +640,7 @@ class Client:
         labels: Sequence[str],
         *,
         prompt: str = "a photo of a {}",
+        model: str | None = None,
         on_item_error: OnItemError | None = None,
         timeout: float | None = TIMEOUT,
     ) -> Any:
@@ -633,6 +650,7 @@ class Client:
                 images,
                 labels,
                 prompt=prompt,
+                model=model,
                 on_item_error=on_item_error,
                 timeout=timeout,
             )

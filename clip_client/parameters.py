@@ -13,7 +13,11 @@ from clip_client.documents import parse_access_paths
 from clip_client.errors import InvalidInputError
 from clip_client.proto import clip_pb2
 
-_ALIASES = {"batch_size": "minibatch_size", "traversal_paths": "access_paths"}
+_ALIASES = {
+    "batch_size": "minibatch_size",
+    "traversal_paths": "access_paths",
+    "model": "model_name",
+}
 _ROOT = ["r"]
 
 
@@ -21,7 +25,8 @@ _ROOT = ["r"]
 class Parameters:
     """The parsed `parameters` of a call.
 
-    model: the name of a model, or of its executor, where the server has several; "": the first.
+    model: the name of a model, of its executor, or an alias, where the server has several; "": the
+        first.
     access_paths: which Documents are encoded, below those that are passed.
     drop_image_content: whether the Documents of callbacks come without the bytes of images.
     options: sent with each request.
@@ -35,16 +40,23 @@ class Parameters:
     given: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any] | None, normalize: bool | None = None) -> Parameters:
+    def parse(
+        cls,
+        given: Mapping[str, Any] | None,
+        normalize: bool | None = None,
+        model: str | None = None,
+    ) -> Parameters:
         """From the `parameters` of a call, in which None is the default.
 
-        normalize: the argument of that name, which goes before the parameter.
+        normalize, model: the arguments of those names, which go before the parameters.
 
         Raises InvalidInputError for an unknown name or a wrong value.
         """
         values = {_ALIASES.get(name, name): value for name, value in (given or {}).items()}
         if normalize is not None:
             values["normalize"] = normalize
+        if model is not None:
+            values["model_name"] = model
         for name in values:
             if name not in _READERS:
                 raise InvalidInputError(

@@ -147,6 +147,8 @@ class BaseCLIPEncoder(ClipExecutor):
         response = await self.service.handle(request)
         if response.HasField("info"):
             response.info.access_paths = self.parameters.access_paths
+            response.info.aliases.extend(self.parameters.aliases)
+            response.info.matryoshka_dimensions.extend(self.parameters.matryoshka_dimensions)
         return response
 
     @requests(on=["/", "/encode", __default_endpoint__])

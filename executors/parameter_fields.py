@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import Field, field, fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from clip_server.errors import ConfigurationError
 
@@ -47,9 +47,20 @@ def read_parameters(kind: type[P], given: Mapping[str, Any], executor: str) -> P
     for key in values.keys() - types.keys():
         raise ConfigurationError(_unknown(str(key), [each.name for each in known], executor))
     for each in known:
-        if each.name in values:
+        if each.name not in values:
+            continue
+        if get_origin(types[each.name]) is tuple:
+            values[each.name] = _several(values[each.name])
+            for value in values[each.name]:
+                _check(each, types[each.name], value)
+        else:
             _check(each, types[each.name], values[each.name])
     return kind(**values)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """The values of a field of several; one alone needs no list."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _unknown(key: str, known: list[str], executor: str) -> str:

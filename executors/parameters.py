@@ -38,6 +38,8 @@ class EncoderParameters:
     cache_bytes: size of the embedding cache; 0: no cache.
     max_length: tokens that texts are truncated to, start and end included; None: the model's
         context length.
+    aliases: other names of the model, which requests may use.
+    matryoshka_dimensions: lengths to which embeddings may be cut, of a model trained for it.
     """
 
     name: str = "ViT-B-32::openai"
@@ -55,6 +57,8 @@ class EncoderParameters:
     max_queued_items: int = at_least(1, MAX_QUEUED_ITEMS)
     cache_bytes: int = at_least(0, 0)
     max_length: int | None = field(default=None, metadata={"least": 2})
+    aliases: tuple[str, ...] = ()
+    matryoshka_dimensions: tuple[int, ...] = field(default=(), metadata={"least": 1})
 
     @classmethod
     def names(cls) -> list[str]:

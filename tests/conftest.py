@@ -273,6 +273,22 @@ def http(onnx_server: Server) -> Iterator[Http]:
 
 
 @pytest.fixture(scope="session")
+def two_models(start: Start) -> Server:
+    """Serves `first`, and `second` in int8, whose embeddings may be cut."""
+    spec = flow("onnx", aliases=["text-embedding-3-small", "main"])
+    (first,) = spec["executors"]
+    second = flow(
+        "onnx",
+        dtype="int8",
+        aliases=["small"],
+        matryoshka_dimensions=[64, 128],
+        cache_bytes=1 << 20,
+    )["executors"][0]
+    spec["executors"] = [{**first, "name": "first"}, {**second, "name": "second"}]
+    return start(spec)
+
+
+@pytest.fixture(scope="session")
 def search_server(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
     return start(search_flow(tmp_path_factory.mktemp("collection") / "rows"))
 

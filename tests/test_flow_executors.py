@@ -271,7 +271,7 @@ def test_an_encoder_by_its_name_from_the_client(two_encoders: Server, protocol: 
         assert ranking.cosine == pytest.approx(1)
         assert len(np.unique(client.encode(["a"]))) > 100
         assert client.info(model="second").runtime != client.info().runtime
-        with pytest.raises(ServerError, match="no encoder here is named 'third'"):
+        with pytest.raises(ServerError, match="no model here is named 'third'"):
             client.encode(["a"], parameters={"model_name": "third"})
 
 

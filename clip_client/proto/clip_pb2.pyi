@@ -52,20 +52,22 @@ class EncodeRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., options: _Optional[_Union[Options, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("embeddings", "count", "dim", "errors", "timings", "truncated")
+    __slots__ = ("embeddings", "count", "dim", "errors", "timings", "truncated", "tokens")
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     embeddings: bytes
     count: int
     dim: int
     errors: _containers.RepeatedCompositeFieldContainer[ItemError]
     timings: Timings
     truncated: int
-    def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dim: _Optional[int] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dim: _Optional[int] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RankRequest(_message.Message):
     __slots__ = ("query", "candidates", "model")
@@ -126,7 +128,7 @@ class InfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection", "modality", "access_paths")
+    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection", "modality", "access_paths", "aliases", "matryoshka_dimensions", "model_names")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +144,9 @@ class InfoResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     MODALITY_FIELD_NUMBER: _ClassVar[int]
     ACCESS_PATHS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    MATRYOSHKA_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAMES_FIELD_NUMBER: _ClassVar[int]
     model: str
     runtime: str
     device: str
@@ -157,7 +162,10 @@ class InfoResponse(_message.Message):
     collection: Collection
     modality: str
     access_paths: str
-    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ..., access_paths: _Optional[str] = ...) -> None: ...
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    matryoshka_dimensions: _containers.RepeatedScalarFieldContainer[int]
+    model_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ..., access_paths: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., matryoshka_dimensions: _Optional[_Iterable[int]] = ..., model_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

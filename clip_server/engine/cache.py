@@ -19,10 +19,12 @@ class CachedEmbedding(NamedTuple):
 
     embedding: [D].
     truncated: whether it is of a text longer than the model's context.
+    tokens: of the text that the model read; 0 of an image.
     """
 
     embedding: NDArray[np.float32]
     truncated: bool
+    tokens: int
 
 
 class EmbeddingCache:
@@ -51,13 +53,15 @@ class EmbeddingCache:
         self._embeddings.move_to_end(key)
         return cached
 
-    def put(self, item: str | bytes, embedding: NDArray[np.float32], truncated: bool) -> None:
-        """Stores an embedding, [D]. truncated: see `CachedEmbedding`."""
+    def put(
+        self, item: str | bytes, embedding: NDArray[np.float32], truncated: bool, tokens: int
+    ) -> None:
+        """Stores an embedding, [D]. truncated, tokens: see `CachedEmbedding`."""
         size = embedding.nbytes + _OVERHEAD
         key = _key(item) if size <= self.max_bytes else b""
         if not key or key in self._embeddings:
             return
-        self._embeddings[key] = CachedEmbedding(embedding.copy(), truncated)
+        self._embeddings[key] = CachedEmbedding(embedding.copy(), truncated, tokens)
         self.bytes += size
         while self.bytes > self.max_bytes:
             self._embeddings.popitem(last=False)

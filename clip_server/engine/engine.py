@@ -76,6 +76,7 @@ class Encoded:
     embeddings: [N, D] float32; NaN in the rows of items that failed.
     errors: messages by index, for the items that failed.
     truncated: number of texts longer than the model's context, whose end was dropped.
+    tokens: number of tokens that the model read, each text's start and end included.
     preprocess_seconds, total_seconds: time until the last item was ready for the device, and
         until the answer.
     """
@@ -83,6 +84,7 @@ class Encoded:
     embeddings: NDArray[np.float32]
     errors: dict[int, str]
     truncated: int
+    tokens: int
     preprocess_seconds: float
     total_seconds: float
 
@@ -207,6 +209,7 @@ class Engine:
             embeddings=request.embeddings,
             errors=dict(sorted(request.errors.items())),
             truncated=request.truncated,
+            tokens=request.tokens,
             preprocess_seconds=request.prepared - request.started,
             total_seconds=time.perf_counter() - request.started,
         )
@@ -413,7 +416,7 @@ class Engine:
             return
         for pending, embedding in zip(batch, embeddings, strict=True):
             pending.succeed(embedding)
-            self.cache.put(pending.source, embedding, pending.truncated)
+            self.cache.put(pending.source, embedding, pending.truncated, pending.tokens)
 
     def _count_batch(self, slot: _DeviceSlot, batch: Batch) -> None:
         metrics = self.metrics

@@ -29,20 +29,21 @@ class PendingRequest:
     embeddings: [size, D] float32; NaN until an item's is computed.
     errors: messages by index, for the items that failed.
     truncated: number of texts longer than the model's context.
+    tokens: number of tokens of the texts that have embeddings.
     done: set when every item has an embedding or an error.
     prepared: time at which the last item was ready for the device, by `time.perf_counter`.
     """
 
     __slots__ = (
         "_open", "_unprepared", "done", "embeddings", "errors", "minibatch_size", "number",
-        "prepared", "size", "started", "truncated",
+        "prepared", "size", "started", "tokens", "truncated",
     )  # fmt: skip
 
     def __init__(self, number: int, size: int, dim: int, minibatch_size: int) -> None:
         self.number, self.size, self.minibatch_size = number, size, minibatch_size
         self.embeddings = np.full((size, dim), np.nan, np.float32)
         self.errors: dict[int, str] = {}
-        self.truncated = 0
+        self.truncated = self.tokens = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = time.perf_counter()
         self.prepared = self.started
@@ -59,10 +60,17 @@ class PendingRequest:
         self.errors[index] = message
         self._close_item()
 
-    def succeed(self, index: int, embedding: NDArray[np.float32], truncated: bool) -> None:
-        """Ends an item with its embedding, [D]. truncated: its text was longer than the context."""
+    def succeed(
+        self, index: int, embedding: NDArray[np.float32], truncated: bool, tokens: int
+    ) -> None:
+        """Ends an item with its embedding, [D].
+
+        truncated: its text was longer than the context.
+        tokens: of its text that the model read; 0 of an image.
+        """
         self.embeddings[index] = embedding
         self.truncated += truncated
+        self.tokens += tokens
         self._close_item()
 
     def is_open(self) -> bool:
@@ -98,6 +106,11 @@ class PendingItem:
         """Whether it is an image; else a text."""
         return isinstance(self.source, bytes)
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of a text; 0 of an image, and until it is tokenized."""
+        return 0 if self.is_image or self.content is None else len(self.content)
+
     def add(self, request: PendingRequest, index: int) -> None:
         """Adds a recipient, and puts the item into that request's line if it waits in a queue."""
         if self.queue is not None and request not in self.requests():
@@ -128,7 +141,7 @@ class PendingItem:
     def succeed(self, embedding: NDArray[np.float32]) -> None:
         """Ends it with its embedding, [D], for all recipients."""
         for request, index in self.recipients:
-            request.succeed(index, embedding, self.truncated)
+            request.succeed(index, embedding, self.truncated, self.tokens)
 
     def fail(self, message: str) -> None:
         """Ends it with an error, for all recipients."""

@@ -14,6 +14,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server import __version__
 from clip_server.engine.engine import Encoded, Engine, Item
 from clip_server.errors import ItemError, RequestError
+from clip_server.models import zoo
 from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.items import item_errors
 
@@ -96,7 +97,7 @@ class Service:
         response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
         response.count, response.dim = embeddings.shape
         response.errors.extend(item_errors(encoded.errors))
-        response.truncated = encoded.truncated
+        response.truncated, response.tokens = encoded.truncated, encoded.tokens
         _set_timings(response.timings, encoded)
 
     async def rank(
@@ -158,6 +159,7 @@ class Service:
             max_item_bytes=self.limits.max_item_bytes,
             max_request_items=self.limits.max_request_items,
             modality=self.modality or "",
+            model_names=zoo.other_names(card.name),
         )
 
     def to_item(self, item: pb.Item) -> Item:

@@ -112,7 +112,8 @@ class JinaRequestHandler:
             RequestError: no executor answers it, or one failed.
         """
         header = request.header
-        model = request.parameters.get("model_name")
+        parameters = request.parameters
+        model = parameters.get("model_name") or parameters.get("model")
         route = self._topology.route(
             header.exec_endpoint, model if isinstance(model, str) else "", header.target_executor
         )

@@ -24,6 +24,10 @@ class UnansweredError(RequestError):
     """A request for an endpoint that no executor answers."""
 
 
+class UnservedModelError(RequestError):
+    """A request for a model that no executor has."""
+
+
 @dataclass(frozen=True)
 class FlowExecutor:
     """One executor of the flow, as it describes itself when the gateway starts.
@@ -48,12 +52,13 @@ class FlowExecutor:
         """Whether Jina would send a request for `endpoint` to it."""
         return endpoint in self.endpoints or _DEFAULT_ENDPOINT in self.endpoints
 
-    def is_named(self, model: str) -> bool:
-        """Whether it, or its model, has this name."""
+    @property
+    def model_names(self) -> list[str]:
+        """The names of its model, with and without the tag; empty if it does not encode."""
         if self.info is None:
-            return False
-        names = (self.name, self.info.model, self.info.model.partition("::")[0])
-        return _simplified(model) in map(_simplified, names)
+            return []
+        model = self.info.model
+        return [model, model.partition("::")[0], *self.info.model_names]
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Topology:
     conditional: names of executors that get only some documents, by the flow's `when:`.
 
     Raises:
-        ConfigurationError: no executor encodes.
+        ConfigurationError: no executor encodes, or an alias is another executor's name.
     """
 
     def __init__(
@@ -92,20 +97,27 @@ class Topology:
         self._routes = functools.lru_cache(maxsize=256)(self._find_route)
         if not self.encoders:
             raise ConfigurationError("no executor of this flow is a CLIPEncoder")
+        self._by_name = _by_name(self.encoders)
 
     def encoder(self, model: str = "") -> FlowExecutor:
-        """The encoder of this name, or whose model has it; without a name the first.
+        """The encoder of this name, or whose model or an alias has it; without a name the first.
 
         Raises:
-            RequestError: there is none.
+            UnservedModelError: there is none.
         """
         if not model:
             return self.encoders[0]
-        for each in self.encoders:
-            if each.is_named(model):
-                return each
-        known = ", ".join(f"{each.info.model} ({each.name})" for each in self.encoders if each.info)
-        raise RequestError(f"no encoder here is named {model[:100]!r}; this server has {known}")
+        found = self._by_name.get(_simplified(model))
+        if found is None:
+            known = ", ".join(
+                f"{each.info.model} ({', '.join([each.name, *each.info.aliases])})"
+                for each in self.encoders
+                if each.info
+            )
+            raise UnservedModelError(
+                f"no model here is named {model[:100]!r}; this server has {known}"
+            )
+        return found
 
     def binds(self, endpoint: str) -> bool:
         """Whether an executor answers `endpoint` by name, not only as any other."""
@@ -182,6 +194,24 @@ class Topology:
         )
 
 
+def _by_name(encoders: Sequence[FlowExecutor]) -> dict[str, FlowExecutor]:
+    """The encoder that each name chooses: executors' names and aliases come before models' own,
+    and of encoders with the same model the first."""
+    found: dict[str, FlowExecutor] = {_simplified(each.name): each for each in encoders}
+    for each in encoders:
+        for alias in each.info.aliases if each.info else ():
+            other = found.setdefault(_simplified(alias), each)
+            if other is not each:
+                raise ConfigurationError(
+                    f"{each.name}: the alias {alias!r} is a name of {other.name} as well"
+                )
+    for each in encoders:
+        for name in each.model_names:
+            found.setdefault(_simplified(name), each)
+    return found
+
+
 def _simplified(name: str) -> str:
-    """A model's name in the one spelling of `ViT-L/14@336px` and `ViT-L-14-336`."""
-    return re.sub("[/@]", "-", name).removesuffix("px").casefold()
+    """A model's name in the one spelling of `ViT-L/14@336px` and `ViT-L-14-336`, and of
+    `ViT-B-32::openai` and `ViT-B-32__openai`."""
+    return re.sub("[/@]", "-", name.replace("__", "::")).removesuffix("px").casefold()

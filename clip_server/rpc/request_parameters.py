@@ -11,8 +11,12 @@ from clip_client.errors import InvalidInputError
 from clip_server.errors import RequestError
 
 _ENCODINGS = ("float", "base64")
-# Names that clip-as-service's users have in their requests.
-_ALIASES = {"batch_size": "minibatch_size", "traversal_paths": "access_paths"}
+# Other names, most of which clip-as-service's users have in their requests.
+_ALIASES = {
+    "batch_size": "minibatch_size",
+    "traversal_paths": "access_paths",
+    "model": "model_name",
+}
 _MOST_MINIBATCH = 2**31
 _LONGEST_PATHS = 100
 
@@ -28,7 +32,8 @@ class RequestParameters:
     encoding_format: of embeddings in JSON, `float` or `base64`.
     access_paths: which documents are encoded: a path from those sent for each, with the steps r,
         c (chunks) and m (matches); None: the server's own setting.
-    model_name: of the encoder, or of its model, if the flow has several; "": the first.
+    model_name: of the encoder, or of its model, if the flow has several, or one of its aliases;
+        "": the first.
     """
 
     normalize: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from random import getrandbits
 from typing import Any
@@ -55,6 +55,9 @@ class JsonCall:
         given = body.get("parameters")
         if given and json_text.is_nested([given]):
             raise RequestError(f'"parameters" are nested more than {json_text.MOST_NESTED} deep')
+        parameters = RequestParameters.parse(given, refuse_unknown=False)
+        if not parameters.model_name:
+            parameters = replace(parameters, model_name=_name("model", "model_name", body))
         return cls(
             endpoint or named or "/",
             _name("targetExecutor", "target_executor", *places),
@@ -62,7 +65,7 @@ class JsonCall:
             header is not None,
             _entries(body.get("data")),
             given,
-            RequestParameters.parse(given, refuse_unknown=False),
+            parameters,
         )
 
     @property
