@@ -42,6 +42,11 @@ class Docarray1Request:
         return cls(proto) if is_docarray_1 else None
 
     @property
+    def count(self) -> int:
+        """The documents."""
+        return len(self._proto.data.docs.docs)
+
+    @property
     def parameters(self) -> Struct:
         """As they came."""
         return self._proto.parameters

@@ -12,7 +12,8 @@ from jina.serve.runtimes.gateway.gateway import BaseGateway
 from jina.serve.runtimes.servers import BaseServer
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.errors import ConfigurationError
+from clip_server.errors import ConfigurationError, RequestError
+from clip_server.gateway.access import Access, admitted
 from clip_server.gateway.collection import open_collection
 from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.grpc import GrpcListener
@@ -23,8 +24,11 @@ from clip_server.gateway.replicas import replica_pools
 from clip_server.gateway.router import Router
 from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
+from clip_server.keys.keyring import open_keyring
 from clip_server.launch import jina_internals
 from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
+from clip_server.rpc.errors import error_response
+from clip_server.rpc.items import count_items
 
 LISTENERS: dict[str, type[Listener]] = {
     "grpc": GrpcListener,
@@ -38,12 +42,16 @@ class ClipGateway(BaseServer, BaseGateway):
 
     max_request_bytes: of one message or HTTP body.
     max_queued_bytes: of requests in flight; beyond it, more are refused.
+    auth_file: of the keys that callers need, in place of CLIP_AUTH_FILE.
+    public_metrics: whether `/metrics` needs no key.
     """
 
     def __init__(
         self,
         max_request_bytes: int = 128 << 20,
         max_queued_bytes: int = 1 << 30,
+        auth_file: str | None = None,
+        public_metrics: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -60,6 +68,7 @@ class ClipGateway(BaseServer, BaseGateway):
             args.grpc_server_options or {},
             grpc.Compression[args.compression or "NoCompression"],
             _tls(args),
+            Access(open_keyring(auth_file), public_metrics),
         )
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()
@@ -73,7 +82,12 @@ class ClipGateway(BaseServer, BaseGateway):
         router = Router(topology, jina, await open_collection(topology), self._max_queued_bytes)
 
         async def call(request: pb.Request) -> pb.Response:
-            response = await router.call(request)
+            items = (count_items(request) or 0) + len(request.rank.candidates)
+            try:
+                with admitted(items):
+                    response = await router.call(request)
+            except RequestError as error:
+                return error_response(request.id, error)
             if response.HasField("info"):
                 response.info.max_request_bytes = self._options.max_request_bytes
             return response

@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from clip_client.address import Address
+from clip_server.gateway.access import GrpcAccess
 from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.rpc.grpc_service import SERVICE, clip_handlers
@@ -21,7 +22,9 @@ class GrpcListener(Listener):
     async def start(self) -> None:
         """Opens the port."""
         self._server = grpc.aio.server(
-            options=list(self._server_options().items()), compression=self.options.grpc_compression
+            options=list(self._server_options().items()),
+            interceptors=[GrpcAccess(self.options.access)],
+            compression=self.options.grpc_compression,
         )
         self._streams = StreamServer(self.call, IN_FLIGHT)
         clip = clip_handlers(self.call, self._streams)

@@ -18,6 +18,7 @@ from starlette.routing import Route, request_response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from clip_client.proto import clip_pb2 as pb
+from clip_server.gateway.access import HttpAccess
 from clip_server.gateway.apis.clip import ClipApi
 from clip_server.gateway.http_messages import (
     PROTOBUF,
@@ -104,9 +105,15 @@ class HttpListener(Listener):
             allow_methods=["*"],
             allow_headers=["*"],
         )
+        access = Middleware(
+            HttpAccess,
+            access=self.options.access,
+            max_discarded_bytes=self.options.max_request_bytes,
+        )
         app = Starlette(
             routes=[*pages, *clip.routes()],
-            middleware=[cors] if self.options.cors else [],
+            # CORS first: browsers send no key with their preflight requests.
+            middleware=[*([cors] if self.options.cors else []), access],
             exception_handlers=error_handlers(_ENDPOINTS),
         )
         app.router.default = request_response(answer_other)

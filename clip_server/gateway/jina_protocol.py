@@ -19,6 +19,7 @@ from jina.types.request.data import DataRequest
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
+from clip_server.gateway.access import admitted
 from clip_server.gateway.docarray_1 import Docarray1Request, Docarray1Response
 from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.topology import Topology
@@ -64,8 +65,10 @@ class JinaRequestHandler:
         """
         if docarray_1 := Docarray1Request.parse(message):
             _refuse_unfit(docarray_1.parameters)
-            return docarray_1.answer(await self._answered(docarray_1.to_jina()))
-        return await self._answered(_read(message))
+            answer = await self._answered(docarray_1.to_jina(), docarray_1.count)
+            return docarray_1.answer(answer)
+        request = _read(message)
+        return await self._answered(request, len(request.proto_with_data.data.docs.docs))
 
     async def answer_all(self, messages: AsyncIterator[bytes]) -> AsyncIterator[Response]:
         """The responses to a stream of requests, in their order.
@@ -99,9 +102,10 @@ class JinaRequestHandler:
                 if (task := in_flight.get_nowait()) is not None:
                     task.cancel()
 
-    async def _answered(self, request: DataRequest) -> DataRequest:
+    async def _answered(self, request: DataRequest, items: int) -> DataRequest:
         try:
-            return await self.send(request)
+            with admitted(items):
+                return await self.send(request)
         except RequestError as error:
             return _refusal(request, error)
 

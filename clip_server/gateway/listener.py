@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from clip_server.gateway.access import Access
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.router import Router
 from clip_server.rpc.multiplexing import Call
@@ -56,6 +57,7 @@ class ListenerOptions:
     grpc_options: of the gRPC server, which override ours.
     grpc_compression: of gRPC responses, for clients that accept it.
     tls: None: connections are not encrypted.
+    access: who may call.
     """
 
     max_request_bytes: int
@@ -63,6 +65,7 @@ class ListenerOptions:
     grpc_options: Mapping[str, Any] = field(default_factory=dict)
     grpc_compression: grpc.Compression = grpc.Compression.NoCompression
     tls: Tls | None = None
+    access: Access = field(default_factory=Access)
 
 
 @dataclass

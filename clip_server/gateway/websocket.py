@@ -16,6 +16,7 @@ from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
 from clip_server.errors import RequestError
+from clip_server.gateway.access import check_handshake
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.rpc.multiplexing import StreamServer
@@ -47,6 +48,7 @@ class WebSocketListener(Listener):
             self.hosts,
             self.port,
             ssl=context,
+            process_request=check_handshake(self.options.access),
             select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
             max_size=self.options.max_request_bytes,
             compression=None,  # images and floats do not compress; trying costs CPU time

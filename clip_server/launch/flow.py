@@ -21,6 +21,7 @@ from typing import Any
 
 from clip_server.commands import console
 from clip_server.errors import ConfigurationError
+from clip_server.keys.keyring import open_keyring
 from clip_server.launch import flow_keys, jina_internals, ports
 from clip_server.launch.flow_keys import TLS_PASSWORD, as_mapping, section
 from clip_server.runtimes import RuntimeSpec, by_executor
@@ -227,6 +228,11 @@ def addresses(spec: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def needs_key(spec: Mapping[str, Any]) -> bool:
+    """Whether callers of a prepared flow need a key."""
+    return open_keyring(spec["gateway"].get("uses_with", {}).get("auth_file")) is not None
+
+
 def _refuse_repeated_keys(node: Any) -> None:
     """Raises ConfigurationError where YAML would keep the last of several values of a key."""
     import yaml
@@ -275,6 +281,7 @@ def _prepare_gateway(gateway: dict[str, Any], wanted: Sequence[int]) -> dict[str
             "one port for each protocol"
         )
     _prepare_tls(gateway)
+    _check_access(gateway)
     ours: dict[str, Any] = {} if "uses" in gateway else dict(jina_internals.GATEWAY_DEFAULTS)
     parameters = {key: gateway.pop(key) for key in flow_keys.GATEWAY_PARAMETERS if key in gateway}
     if parameters:
@@ -335,6 +342,18 @@ def _prepare_tls(gateway: dict[str, Any]) -> None:
             f"ssl_keyfile and ssl_certfile: {files['ssl_keyfile']} and {files['ssl_certfile']} "
             f"are not a key and its certificate, as PEM{wrong} ({error})"
         ) from None
+
+
+def _check_access(gateway: Mapping[str, Any]) -> None:
+    """Raises ConfigurationError if the keys that callers need cannot be read."""
+    if "auth_file" in gateway and not isinstance(gateway["auth_file"], str):
+        raise ConfigurationError(f"auth_file: {gateway['auth_file']!r} is not the path of a file")
+    if not isinstance(gateway.get("public_metrics", False), bool):
+        raise ConfigurationError(
+            f"public_metrics: {gateway['public_metrics']!r} is not true or false"
+        )
+    if "uses" not in gateway:
+        open_keyring(gateway.get("auth_file"))
 
 
 def _place(executor: Mapping[str, Any], index: int) -> str:

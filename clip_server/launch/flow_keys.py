@@ -18,7 +18,8 @@ from clip_server.errors import ConfigurationError
 from clip_server.launch import jina_internals
 
 # Read by our gateway; everything else under `gateway:` is Jina's.
-GATEWAY_PARAMETERS = ("max_request_bytes", "max_queued_bytes")
+_GATEWAY_LIMITS = ("max_request_bytes", "max_queued_bytes")
+GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, "auth_file", "public_metrics")
 TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
@@ -29,7 +30,7 @@ _OF_EXECUTORS_ONLY = {"replicas", "shards", "uses", "uses_with", "gpus"}
 _OF_GATEWAYS_ONLY = {"ssl_keyfile", "ssl_certfile", "cors", "uvicorn_kwargs"}
 _METAS = {"name", "description", "workspace", "py_modules"}
 # The least value of what Jina reads as a whole number but does not check.
-_LEAST = {"replicas": 1, "shards": 1, "prefetch": 0, **dict.fromkeys(GATEWAY_PARAMETERS, 1)}
+_LEAST = {"replicas": 1, "shards": 1, "prefetch": 0, **dict.fromkeys(_GATEWAY_LIMITS, 1)}
 
 
 @dataclass(frozen=True)

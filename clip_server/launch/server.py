@@ -13,7 +13,7 @@ from clip_server.commands import console
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool, replica_pools
 from clip_server.launch import jina_internals
-from clip_server.launch.flow import ALL_INTERFACES, addresses
+from clip_server.launch.flow import ALL_INTERFACES, addresses, needs_key
 from clip_server.launch.jina_internals import FlowProcess
 from clip_server.launch.start_failures import StartFailures
 
@@ -141,10 +141,10 @@ def _cause_of_death(process: FlowProcess) -> str:
 def _print_banner(spec: dict[str, Any], flow: Any, seconds: float) -> None:
     lines = [f"clip_server: ready in {seconds:.1f} s"]
     lines += [*asyncio.run(_describe_executors(flow)), *addresses(spec)]
-    if spec["gateway"]["host"] in ALL_INTERFACES:
+    if spec["gateway"]["host"] in ALL_INTERFACES and not needs_key(spec):
         lines.append(
-            "WARNING: listening on all network interfaces; use --host 127.0.0.1 to restrict it to "
-            "this machine"
+            "WARNING: listening on all network interfaces, and callers need no key; set "
+            "CLIP_AUTH_TOKEN, or use --host 127.0.0.1 to restrict it to this machine"
         )
     print("\n  ".join(lines), flush=True)
 

@@ -24,6 +24,7 @@ from jina.types.request.data import DataRequest
 from clip_client.data_uri import is_data_uri
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
+from clip_server.gateway.access import admitted
 from clip_server.gateway.apis.entries import read_content
 from clip_server.gateway.apis.json_call import JsonCall
 from clip_server.gateway.jina_protocol import JinaRequestHandler
@@ -50,7 +51,8 @@ async def ask_flow(jina: JinaRequestHandler, call: JsonCall) -> dict[str, Any]:
         request.proto.data.docs.docs.extend(map(_to_document, call.entries or ()))
     except (ValueError, TypeError) as error:
         raise RequestError(f"the body cannot be sent to the executors: {error}") from None
-    response = await jina.send(request)
+    with admitted(len(call.entries or ())):
+        response = await jina.send(request)
     answered = response.proto_with_data
     routes = [
         (
