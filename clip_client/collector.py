@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,8 +183,10 @@ def progress(shown: bool, items: Any, doing: str = "encoding") -> Iterator[Advan
         parts.TimeRemainingColumn(),
         parts.TextColumn("left"),
     )
-    # A console draws one bar at a time, and each thread may have a bar.
-    with parts.Progress(*columns, console=Console(stderr=True)) as bar:
+    # A console draws one bar at a time, and each thread may have a bar. What is printed meanwhile
+    # goes above the bar, but only if it goes to a terminal: not if stdout is a file.
+    console = Console(stderr=True)
+    with parts.Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as bar:
         total = len(items) if hasattr(items, "__len__") else None
         task = bar.add_task("", total=total, rate="")
         started = time.monotonic()
