@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,8 +34,22 @@ _numbers = itertools.count()
 @pytest.fixture(scope="module")
 def slow(start: Start) -> Server:
     spec = flow(minibatch_size=BATCH, max_queued_items=FULL)
+    spec["with"]["max_wait"] = 0  # as many items as fit, however long they wait
     spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
     return start(spec)
+
+
+@pytest.fixture(scope="module")
+def prompt(start: Start) -> Iterator[Server]:
+    """A slow server that promises a short wait, whose rate has been measured."""
+    spec = flow(minibatch_size=BATCH)
+    spec["with"]["max_wait"] = 0.5
+    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
+    server = start(spec)
+    with Client(server.grpc) as client:
+        client.encode(texts(BATCH * 40), batch_size=BATCH * 40)
+    yield server
+    server.stop()
 
 
 def texts(count: int) -> list[str]:
@@ -143,9 +159,9 @@ def test_what_a_client_gives_up_is_dropped(slow: Server, protocol: str) -> None:
 
 def test_a_client_that_vanishes_leaves_no_work_behind(slow: Server) -> None:
     before = metrics(slow)["texts"]
-    with connect(slow.websocket, proxy=None) as socket:
+    with connect(slow.websocket, proxy=None) as link:
         request = pb.Request(id=1, encode=pb.EncodeRequest.FromString(protobuf(160)))
-        socket.send(pb.Requests(requests=[request]).SerializeToString())
+        link.send(pb.Requests(requests=[request]).SerializeToString())
         assert eventually(lambda: not is_idle(slow))
     assert eventually(lambda: is_idle(slow), 2)
     assert metrics(slow)["texts"] - before < MOST_BEGUN
@@ -153,7 +169,7 @@ def test_a_client_that_vanishes_leaves_no_work_behind(slow: Server) -> None:
 
 def test_many_requests_in_one_message(slow: Server) -> None:
     """Each has its own answer; the one that is cancelled has none."""
-    with connect(slow.websocket, proxy=None) as socket:
+    with connect(slow.websocket, proxy=None) as link:
         requests = [
             pb.Request(id=number, encode=pb.EncodeRequest.FromString(protobuf(number)))
             for number in range(1, 9)
@@ -161,10 +177,10 @@ def test_many_requests_in_one_message(slow: Server) -> None:
         requests.append(pb.Request(id=8, cancel=pb.Cancel()))
         requests.append(pb.Request(id=9, info=pb.InfoRequest()))
         requests.append(pb.Request(id=10))
-        socket.send(pb.Requests(requests=requests).SerializeToString())
+        link.send(pb.Requests(requests=requests).SerializeToString())
         answers: dict[int, pb.Response] = {}
         while len(answers) < 9:
-            message = socket.recv(30)
+            message = link.recv(30)
             assert isinstance(message, bytes)
             answers |= {each.id: each for each in pb.Responses.FromString(message).responses}
     assert sorted(answers) == [1, 2, 3, 4, 5, 6, 7, 9, 10]
@@ -202,9 +218,73 @@ def test_cache_and_duplicates_show_in_metrics(start: Start) -> None:
     server.stop()
 
 
+def refused_by(server: Server, protocol: str, count: int) -> float:
+    """How long the server takes to refuse some texts, of which it must say when to come again."""
+    started = time.monotonic()
+    if protocol == "http":
+        with Http(server.http) as http:
+            answer = http.post("/encode", json={"data": texts(count)})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        message = answer.json()["error"]["message"]
+    elif protocol == "grpc":
+        with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+            with pytest.raises(grpc.RpcError) as raised:
+                channel.unary_unary("/clip.v1.Clip/Encode")(protobuf(count))
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            message = raised.value.details()
+    else:
+        with connect(server.websocket, proxy=None) as link:
+            request = pb.Request(id=1, encode=pb.EncodeRequest.FromString(protobuf(count)))
+            link.send(pb.Requests(requests=[request]).SerializeToString())
+            answered = link.recv(30)
+            assert isinstance(answered, bytes)
+            (response,) = pb.Responses.FromString(answered).responses
+        assert response.error.code == pb.Error.RESOURCE_EXHAUSTED
+        assert response.error.retry_after > 0
+        message = response.error.message
+    assert "would wait" in message
+    assert "max_wait" in message
+    return time.monotonic() - started
+
+
+def test_what_would_wait_too_long_is_refused_and_the_server_stays_ready(prompt: Server) -> None:
+    with Client(prompt.grpc) as client, ThreadPoolExecutor() as pool, Http(prompt.http) as http:
+        # Takes 4 s: more than max_wait, which an idle server does not mind.
+        bulk = pool.submit(client.encode, texts(320), batch_size=320)
+        assert eventually(lambda: not is_idle(prompt))
+        for protocol in ("grpc", "http", "websocket"):
+            assert refused_by(prompt, protocol, 300) < 2
+        # A small request passes the large one, so it does not wait.
+        assert http.post("/encode", json={"data": texts(1)}).status_code == 200
+        assert http.get("/readyz").status_code == 200
+        assert not bulk.done()
+        assert np.isfinite(bulk.result()).all()
+
+
+def test_the_client_comes_again_until_it_is_its_turn(prompt: Server) -> None:
+    clients = [Client(address) for address in prompt.addresses]
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(each.encode, texts(80), batch_size=16) for each in clients]
+        assert all(np.isfinite(call.result()).all() for call in calls)
+
+
+def test_a_request_that_would_be_refused_is_not_read(prompt: Server) -> None:
+    body = json.dumps({"data": texts(300)}).encode()
+    head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with Client(prompt.grpc) as client, ThreadPoolExecutor() as pool, Http(prompt.http) as http:
+        assert http.post("/encode", data=body).status_code == 200
+        bulk = pool.submit(client.encode, texts(400), batch_size=400)
+        assert eventually(lambda: not is_idle(prompt))
+        with socket.create_connection(("127.0.0.1", prompt.ports[1]), 10) as connection:
+            connection.sendall(head)  # and no body
+            assert b" 429 " in connection.recv(1000)
+        assert np.isfinite(bulk.result()).all()
+
+
 def test_a_gateway_that_holds_too_many_bytes_refuses(start: Start) -> None:
     spec = flow(minibatch_size=BATCH)
-    spec["with"]["max_queued_bytes"] = 100_000
+    spec["with"] |= {"max_queued_bytes": 100_000, "max_wait": 0}
     spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW]
     server = start(spec)
     with ThreadPoolExecutor() as pool, Http(server.http) as http:

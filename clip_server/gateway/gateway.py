@@ -14,6 +14,7 @@ from jina.serve.runtimes.servers import BaseServer
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.gateway.access import Access, admitted
+from clip_server.gateway.admission import Backlog
 from clip_server.gateway.collection import open_collection
 from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.grpc import GrpcListener
@@ -44,6 +45,7 @@ class ClipGateway(BaseServer, BaseGateway):
     max_queued_bytes: of requests in flight; beyond it, more are refused.
     auth_file: of the keys that callers need, in place of CLIP_AUTH_FILE.
     public_metrics: whether `/metrics` needs no key.
+    max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ClipGateway(BaseServer, BaseGateway):
         max_queued_bytes: int = 1 << 30,
         auth_file: str | None = None,
         public_metrics: bool = False,
+        max_wait: float = 1.0,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -61,7 +64,7 @@ class ClipGateway(BaseServer, BaseGateway):
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         timed = jina_internals.gateway_timer(self)
         self._pools = replica_pools(json.loads(args.deployments_addresses), timeout, timed)
-        self._max_queued_bytes = max_queued_bytes
+        self._max_queued_bytes, self._max_wait = max_queued_bytes, max_wait
         self._options = ListenerOptions(
             max_request_bytes,
             bool(args.cors),
@@ -72,6 +75,8 @@ class ClipGateway(BaseServer, BaseGateway):
         )
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()
+        self._router: Router | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def setup_server(self) -> None:
         """Opens the ports once the executors answer."""
@@ -80,6 +85,7 @@ class ClipGateway(BaseServer, BaseGateway):
             return
         jina = JinaRequestHandler(self._request_handler, topology, self.runtime_args.prefetch)
         router = Router(topology, jina, await open_collection(topology), self._max_queued_bytes)
+        self._router, self._watching = router, asyncio.create_task(router.watch())
 
         async def call(request: pb.Request) -> pb.Response:
             items = (count_items(request) or 0) + len(request.rank.candidates)
@@ -111,6 +117,7 @@ class ClipGateway(BaseServer, BaseGateway):
                 endpoints[pool.name],
                 info if info and info.dim else None,
                 bool(info and info.HasField("collection")),
+                Backlog(pool, self._max_wait),
             )
             for pool, info in zip(self._pools, infos, strict=True)
             if pool.name in endpoints
@@ -125,8 +132,12 @@ class ClipGateway(BaseServer, BaseGateway):
         """Lets requests in flight finish, and closes everything. Jina calls it twice."""
         if self._closed.is_set():
             return
+        if self._router is not None:
+            self._router.is_draining = True
         opened, self._opened = self._opened, []
         await asyncio.gather(*(listener.stop() for listener in opened))
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.gather(*(pool.close() for pool in self._pools))
         await self._request_handler.close()
         await super().shutdown()

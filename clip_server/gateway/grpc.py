@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -14,6 +15,9 @@ from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.rpc.grpc_service import SERVICE, clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
+
+# Between two looks at whether the server is ready.
+_HEALTH_SECONDS = 0.25
 
 
 class GrpcListener(Listener):
@@ -36,8 +40,18 @@ class GrpcListener(Listener):
         )
         self._bind()
         await self._server.start()
-        for name in ("", SERVICE, *JINA_SERVICES.values()):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._following = asyncio.create_task(self._report_health())
+
+    async def _report_health(self) -> None:
+        """Says whether the server is ready, as `/readyz` does over HTTP, for ever."""
+        said: bool | None = None
+        while True:
+            if (is_ready := self.router.is_ready) is not said:
+                said, response = is_ready, health_pb2.HealthCheckResponse
+                status = response.SERVING if is_ready else response.NOT_SERVING
+                for name in ("", SERVICE, *JINA_SERVICES.values()):
+                    await self._health.set(name, status)
+            await asyncio.sleep(_HEALTH_SECONDS)
 
     def _server_options(self) -> dict[str, Any]:
         return {
@@ -58,6 +72,7 @@ class GrpcListener(Listener):
 
     async def stop(self) -> None:
         """Accepts nothing new, lets requests in flight finish, and closes the port."""
+        self._following.cancel()
         await self._health.enter_graceful_shutdown()
         self._streams.drain()
         await self._server.stop(grace=GRACE_SECONDS)

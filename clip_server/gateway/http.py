@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from clip_client.proto import clip_pb2 as pb
 from clip_server.gateway.access import HttpAccess
 from clip_server.gateway.apis.clip import ClipApi
+from clip_server.gateway.early_refusal import EarlyRefusal
 from clip_server.gateway.http_messages import (
     PROTOBUF,
     ask,
@@ -43,7 +44,7 @@ _ENDPOINTS = {
     "GET /info": "the model and the limits",
     "GET /metrics": "what the encoders have done, for Prometheus",
     "GET /livez": "whether the process runs",
-    "GET /readyz": "whether it encodes",
+    "GET /readyz": "whether it answers requests",
 }
 
 
@@ -110,10 +111,11 @@ class HttpListener(Listener):
             access=self.options.access,
             max_discarded_bytes=self.options.max_request_bytes,
         )
+        refusing = Middleware(EarlyRefusal)
         app = Starlette(
             routes=[*pages, *clip.routes()],
             # CORS first: browsers send no key with their preflight requests.
-            middleware=[*([cors] if self.options.cors else []), access],
+            middleware=[*([cors] if self.options.cors else []), access, refusing],
             exception_handlers=error_handlers(_ENDPOINTS),
         )
         app.router.default = request_response(answer_other)
@@ -126,12 +128,11 @@ class HttpListener(Listener):
         return json_response({"status": "alive"})
 
     async def _ready(self, _: Request) -> Response:
-        """Ready is what has just encoded something."""
-        probe = pb.EncodeRequest(items=[pb.Item(text="ready?")])
-        response = await self.call(pb.Request(encode=probe))
-        if response.HasField("error"):
-            return json_error(503, "UNAVAILABLE", response.error.message)
-        return json_response({"status": "ready"})
+        """A full server is ready: it refuses some requests, and answers others."""
+        if self.router.is_ready:
+            return json_response({"status": "ready"})
+        why = "the server is shutting down" if self.router.is_draining else "no encoder answers"
+        return json_error(503, "UNAVAILABLE", why)
 
     async def _dry_run(self, _: Request) -> Response:
         """Whether the flow answers, for Jina's clients."""

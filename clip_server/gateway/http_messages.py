@@ -161,7 +161,7 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
         return response
 
     return {
-        RequestError: _refuse,
+        RequestError: refuse,
         UnicodeEncodeError: _refuse_text,
         ClientDisconnect: _note_client_gone,
         404: not_found,
@@ -170,7 +170,8 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
     }
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def refuse(request: Request, error: Exception) -> Response:
+    """The response to a request that raised a RequestError."""
     assert isinstance(error, RequestError)
     status, code = _STATUS.get(error.code, 500), error.code
     if isinstance(error, BodyTooLargeError):
@@ -192,7 +193,7 @@ async def _refuse_text(request: Request, error: Exception) -> Response:
     """Refuses a text that fits into no message, such as an id or the name of a model."""
     assert isinstance(error, UnicodeEncodeError)
     shown = ascii(error.object[:60])
-    return await _refuse(
+    return await refuse(
         request, RequestError(f"{shown} is not valid Unicode: it has half of a surrogate pair")
     )
 

@@ -20,9 +20,10 @@ from jina.types.request.data import DataRequest
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway.access import admitted
+from clip_server.gateway.admission import Work
 from clip_server.gateway.docarray_1 import Docarray1Request, Docarray1Response
 from clip_server.gateway.documents import FlowDoc
-from clip_server.gateway.topology import Topology
+from clip_server.gateway.topology import Route, Topology
 from clip_server.rpc.errors import FAILED
 from clip_server.rpc.grpc_service import Context, abort, parse, unary_handler
 
@@ -113,14 +114,24 @@ class JinaRequestHandler:
         """The flow's response to `request`.
 
         Raises:
-            RequestError: no executor answers it, or one failed.
+            RequestError: it would wait for too long, no executor answers it, or one failed.
         """
-        header = request.header
-        parameters = request.parameters
+        route = self._route(request)
+        if route.encoder is None:
+            return await self._visit(request, route)
+        with route.encoder.backlog.hold(_work(request)):
+            return await self._visit(request, route)
+
+    def _route(self, request: DataRequest) -> Route:
+        header, parameters = request.header, request.parameters
         model = parameters.get("model_name") or parameters.get("model")
-        route = self._topology.route(
+        return self._topology.route(
             header.exec_endpoint, model if isinstance(model, str) else "", header.target_executor
         )
+
+    async def _visit(self, request: DataRequest, route: Route) -> DataRequest:
+        """The response of the executors on a route."""
+        header = request.header
         header.exec_endpoint, header.target_executor = route.endpoint, route.target
         try:
             response = await self._handler.process_single_data(request, None)
@@ -167,12 +178,13 @@ class JinaRequestHandler:
         Raises:
             RequestError: no executor answers `endpoint`, or one failed.
         """
+        # Whoever calls it has counted them as in flight.
         request = DataRequest()
         request.document_array_cls = DocList[docs.doc_type]  # type: ignore[name-defined]
         request.data.docs = docs
         request.header.exec_endpoint = endpoint
         request.parameters = dict(parameters)
-        response = await self.send(request)
+        response = await self._visit(request, self._route(request))
         response.document_array_cls = DocList[FlowDoc]
         answered: Sequence[FlowDoc] = response.docs
         return answered
@@ -238,6 +250,13 @@ def _refuse_unfit(parameters: Struct) -> None:
             "parameters hold a number that is not finite, or a value without content: send JSON's "
             "values"
         ) from None
+
+
+def _work(request: DataRequest) -> Work:
+    """The documents of a request: those without a text are images."""
+    documents = request.proto_with_data.data.docs.docs
+    texts = sum("text" in each.data and bool(each.data["text"].text) for each in documents)
+    return Work(texts, len(documents) - texts)
 
 
 def _refusal(request: DataRequest, error: RequestError) -> DataRequest:

@@ -17,8 +17,9 @@ from clip_server.rpc.multiplexing import Call
 
 # Requests in flight have this long to finish when the server is told to end.
 GRACE_SECONDS = 8.0
-# Requests of one connection that may be in flight before more are read.
-IN_FLIGHT = 64
+# Requests of one connection that may be in flight before more are read: many, since a request
+# that is not read cannot be refused.
+IN_FLIGHT = 1024
 
 
 @dataclass(frozen=True)

@@ -136,14 +136,17 @@ class ReplicaPool:
 
     async def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of each replica that answers, by its address."""
-        found = {}
-        for replica in self._replicas:
+        found: dict[str, dict[str, float]] = {}
+
+        async def ask(replica: _Replica) -> None:
             request = pb.Request(metrics=pb.MetricsRequest())
             try:
                 response = await asyncio.wait_for(replica.transport.send(request), _METRICS_SECONDS)
             except (ClientClosedError, ConnectionFailedError, ServerError, asyncio.TimeoutError):
-                continue
+                return
             found[replica.address.target] = dict(response.metrics.values)
+
+        await asyncio.gather(*map(ask, self._replicas))
         return found
 
     async def close(self) -> None:

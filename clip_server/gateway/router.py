@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import documents
+from clip_server.gateway.admission import Work
 from clip_server.gateway.collection import KINDS, Collection
+from clip_server.gateway.early_refusal import note_work
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.topology import Route, Topology
 from clip_server.rpc.errors import check_count, error_response
+from clip_server.rpc.items import items_to_encode
 
 
 class Router:
@@ -32,8 +36,19 @@ class Router:
     ) -> None:
         self._topology, self._jina = topology, jina
         self.collection = collection
+        self.is_draining = False
         self._max_queued_bytes = max_queued_bytes
         self._in_flight_bytes = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be answered, at once or when it is its turn."""
+        encoders = self._topology.encoders
+        return not self.is_draining and any(each.backlog.is_answering for each in encoders)
+
+    async def watch(self) -> None:
+        """Measures the encoders' rates, and whether they answer, for ever."""
+        await asyncio.gather(*(each.backlog.watch() for each in self._topology.encoders))
 
     @property
     def max_request_items(self) -> int:
@@ -51,7 +66,8 @@ class Router:
         self._in_flight_bytes += size
         try:
             self._refuse_if_full(size)
-            response = await self._send(request)
+            with self._hold(request):
+                response = await self._send(request)
             response.id = request_id
         except RequestError as error:
             response = error_response(request_id, error)
@@ -71,6 +87,20 @@ class Router:
         for metrics in await asyncio.gather(*(pool.metrics() for pool in pools)):
             found |= metrics
         return found
+
+    def _hold(self, request: pb.Request) -> AbstractContextManager[None]:
+        """Counts what a request has to be encoded as in flight.
+
+        Raises:
+            RequestError: it would wait for too long.
+        """
+        items = items_to_encode(request)
+        if items is None:
+            return nullcontext()
+        model = getattr(getattr(request, str(request.WhichOneof("body"))), "model", "")
+        backlog, work = self._topology.encoder(model).backlog, Work.of(items)
+        note_work(backlog, work)
+        return backlog.hold(work)
 
     async def _send(self, request: pb.Request) -> pb.Response:
         kind = request.WhichOneof("body")

@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError, RequestError
+from clip_server.gateway.admission import Backlog
 from clip_server.gateway.replicas import ReplicaPool
 
 # An executor that binds it answers every endpoint that it does not bind by name.
@@ -36,12 +37,14 @@ class FlowExecutor:
     endpoints: those that it binds, with their schemas as Jina discovers them.
     info: its model, if it encodes and speaks clip.v1; else None.
     is_indexer: whether it holds a collection, and speaks clip.v1.
+    backlog: the work in flight on it.
     """
 
     pool: ReplicaPool
     endpoints: Mapping[str, Any]
     info: pb.InfoResponse | None
-    is_indexer: bool = False
+    is_indexer: bool
+    backlog: Backlog
 
     @property
     def name(self) -> str:

@@ -19,7 +19,8 @@ from clip_server.launch import jina_internals
 
 # Read by our gateway; everything else under `gateway:` is Jina's.
 _GATEWAY_LIMITS = ("max_request_bytes", "max_queued_bytes")
-GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, "auth_file", "public_metrics")
+_GATEWAY_SECONDS = ("max_wait",)
+GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, *_GATEWAY_SECONDS, "auth_file", "public_metrics")
 TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
@@ -129,6 +130,8 @@ def section(value: Any, spec: Section, place: str) -> dict[str, Any]:
         least = _LEAST.get(key)
         if least is not None:
             found[key] = whole_number(content, f"{place}: {key}", least)
+        if key in _GATEWAY_SECONDS:
+            found[key] = _seconds(content, f"{place}: {key}")
     return found
 
 
@@ -153,6 +156,21 @@ def whole_number(value: Any, place: str, least: int = 0, most: int | None = None
     if type(number) is not int or number < least or (most is not None and number > most):
         limits = f"from {least}" if most is None else f"from {least} to {most}"
         raise ConfigurationError(f"{place}: {_shown(value)} is not a whole number {limits}")
+    return number
+
+
+def _seconds(value: Any, place: str) -> float:
+    """A number of seconds, which may stand in quotes.
+
+    Raises:
+        ConfigurationError: it is not one, or negative.
+    """
+    try:
+        number = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ConfigurationError(f"{place}: {_shown(value)} is not a number of seconds from 0")
     return number
 
 

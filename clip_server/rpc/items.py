@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,20 @@ def count_items(request: pb.Request) -> int | None:
     if kind == "search":
         return len(request.search.queries)
     return 1 if kind == "rank" else None
+
+
+def items_to_encode(request: pb.Request) -> Sequence[pb.Item] | None:
+    """The items whose embeddings a request needs; None: it is not about items."""
+    kind = request.WhichOneof("body")
+    if kind == "encode":
+        return request.encode.items
+    if kind == "rank":
+        return [request.rank.query, *request.rank.candidates]
+    if kind == "index":
+        return [] if request.index.embeddings else request.index.items
+    if kind == "search":
+        return [] if request.search.embeddings else request.search.queries
+    return None
 
 
 def item_errors(errors: Mapping[int, str]) -> list[pb.ItemError]:
