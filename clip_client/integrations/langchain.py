@@ -1,0 +1,61 @@
+"""CLIP as LangChain's `Embeddings`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from clip_client.client import Client
+
+try:
+    from langchain_core.embeddings import Embeddings
+except ImportError as error:
+    raise ImportError(
+        "clip_client.integrations.langchain needs LangChain: pip install langchain-core"
+    ) from error
+
+
+class ClipEmbeddings(Embeddings):
+    """Embeddings of texts and images by a server, of length 1.
+
+    server, **options: the arguments of `Client`.
+    model: one of several models of the server.
+
+    Every method raises as `Client.encode`, and has an async version, whose name starts with `a`.
+    """
+
+    def __init__(self, server: str, *, model: str | None = None, **options: Any) -> None:
+        self.client = Client(server, **options)
+        self.model = model
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embeds texts: [N, D]. None of them is taken for a path."""
+        return self._embed([{"text": text} for text in texts])
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embeds a text: [D]."""
+        return self.embed_documents([text])[0]
+
+    def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
+        """Embeds images: [N, D]. uris: paths, URLs, `data:` URIs, bytes or PIL images."""
+        return self._embed([{"image": uri} for uri in uris])
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        return await self._aembed([{"text": text} for text in texts])
+
+    async def aembed_query(self, text: str) -> list[float]:
+        return (await self.aembed_documents([text]))[0]
+
+    async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
+        return await self._aembed([{"image": uri} for uri in uris])
+
+    def _embed(self, items: list[dict[str, Any]]) -> list[list[float]]:
+        rows: list[list[float]] = self.client.encode(
+            items, normalize=True, model=self.model
+        ).tolist()
+        return rows
+
+    async def _aembed(self, items: list[dict[str, Any]]) -> list[list[float]]:
+        embeddings = await self.client.aencode(items, normalize=True, model=self.model)
+        rows: list[list[float]] = embeddings.tolist()
+        return rows

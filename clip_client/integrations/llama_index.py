@@ -1,0 +1,97 @@
+"""CLIP as LlamaIndex's `MultiModalEmbedding`."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+from clip_client.client import Client
+
+try:
+    from llama_index.core.base.embeddings.base import Embedding
+    from llama_index.core.bridge.pydantic import PrivateAttr
+    from llama_index.core.embeddings import MultiModalEmbedding
+    from llama_index.core.schema import ImageType
+except ImportError as error:
+    raise ImportError(
+        "clip_client.integrations.llama_index needs LlamaIndex: pip install llama-index-core"
+    ) from error
+
+
+class ClipEmbedding(MultiModalEmbedding):
+    """Embeddings of texts and images by a server, of length 1.
+
+    server, **options: the arguments of `Client`.
+    model_name: one of several models of the server; by default its first.
+    embed_batch_size: items per request.
+
+    Every method raises as `Client.encode`.
+    """
+
+    _client: Client = PrivateAttr()
+    _model: str | None = PrivateAttr()
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        model_name: str | None = None,
+        embed_batch_size: int = 32,
+        callback_manager: Any = None,
+        **options: Any,
+    ) -> None:
+        shown = {"callback_manager": callback_manager} if callback_manager else {}
+        super().__init__(
+            model_name=model_name or server, embed_batch_size=embed_batch_size, **shown
+        )
+        self._client = Client(server, **options)
+        self._model = model_name
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex stores."""
+        return "ClipEmbedding"
+
+    def _get_query_embedding(self, query: str) -> Embedding:
+        return self._get_text_embeddings([query])[0]
+
+    def _get_text_embedding(self, text: str) -> Embedding:
+        return self._get_text_embeddings([text])[0]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return self._embed([{"text": text} for text in texts])
+
+    def _get_image_embedding(self, img_file_path: ImageType) -> Embedding:
+        return self._get_image_embeddings([img_file_path])[0]
+
+    def _get_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
+        return self._embed([_image(each) for each in img_file_paths])
+
+    async def _aget_query_embedding(self, query: str) -> Embedding:
+        return (await self._aget_text_embeddings([query]))[0]
+
+    async def _aget_text_embedding(self, text: str) -> Embedding:
+        return (await self._aget_text_embeddings([text]))[0]
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return await self._aembed([{"text": text} for text in texts])
+
+    async def _aget_image_embedding(self, img_file_path: ImageType) -> Embedding:
+        return (await self._aget_image_embeddings([img_file_path]))[0]
+
+    async def _aget_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
+        return await self._aembed([_image(each) for each in img_file_paths])
+
+    def _embed(self, items: list[dict[str, Any]]) -> list[Embedding]:
+        embeddings = self._client.encode(items, normalize=True, model=self._model)
+        rows: list[Embedding] = embeddings.tolist()
+        return rows
+
+    async def _aembed(self, items: list[dict[str, Any]]) -> list[Embedding]:
+        embeddings = await self._client.aencode(items, normalize=True, model=self._model)
+        rows: list[Embedding] = embeddings.tolist()
+        return rows
+
+
+def _image(image: ImageType) -> dict[str, Any]:
+    return {"image": image.getvalue() if isinstance(image, BytesIO) else image}
