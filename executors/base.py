@@ -21,6 +21,7 @@ from clip_client.errors import InvalidInputError
 from clip_client.proto import clip_pb2 as pb
 from clip_server import runtimes
 from clip_server.engine.engine import Engine, Item
+from clip_server.engine.fetcher import Fetcher
 from clip_server.engine.service import Limits, Service
 from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.executors.clip_executor import ClipExecutor
@@ -83,11 +84,9 @@ class BaseCLIPEncoder(ClipExecutor):
             max_length=self.parameters.max_length or 0,
             timed=partial(jina_internals.time_stage, self),
         )
-        self.service = Service(
-            self.engine,
-            Limits(self.parameters.max_item_bytes, self.parameters.max_request_items),
-            self.modality,
-        )
+        policy, limits = self.parameters.allow_uri, self._limits()
+        fetcher = Fetcher(policy, limits.max_item_bytes) if policy else None
+        self.service = Service(self.engine, limits, self.modality, fetcher)
 
     @classmethod
     def prepare(cls, given: Mapping[str, Any]) -> None:
@@ -138,6 +137,9 @@ class BaseCLIPEncoder(ClipExecutor):
         if twice := placed.keys() & named.keys():
             raise TypeError(f"{cls.__name__} got {', '.join(sorted(twice))} twice")
         return placed | named
+
+    def _limits(self) -> Limits:
+        return Limits(self.parameters.max_item_bytes, self.parameters.max_request_items)
 
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -228,19 +230,21 @@ class BaseCLIPEncoder(ClipExecutor):
 
     async def _items(self, docs: list[Any]) -> list[Item]:
         """The contents of documents, for the engine."""
+        contents = map(content_of, docs)
+        fetched = await self.service.fetch(value for field, value in contents if field == "uri")
         if any(getattr(doc, "tensor", None) is not None for doc in docs):
             # Packing pixels takes milliseconds, in which no other request could go on.
-            return await asyncio.to_thread(lambda: [self._item(doc) for doc in docs])
-        return [self._item(doc) for doc in docs]
+            return await asyncio.to_thread(lambda: [self._item(doc, fetched) for doc in docs])
+        return [self._item(doc, fetched) for doc in docs]
 
-    def _item(self, doc: Any) -> Item:
+    def _item(self, doc: Any, fetched: Mapping[str, Item]) -> Item:
         field, value = content_of(doc)
         if not field:
             return ItemError("an empty document: it needs a text, a blob, a tensor or a data: uri")
         if field == "tensor":
             return self.from_tensor(np.asarray(value))
         if field == "uri":
-            return self.service.to_item(pb.Item(uri=value))
+            return self.service.to_item(pb.Item(uri=value), fetched)
         return self.service.check(value)
 
     def from_tensor(self, tensor: np.ndarray[Any, Any]) -> Item:

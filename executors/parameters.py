@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from clip_client import documents
 from clip_client.errors import InvalidInputError
 from clip_server.engine.engine import MAX_QUEUED_ITEMS
+from clip_server.engine.fetcher import UriPolicy
 from clip_server.engine.service import Limits
 from clip_server.errors import ConfigurationError
 from clip_server.executors.parameter_fields import at_least, matching, read_parameters
@@ -36,6 +37,7 @@ class EncoderParameters:
         request, and on a decoded image.
     max_queued_items: further requests are refused while this many items are in flight.
     cache_bytes: size of the embedding cache; 0: no cache.
+    allow_uri: which URIs of items the server fetches; None: none but `data:`.
     max_length: tokens that texts are truncated to, start and end included; None: the model's
         context length.
     aliases: other names of the model, which requests may use.
@@ -57,6 +59,7 @@ class EncoderParameters:
     max_queued_items: int = at_least(1, MAX_QUEUED_ITEMS)
     cache_bytes: int = at_least(0, 0)
     max_length: int | None = field(default=None, metadata={"least": 2})
+    allow_uri: UriPolicy | None = None
     aliases: tuple[str, ...] = ()
     matryoshka_dimensions: tuple[int, ...] = field(default=(), metadata={"least": 1})
 
@@ -82,7 +85,10 @@ class EncoderParameters:
                 "traversal_paths is the old name of access_paths: rename it", stacklevel=2
             )
             values.setdefault("access_paths", values.pop("traversal_paths"))
+        policy = values.pop("allow_uri", None)
         parameters = read_parameters(cls, values, "CLIPEncoder")
+        if policy is not None:
+            parameters = replace(parameters, allow_uri=UriPolicy.parse(policy))
         parse_access_paths(parameters.access_paths)
         return parameters
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,12 +15,15 @@ from clip_client.data_uri import has_scheme, read_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server import __version__
 from clip_server.engine.engine import Encoded, Engine, Item
+from clip_server.engine.fetcher import Fetcher
 from clip_server.errors import ItemError, RequestError
 from clip_server.models import zoo
 from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.items import item_errors
 
 log = logging.getLogger(__name__)
+
+_LEAST_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,19 @@ class Service:
     """Answers clip.v1 requests. Use it from the engine's event loop.
 
     modality: the one that it encodes, `text` or `image`; None: both.
+    fetcher: of URIs other than `data:`; None: they are refused.
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits | None = None, modality: str | None = None
+        self,
+        engine: Engine,
+        limits: Limits | None = None,
+        modality: str | None = None,
+        fetcher: Fetcher | None = None,
     ) -> None:
         self.engine, self.modality = engine, modality
         self.limits = limits or Limits()
+        self._fetcher = fetcher
 
     async def handle(self, request: pb.Request) -> pb.Response:
         """Answers `request`. Errors are in the response: none that a client can cause is raised."""
@@ -86,10 +97,9 @@ class Service:
         self, request: pb.EncodeRequest, timeout: float | None, response: pb.EncodeResponse
     ) -> None:
         check_count(len(request.items), self.limits.max_request_items)
+        items, timeout = await self._to_items(request.items, timeout)
         encoded = await self.engine.encode(
-            [self.to_item(item) for item in request.items],
-            minibatch_size=request.options.minibatch_size,
-            timeout=timeout,
+            items, minibatch_size=request.options.minibatch_size, timeout=timeout
         )
         embeddings = encoded.embeddings
         if request.options.normalize:
@@ -128,8 +138,9 @@ class Service:
         self, request: pb.RankRequest, timeout: float | None, response: pb.RankResponse
     ) -> None:
         check_count(len(request.candidates) + 1, self.limits.max_request_items)
-        candidates = [self.to_item(each) for each in request.candidates]
-        ranked = await self.rank(self.to_item(request.query), candidates, timeout)
+        parts = [request.query, *request.candidates]
+        (query, *candidates), timeout = await self._to_items(parts, timeout)
+        ranked = await self.rank(query, candidates, timeout)
         response.matches.extend(ranked.matches)
         response.errors.extend(item_errors(ranked.errors))
         _set_timings(response.timings, ranked.encoded)
@@ -162,13 +173,32 @@ class Service:
             model_names=zoo.other_names(card.name),
         )
 
-    def to_item(self, item: pb.Item) -> Item:
-        """Converts an item of a message to one of the engine; an ItemError if it is invalid."""
+    async def fetch(self, uris: Iterable[str], timeout: float | None = None) -> Mapping[str, Item]:
+        """What is at each URI that the server fetches, or why not; nothing for others."""
+        if self._fetcher is None:
+            return {}
+        return await self._fetcher.fetch((uri for uri in uris if not has_scheme(uri)), timeout)
+
+    async def _to_items(
+        self, items: Sequence[pb.Item], timeout: float | None
+    ) -> tuple[list[Item], float | None]:
+        """The items for the engine, and what is left of `timeout` after their URIs are fetched."""
+        started = time.monotonic()
+        fetched = await self.fetch((item.uri for item in items if item.uri), timeout)
+        if timeout and fetched:
+            timeout = max(timeout - (time.monotonic() - started), _LEAST_SECONDS)
+        return [self.to_item(item, fetched) for item in items], timeout
+
+    def to_item(self, item: pb.Item, fetched: Mapping[str, Item] = MappingProxyType({})) -> Item:
+        """Converts an item of a message to one of the engine; an ItemError if it is invalid.
+
+        fetched: what is at URIs other than `data:`.
+        """
         kind = item.WhichOneof("content")
         if kind is None:
             return ItemError("an empty item: it holds one of text, image or uri")
         try:
-            content = read_uri(item.uri) if kind == "uri" else getattr(item, kind)
+            content = read_uri(item.uri, fetched) if kind == "uri" else getattr(item, kind)
         except ItemError as error:
             return error
         return self.check(content)
@@ -188,12 +218,19 @@ class Service:
         return content
 
 
-def read_uri(uri: str) -> str | bytes:
+def read_uri(uri: str, fetched: Mapping[str, Item]) -> str | bytes:
     """Reads a `data:` URI (RFC 2397): a text if its media type is text/*, else an image.
 
+    fetched: what is at other URIs.
+
     Raises:
-        ItemError: any other URI; the server opens no files and fetches no addresses.
+        ItemError: any other URI; the server opens no files.
     """
+    if uri in fetched:
+        content = fetched[uri]
+        if isinstance(content, ItemError):
+            raise content
+        return content
     if not has_scheme(uri):
         scheme = uri.partition(":")[0] if ":" in uri[:20] else "a path"
         raise ItemError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clip_client.data_uri import read_data_uri
+from clip_client.data_uri import has_scheme, read_data_uri
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool
@@ -149,7 +149,8 @@ def _without_content(item: pb.Item) -> pb.Item:
             content = read_data_uri(item.uri)
         except ValueError:
             content = b""  # the encoder says what is wrong with it
-    kept = pb.Item(id=item.id or item.source or content_id(content), source=item.source)
+    source = item.source or ("" if has_scheme(item.uri) else item.uri)
+    kept = pb.Item(id=item.id or source or content_id(content), source=source)
     kept.tags.CopyFrom(item.tags)
     if isinstance(content, str) and (item.HasField("text") or content):
         kept.text = content
