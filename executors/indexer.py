@@ -58,7 +58,7 @@ class CLIPIndexer(ClipExecutor):
         """Sets the `matches` of each document that has an embedding, closest first."""
         request = SearchParameters.parse(parameters, refuse_unknown=False).to_request()
         good = _with_embeddings(docs)
-        request.queries.extend(pb.Item() for _ in good)
+        request.queries.extend(map(_query, good))
         request.embeddings = _embeddings(good)
         if good:
             response = await self.service.search(request)
@@ -109,6 +109,13 @@ def _item(doc: ClipDoc) -> pb.Item:
         return pb.Item(**content, id=doc.id, tags=doc.tags, source=source)
     except (TypeError, ValueError):
         raise RequestError(f"the tags {repr(doc.tags)[:60]} are not JSON") from None
+
+
+def _query(doc: ClipDoc) -> pb.Item:
+    """The modality of a query, which is all that a search takes of its content."""
+    if doc.text:
+        return pb.Item(text=doc.text)
+    return pb.Item(image=b"") if doc.uri or doc.blob else pb.Item()
 
 
 def _match(hit: pb.Hit, metric: str) -> ClipMatch:

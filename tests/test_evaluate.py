@@ -18,12 +18,16 @@ from safetensors.numpy import load_file, save_file
 
 from clip_server import runtimes
 from clip_server.convert.writers import writer
+from clip_server.evaluate import data
 from clip_server.evaluate.__main__ import main
+from clip_server.evaluate.data import DataError
 from clip_server.models import converted, weights, zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.preprocess.tokenizer import tokenizer_for
+from clip_server.rpc.probes import PROBE_TEXT
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.search.relevance import relevance
 
 ONNX = ("--runtime", "onnx", "--device", "cpu", "--threads", "1")
 CARD = zoo.resolve("embedded")
@@ -120,6 +124,42 @@ def test_retrieval_is_that_of_brute_force(
     assert "emoji-small::embedded: 24 images, 48 texts, 0 left out" in printed
     for score, value in expected.items():
         assert re.search(rf"^\| {score} +\| +{100 * value:.2f} \|$", printed, re.MULTILINE)
+
+
+def test_relevance_is_that_of_brute_force(
+    gallery: Path, embedded: OnnxRuntime, tmp_path: Path
+) -> None:
+    pictures = sorted(gallery.glob("*.png"))
+    pairs = write_pairs(tmp_path / "pairs.jsonl", pictures)
+    images = [vector_of(embedded, picture) for picture in pictures]
+    probe = vector_of(embedded, PROBE_TEXT)
+    best: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for index, picture in enumerate(pictures):
+        for query in (vector_of(embedded, text) for text in captions_of(picture)):
+            for half in (0, 1):
+                collection = np.array(images[half::2])
+                cosines = collection @ query
+                score = float(cosines.max())
+                found = relevance(score, cosines, collection @ probe, len(collection))
+                assert found is not None
+                best[index % 2 == half].append((score, found))
+    duels = [(here, gone) for here in best[True] for gone in best[False]]
+    (result,) = evaluate(tmp_path, "relevance", pairs, *ONNX)["results"]
+    for place, name in enumerate(("best cosine ROC AUC", "best relevance ROC AUC")):
+        expected = sum(here[place] > gone[place] for here, gone in duels) / len(duels)
+        assert 0 < expected < 1
+        # A draw may be none in the other's arithmetic.
+        assert result["scores"][name] == pytest.approx(expected, abs=0.01)
+
+
+def test_relevance_takes_more_than_a_few_images(gallery: Path, tmp_path: Path) -> None:
+    for picture in sorted(gallery.glob("*.png"))[:9]:
+        shutil.copy(picture, tmp_path)
+        shutil.copy(picture.with_suffix(".txt"), tmp_path)
+    task = data.Presence(data.read_pairs(tmp_path))
+    images, texts = (np.ones((len(each), 2), np.float32) for each in (task.images, task.texts))
+    with pytest.raises(DataError, match="9 images are left to evaluate; relevance takes 16"):
+        task.scores(images, texts)
 
 
 def test_a_folder_is_the_same_as_its_lines(gallery: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m clip_server.evaluate retrieval|zero-shot PATH`: the scores of a model, with a column
+"""`python -m clip_server.evaluate retrieval|relevance|zero-shot PATH`: scores of a model, a column
 for each runtime and precision."""
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Retrieval over PATH: a JSONL file of images and captions, or a folder of "
         "images, each with a .txt file of captions of the same name.",
     )
+    tasks.add_parser(
+        "relevance",
+        parents=[shared],
+        help="texts whose image is there, or is not",
+        description="ROC AUC of telling texts whose image is in a collection from those whose "
+        "image is not, by the cosine and by the relevance of the best match. PATH as for "
+        "retrieval; half of the images are the collection, then the other half.",
+    )
     zero_shot = tasks.add_parser(
         "zero-shot",
         parents=[shared],
@@ -105,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 def _read(options: argparse.Namespace) -> data.Pairs | data.Classes:
     if options.task == "retrieval":
         return data.read_pairs(options.data)
+    if options.task == "relevance":
+        return data.Presence(data.read_pairs(options.data))
     templates = data.read_templates(options.templates) if options.templates else data.TEMPLATES
     return data.read_classes(options.data, options.classes, templates)
 

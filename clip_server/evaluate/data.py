@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from clip_server.errors import ClipServerError
 from clip_server.evaluate import scores
+from clip_server.rpc.probes import PROBE_TEXT
+from clip_server.search.relevance import FEWEST
 
 TEMPLATES = (
     "{}",
@@ -47,13 +49,44 @@ class Pairs:
         self, images: NDArray[np.float32], texts: NDArray[np.float32]
     ) -> Mapping[str, float]:
         """Retrieval scores over the pairs of which both embeddings, [N, D] and [T, D], exist."""
+        return scores.retrieval(*self._usable(images, texts))
+
+    def _usable(
+        self, images: NDArray[np.float32], texts: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Images and texts of the pairs whose embeddings exist, and each text's image."""
         image_of = np.array(self.image_of)
         # A caption without its image does not count.
         usable = np.isfinite(texts).all(axis=1) & np.isfinite(images[image_of]).all(axis=1)
         if not usable.any():
             raise DataError("no image with a caption is left to evaluate")
         kept, row_of = np.unique(image_of[usable], return_inverse=True)
-        return scores.retrieval(images[kept], texts[usable], row_of)
+        return images[kept], texts[usable], row_of
+
+
+class Presence(Pairs):
+    """Images and their captions, half of whose images are not in the collection searched.
+
+    texts: the captions, and last the probe of relevance.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        texts = [*pairs.texts, PROBE_TEXT]
+        super().__init__(pairs.images, texts, pairs.image_of, pairs.left_out)
+
+    def scores(
+        self, images: NDArray[np.float32], texts: NDArray[np.float32]
+    ) -> Mapping[str, float]:
+        """ROC AUCs over the pairs of which both embeddings, [N, D] and [T, D], exist."""
+        probe = texts[-1]
+        if not np.isfinite(probe).all():
+            raise DataError(f"the model does not encode {PROBE_TEXT!r}")
+        images, texts, image_of = self._usable(images, texts[:-1])
+        if len(images) < 2 * FEWEST:
+            raise DataError(
+                f"{len(images)} images are left to evaluate; relevance takes {2 * FEWEST} or more"
+            )
+        return scores.presence(images, texts, image_of, probe)
 
 
 @dataclass(frozen=True)

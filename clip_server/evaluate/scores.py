@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_client.scores import normalize
+from clip_server.search.relevance import relevance
 
 # Cosines closer than this are equal. Equal embeddings, in float64, differ by 1e-16 or so with
 # their place in a matrix product; different ones, in float32, by 1e-8 at least.
@@ -67,6 +68,44 @@ def retrieval(
         scores[f"{direction} MRR"] = float((1 / (1 + found)).mean())
     recalls = [score for name, score in scores.items() if "R@" in name]
     return {**scores, "mean recall": float(np.mean(recalls))}
+
+
+def presence(
+    images: NDArray[np.float32],
+    texts: NDArray[np.float32],
+    image_of: NDArray[np.int64],
+    probe: NDArray[np.float32],
+) -> dict[str, float]:
+    """ROC AUC of telling texts whose image is in a collection from those whose image is not, by
+    the cosine and by the relevance of the best match: 0.5 is a guess.
+
+    images, texts, image_of: as for `retrieval`. Every other image is in the collection, then the
+        others are.
+    probe: [D], the model's embedding of the text that relevance compares with.
+    """
+    queries = normalize(np.vstack([texts, probe[None]])).astype(np.float64)
+    cosines = queries @ normalize(images).astype(np.float64).T
+    best: list[tuple[float, float]] = []
+    present: list[bool] = []
+    for start in (0, 1):
+        *found, probed = cosines[:, start::2]
+        for row, query in zip(image_of, found, strict=True):
+            score = float(query.max())
+            best.append((score, relevance(score, query, probed, len(query)) or 0.0))
+            present.append(row % 2 == start)
+    labels = np.array(present)
+    by_cosine, by_relevance = np.array(best).T
+    return {
+        "best cosine ROC AUC": roc_auc(by_cosine[labels], by_cosine[~labels]),
+        "best relevance ROC AUC": roc_auc(by_relevance[labels], by_relevance[~labels]),
+    }
+
+
+def roc_auc(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
+    """The probability that a positive scores higher than a negative; ties count half."""
+    ordered = np.sort(negatives)
+    lower, higher = (np.searchsorted(ordered, positives, side) for side in ("left", "right"))
+    return float((lower + higher).mean() / (2 * len(negatives)))
 
 
 def zero_shot(

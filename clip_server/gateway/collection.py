@@ -97,7 +97,7 @@ class Collection:
         search = request.search
         encoded = await self._embeddings(search.queries, search.embeddings, request.timeout)
         forwarded = pb.SearchRequest(
-            queries=[pb.Item() for _ in search.queries], embeddings=encoded.embeddings
+            queries=map(_query, search.queries), embeddings=encoded.embeddings
         )
         for field, value in search.ListFields():
             if field.name not in ("queries", "embeddings"):
@@ -157,6 +157,11 @@ def _without_content(item: pb.Item) -> pb.Item:
     else:
         kept.image = b""
     return kept
+
+
+def _query(item: pb.Item) -> pb.Item:
+    """What an indexer takes of a query: its modality, unknown if only its embedding is given."""
+    return _without_content(item) if item.WhichOneof("content") else pb.Item()
 
 
 def _joint(encoding: pb.Timings, searching: pb.Timings) -> pb.Timings:

@@ -153,12 +153,16 @@ class HttpListener(Listener):
 
 def _fields(message: Message) -> dict[str, Any]:
     """A message as JSON, without the messages in it that are absent."""
-    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    return {
-        name: _fields(value) if isinstance(value, Message) else value
-        for name, value in fields.items()
-        if not isinstance(value, Message) or message.HasField(name)
-    }
+    fields: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.label == field.LABEL_REPEATED:
+            fields[field.name] = list(value)
+        elif not isinstance(value, Message):
+            fields[field.name] = value
+        elif message.HasField(field.name):
+            fields[field.name] = _fields(value)
+    return fields
 
 
 class _Protocol(HttpToolsProtocol):

@@ -3,22 +3,27 @@
 Cosines of a text with images lie in a narrow band that moves with the text, so no fixed cutoff
 says that nothing matches. What does is the query's own scores with a sample of the collection: a
 hit is relevant if the best of so many unrelated rows would hardly score as high.
+
+A query says where its band lies, but little of how wide it is: where something matches, much is
+similar, and the band is wide for that reason. Its width is therefore that of a fixed query, the
+model's probe of the same modality.
 """
 
 from __future__ import annotations
 
-import math
 import threading
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server.search.fingerprint import Fingerprint
 from clip_server.search.rows import MODALITIES
 from clip_server.search.store import Hit, Metric, Modality, Store, Target, Vectors
 
 # Rows a query is compared with, and the fewest that say anything.
-_SAMPLE, _FEWEST = 1000, 8
+SAMPLE, FEWEST = 1000, 8
 # A sample is drawn anew when the collection has changed by this part.
 _DRAWN_AGAIN = 0.1
 _NORMAL = NormalDist()
@@ -29,31 +34,42 @@ class Background:
 
     def __init__(self, store: Store, metric: Metric) -> None:
         self._store, self._metric = store, metric
+        self._probes = _probes(store.model)
         self._drawn: dict[Modality, tuple[int, Vectors]] = {}
         self._lock = threading.Lock()
 
-    def relevances(self, query: Vectors, hits: list[Hit]) -> list[float | None]:
+    def relevances(
+        self, query: Vectors, modality: Modality | None, hits: list[Hit]
+    ) -> list[float | None]:
         """The relevance of each hit of a query, from 0 to 1; None where the collection has too
-        few rows of the hit's modality. query: [D]."""
-        by_modality = {
-            modality: self._scores(query, modality)
-            for modality in MODALITIES
-            if any(hit.modality == modality for hit in hits)
-        }
-        sign = -1.0 if self._metric == "L2" else 1.0
-        return [relevance(sign * hit.score, *by_modality[hit.modality]) for hit in hits]
+        few rows of the hit's modality.
 
-    def _scores(self, query: Vectors, modality: Modality) -> tuple[NDArray[np.float64], int]:
-        """The query's scores with the sample, larger is closer, and the number of rows."""
+        query: [D]. modality: its own; None if unknown, so that its width is its own, too.
+        """
+        probe = self._probes.get(modality, query) if modality else query
+        probe = probe * (np.linalg.norm(query) / np.linalg.norm(probe))
+        sign = -1.0 if self._metric == "L2" else 1.0
+        backgrounds = {
+            each: self._scores(np.stack([query, probe]), each)
+            for each in MODALITIES
+            if any(hit.modality == each for hit in hits)
+        }
+        return [relevance(sign * hit.score, *backgrounds[hit.modality]) for hit in hits]
+
+    def _scores(
+        self, pair: Vectors, modality: Modality
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+        """Scores of a query and of its probe [2, D] with the sample, larger is closer, and the
+        number of rows."""
         rows, sample = self._sample(modality)
         if self._metric == "L2":
-            return -np.linalg.norm(sample - query, axis=1).astype(np.float64), rows
-        scores = (sample @ query).astype(np.float64)
+            scores = -np.linalg.norm(sample[:, None] - pair, axis=2).astype(np.float64)
+        else:
+            scores = (sample @ pair.T).astype(np.float64)
         if self._metric == "COSINE":
-            scores /= np.maximum(
-                np.linalg.norm(sample, axis=1) * np.linalg.norm(query), np.finfo(np.float32).tiny
-            )
-        return scores, rows
+            norms = np.linalg.norm(sample, axis=1, keepdims=True) * np.linalg.norm(pair, axis=1)
+            scores /= np.maximum(norms, np.finfo(np.float32).tiny)
+        return scores[:, 0], scores[:, 1], rows
 
     def _sample(self, modality: Modality) -> tuple[int, Vectors]:
         target: Target = "texts" if modality == "text" else "images"
@@ -61,31 +77,50 @@ class Background:
         with self._lock:
             drawn, sample = self._drawn.get(modality, (0, None))
             if sample is None or abs(rows - drawn) > _DRAWN_AGAIN * drawn:
-                sample = self._store.sample(modality, _SAMPLE)
+                sample = self._store.sample(modality, SAMPLE)
                 self._drawn[modality] = (rows, sample)
         return rows, sample
 
 
-def relevance(score: float, background: NDArray[np.float64], rows: int) -> float | None:
+def _probes(model: Fingerprint) -> dict[Modality, Vectors]:
+    """The embeddings of the fixed text and image; none where the model's are unknown."""
+    if not model.probes:
+        return {}
+    text, image = np.asarray(model.probes, np.float32).reshape(2, model.dim)
+    return {"text": text, "image": image}
+
+
+def relevance(
+    score: float, background: NDArray[np.float64], probe: NDArray[np.float64], rows: int
+) -> float | None:
     """The probability that the best of `rows` unrelated rows scores lower than a hit.
 
     background: scores of the query with a sample of the rows, larger is closer. The hit itself
         and a few others that match may be among them: the best are left out.
+    probe: scores of a fixed query with the sample, whose standard deviation is taken.
     """
-    if len(background) < _FEWEST:
+    if len(background) < FEWEST:
         return None
-    unrelated = np.sort(background)[: -max(1, len(background) // 20)]
-    deviation = standard_score(score, unrelated)
+    spread = float(probe.std(ddof=1)) or 1e-9
+    # From the next best, since the tail of the unrelated is what a hit is compared with.
+    first, last = _next_best(len(background))
+    tail = float(np.sort(background)[::-1][first:last].mean())
+    deviation = (score - tail) / spread + _expected(len(background))
     below = _NORMAL.cdf(deviation)
     return below ** max(rows, 1) if below > 0 else 0.0
 
 
-def standard_score(score: float, unrelated: NDArray[np.float64]) -> float:
-    """The number of standard deviations that a score lies above the mean of others, as of a normal
-    distribution: few others make it smaller, since they say little of the deviation."""
-    spread = float(unrelated.std(ddof=1)) or 1e-9
-    deviation = (score - float(unrelated.mean())) / spread
-    freedom = len(unrelated) - 1
-    # Wallace's approximation of Student's t.
-    size = math.sqrt(freedom * math.log1p(deviation**2 / freedom))
-    return math.copysign(size * (8 * freedom + 1) / (8 * freedom + 3), deviation)
+def _next_best(count: int) -> tuple[int, int]:
+    """The ranks, from the best, of those that stand for the unrelated: a tenth of all, after the
+    twentieth part that may match."""
+    first = max(1, count // 20)
+    return first, first + max(3, count // 10)
+
+
+@cache
+def _expected(count: int) -> float:
+    """The mean of the next best of so many standard normal values, by Blom's approximation of
+    their expectations."""
+    ranks = range(*_next_best(count))
+    values = [_NORMAL.inv_cdf(1 - (rank + 1 - 0.375) / (count + 0.25)) for rank in ranks]
+    return sum(values) / len(values)

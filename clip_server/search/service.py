@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from clip_server.rpc.items import content_id, read_embeddings
 from clip_server.search import filters, open_store
 from clip_server.search.fingerprint import Fingerprint
 from clip_server.search.relevance import Background
-from clip_server.search.store import Hit, Query, Row, Settings, Store, Target, Vectors
+from clip_server.search.store import Hit, Modality, Query, Row, Settings, Store, Target, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,10 @@ class SearchService:
         good = [row for row in range(len(queries)) if not np.isnan(queries[row]).any()]
         found = []
         if good:
-            found = await self._run(self._searching, self._find, queries[good], query, least)
+            modalities = [_modality(request.queries[row]) for row in good]
+            found = await self._run(
+                self._searching, self._find, queries[good], modalities, query, least
+            )
         results = [pb.Hits() for _ in queries]
         for row, hits in zip(good, found, strict=True):
             results[row].hits.extend(hits)
@@ -241,11 +244,18 @@ class SearchService:
                 else:
                     written.set_exception(error)
 
-    def _find(self, queries: Vectors, query: Query, least: float | None) -> list[list[pb.Hit]]:
+    def _find(
+        self,
+        queries: Vectors,
+        modalities: Sequence[Modality | None],
+        query: Query,
+        least: float | None,
+    ) -> list[list[pb.Hit]]:
         assert self._background is not None
         found = []
-        for embedding, hits in zip(queries, self._opened().search(queries, query), strict=True):
-            relevances = self._background.relevances(embedding, hits)
+        all_hits = self._opened().search(queries, query)
+        for embedding, modality, hits in zip(queries, modalities, all_hits, strict=True):
+            relevances = self._background.relevances(embedding, modality, hits)
             found.append(
                 [
                     _message(hit, relevance)
@@ -258,6 +268,13 @@ class SearchService:
     @staticmethod
     async def _run(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+
+def _modality(query: pb.Item) -> Modality | None:
+    """The modality of a query; None where only its embedding is known."""
+    if query.WhichOneof("content") is None:
+        return None
+    return "text" if query.HasField("text") else "image"
 
 
 def _row(item: pb.Item, embedding: Vectors) -> Row:
