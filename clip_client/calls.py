@@ -26,7 +26,7 @@ from clip_client.ranking import RankCollector
 from clip_client.results import Info, Label
 from clip_client.row_collector import IndexCollector, RowCollector
 from clip_client.sansio import CallGenerator
-from clip_client.scores import cosines, probabilities
+from clip_client.scores import cosines, logit_bias_of, probabilities
 from clip_client.search_parameters import SearchParameters, Target, to_json_filter
 
 T = TypeVar("T")
@@ -208,14 +208,14 @@ def classify(
     images = _as_images(iterate(images, "classify"))
     given = Parameters.parse(None, model=model)
     prompts = [{"text": prompt.replace("{}", label)} for label in labels]
-    targets, collector, scale = yield from _embedded(server, iter(prompts), given, timeout)
+    targets, collector, info = yield from _embedded(server, iter(prompts), given, timeout)
     for failure in collector.failures:
         raise InvalidInputError(f"label {labels[failure.index]!r}: {failure.message}")
     truncated = collector.truncated
     queries, collector, _ = yield from _embedded(server, images, given, timeout)
     failed = {failure.index for failure in collector.failures}
     cosine = cosines(queries, targets)
-    scores = probabilities(cosine, scale)
+    scores = probabilities(cosine, info.logit_scale, logit_bias_of(info))
     results = [
         None
         if row in failed
@@ -376,15 +376,15 @@ def _on_rows(
 
 def _embedded(
     server: Connection, raw_items: Inputs, given: Parameters, timeout: float | None
-) -> CallGenerator[tuple[NDArray[np.float32], ResultCollector, float]]:
-    """The embeddings [N, D] of items, what else was collected, and the model's logit scale."""
+) -> CallGenerator[tuple[NDArray[np.float32], ResultCollector, clip_pb2.InfoResponse]]:
+    """The embeddings [N, D] of items, what else was collected, and the model."""
     collector = ResultCollector(into_documents=False)
     asked = server.send(_info_request(given.model), timeout)
     sending = Sending(timeout=timeout)
     template = _encode_template(given)
     yield from _encoding(server, collector, sending, template).run(raw_items)
     model = (yield asked).info
-    return collector.embeddings(model.dim), collector, model.logit_scale
+    return collector.embeddings(model.dim), collector, model
 
 
 def _descended(raw_items: Inputs, paths: list[str], roots: list[Any] | None) -> Inputs:

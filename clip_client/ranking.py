@@ -18,7 +18,7 @@ from clip_client.errors import InvalidInputError, ItemFailure
 from clip_client.parameters import Parameters
 from clip_client.proto import clip_pb2
 from clip_client.results import Ranking
-from clip_client.scores import cosines, probabilities
+from clip_client.scores import cosines, logit_bias_of, probabilities
 
 _PROBABILITY, _COSINE = "clip_score", "clip_score_cosine"
 
@@ -172,7 +172,8 @@ class RankCollector:
         for row in (0, *(1 + index for index in good)):
             group.embeddings[row] = rows[row]
         cosine = cosines(group.embeddings[:1], group.embeddings[[1 + index for index in good]])
-        scores = probabilities(cosine, self._model.result().info.logit_scale)
+        info = self._model.result().info
+        scores = probabilities(cosine, info.logit_scale, logit_bias_of(info))
         group.rankings = [
             Ranking(
                 good[best],
@@ -180,7 +181,7 @@ class RankCollector:
                 float(scores[0, best]),
                 float(cosine[0, best]),
             )
-            for best in np.argsort(-scores[0], kind="stable")
+            for best in np.argsort(-cosine[0], kind="stable")
         ]
         if group.document is not None:
             _order(group, getattr(group.document, self._source))

@@ -8,6 +8,7 @@ from typing import Any
 
 from clip_client.proto import clip_pb2
 from clip_client.proto.clip_pb2 import InfoResponse
+from clip_client.scores import logit_bias_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Ranking:
     # Its place among the candidates, and the candidate itself.
     index: int
     item: Any
-    # softmax(logit_scale * cosine) over the candidates.
+    # softmax(logit_scale * cosine) over the candidates. Of models with a logit bias:
+    # sigmoid(logit_scale * cosine + logit_bias), of each candidate by itself.
     probability: float
     cosine: float
 
@@ -27,7 +29,7 @@ class Label:
     """One label of `classify`, for one image."""
 
     label: str
-    # softmax(logit_scale * cosine) over the labels.
+    # As in `Ranking`, over the labels.
     probability: float
     cosine: float
 
@@ -94,7 +96,7 @@ class Info:
     # The model's input: pixels of an image's side, and tokens of a text.
     image_size: int
     context_length: int
-    # The factor of the cosines before the softmax.
+    # The factor of the cosines before the softmax or sigmoid.
     logit_scale: float
     # Of the server.
     version: str
@@ -102,6 +104,8 @@ class Info:
     max_item_bytes: int
     max_request_bytes: int
     max_request_items: int
+    # Added to the scaled cosines of models with a sigmoid in place of the softmax; else None.
+    logit_bias: float | None = None
     # Of a flow with an indexer; else None.
     collection: Collection | None = None
 
@@ -110,5 +114,6 @@ class Info:
         """The same, from the server's answer."""
         values = {field.name: getattr(response, field.name) for field in fields(cls)}
         held = response.collection if response.HasField("collection") else None
+        values["logit_bias"] = logit_bias_of(response)
         values["collection"] = held and Collection.of(held)
         return cls(**values)

@@ -73,6 +73,8 @@ class ModelCard:
     name: the canonical name, `architecture::tag`.
     dim: length of an embedding.
     logit_scale: the factor on cosines before a softmax, exp() already taken.
+    logit_bias: added to scaled cosines before a sigmoid, of models trained with one in place of a
+        softmax, such as SigLIP; else None.
     config: the architecture in open_clip's own JSON form (`embed_dim`, `vision_cfg`,
         `text_cfg`, `quick_gelu`), from which graphs and torch modules are built.
     hub: the hub repository that holds the weights, if any.
@@ -91,4 +93,5 @@ class ModelCard:
     hub: str | None = None
     hub_file: str | None = None
     image_of: str | None = None
+    logit_bias: float | None = None
     licence: str = ""

@@ -131,12 +131,13 @@ def test_chinese_clip_equals_transformers(kind: str, tmp_path: Path) -> None:
     assert_equal_to_transformers(runtime, model, tokens, longest=9)
 
 
-def test_an_end_token_that_is_not_the_last_of_the_vocabulary(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_token_that_is_not_the_last_of_the_vocabulary(kind: str, tmp_path: Path) -> None:
     model = hugging_face_model("CLIP", TEXT | {"eos_token_id": 300})
     model.save_pretrained(tmp_path)
     tokens = np.zeros((2, 20), np.int32)
     tokens[0, :4], tokens[1, :5] = [598, 599, 7, 300], [598, 8, 9, 599, 300]
-    runtime = load("torch", tmp_path)
+    runtime = load(kind, tmp_path)
     assert_equal_to_transformers(runtime, model, tokens, longest=5)
 
 

@@ -128,7 +128,7 @@ class InfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection", "modality", "access_paths", "aliases", "matryoshka_dimensions", "model_names")
+    __slots__ = ("model", "runtime", "device", "dtype", "dim", "image_size", "context_length", "logit_scale", "version", "max_item_bytes", "max_request_bytes", "max_request_items", "collection", "modality", "access_paths", "aliases", "matryoshka_dimensions", "model_names", "logit_bias")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class InfoResponse(_message.Message):
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     MATRYOSHKA_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAMES_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     model: str
     runtime: str
     device: str
@@ -165,7 +166,8 @@ class InfoResponse(_message.Message):
     aliases: _containers.RepeatedScalarFieldContainer[str]
     matryoshka_dimensions: _containers.RepeatedScalarFieldContainer[int]
     model_names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ..., access_paths: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., matryoshka_dimensions: _Optional[_Iterable[int]] = ..., model_names: _Optional[_Iterable[str]] = ...) -> None: ...
+    logit_bias: float
+    def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ..., access_paths: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., matryoshka_dimensions: _Optional[_Iterable[int]] = ..., model_names: _Optional[_Iterable[str]] = ..., logit_bias: _Optional[float] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

@@ -120,7 +120,9 @@ class TritonTransport:
             )
         rows, good = encoded.rows(len(items), info.dim), sorted(encoded.embeddings)[1:]
         cosines = scores.cosines(rows[:1], rows[good])
-        probabilities = scores.probabilities(cosines, info.logit_scale)[0]
+        probabilities = scores.probabilities(cosines, info.logit_scale, scores.logit_bias_of(info))[
+            0
+        ]
         response.matches.extend(
             clip_pb2.Match(index=good[i] - 1, probability=probabilities[i], cosine=cosines[0, i])
             for i in np.argsort(-cosines[0], kind="stable")
@@ -254,6 +256,7 @@ def _batches(
 def _info(config: Mapping[str, Any]) -> clip_pb2.InfoResponse:
     """Reads facts about the model from the configuration of an ensemble."""
     facts = {key: each["string_value"] for key, each in config["parameters"].items()}
+    bias = facts.get("logit_bias")
     return clip_pb2.InfoResponse(
         model=facts["model"],
         runtime=f"triton ({facts['towers']})",
@@ -262,6 +265,7 @@ def _info(config: Mapping[str, Any]) -> clip_pb2.InfoResponse:
         image_size=int(facts["image_size"]),
         context_length=int(facts["context_length"]),
         logit_scale=float(facts["logit_scale"]),
+        logit_bias=None if bias is None else float(bias),
         max_request_items=int(config["max_batch_size"]),
     )
 

@@ -189,12 +189,12 @@ def _write_towers(
     writer: Callable[[ModelCard, Tensors, Precision], Writer],
 ) -> tuple[ModelCard, bool]:
     """Writes towers and compares them with their source. Returns the card, with the checkpoint's
-    logit scale, and whether all are accurate enough."""
+    logit scale and bias, and whether all are accurate enough."""
     precision: Precision = options.precision
     console.log(f"{card.name} to {options.to} in {precision}: embedding samples with the source")
     source, expected = _embed_samples(name, path, card, list(paths))
     held, tensors = load_checkpoint(name, path)
-    card = replace(card, logit_scale=held.logit_scale)
+    card = replace(card, logit_scale=held.logit_scale, logit_bias=held.logit_bias)
     target = writer(card, tensors, precision)
     for file in paths.values():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,8 @@ class Service:
         good = [i for i in range(len(candidates)) if i + 1 not in encoded.errors]
         query_embedding, embeddings = encoded.embeddings[:1], encoded.embeddings[1:][good]
         cosines = scores.cosines(query_embedding, embeddings)
-        probabilities = scores.probabilities(cosines, self.engine.card.logit_scale)[0]
+        card = self.engine.card
+        probabilities = scores.probabilities(cosines, card.logit_scale, card.logit_bias)[0]
         return Ranked(
             matches=[
                 pb.Match(index=good[i], probability=probabilities[i], cosine=cosines[0, i])
@@ -166,6 +167,7 @@ class Service:
             image_size=card.image.size,
             context_length=card.text.context_length,
             logit_scale=card.logit_scale,
+            logit_bias=card.logit_bias,
             version=__version__,
             max_item_bytes=self.limits.max_item_bytes,
             max_request_items=self.limits.max_request_items,

@@ -14,6 +14,8 @@ from clip_server.towers import registry
 
 # Only checkpoints of transformers have tensors with this prefix, and all of them do.
 _SAVED_BY_TRANSFORMERS = "vision_model."
+# open_clip's prefix of a text tower that is separate from the model.
+_TEXT = "text."
 _QUERY = re.compile(r"\.attn\.q_proj\.(weight|bias)$")
 
 
@@ -23,6 +25,11 @@ def to_open_clip_keys(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[
         renamed = (_renamed(name, tensor) for name, tensor in tensors.items())
         tensors = _with_fused_projections(dict(renamed))
     return {name: tensor for name, tensor in tensors.items() if is_used(name)}
+
+
+def without_text_prefix(name: str) -> str:
+    """A tensor's name without the prefix of a separate text tower, which towers here lack."""
+    return name.removeprefix(_TEXT)
 
 
 def is_used(name: str) -> bool:

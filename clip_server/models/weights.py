@@ -21,7 +21,7 @@ from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard
 from clip_server.models import hub
-from clip_server.models.state_dict_keys import is_used, to_open_clip_keys
+from clip_server.models.state_dict_keys import is_used, to_open_clip_keys, without_text_prefix
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -145,11 +145,21 @@ def read_logit_scale(path: Path) -> float:
     Raises:
         WeightsError: as `read`, or the checkpoint holds no logit scale.
     """
+    scale = _read_number(path, "logit_scale")
+    if scale is None:
+        raise WeightsError(f"{path} is not a CLIP checkpoint: it has no logit_scale")
+    return float(np.exp(scale))
+
+
+def read_logit_bias(path: Path) -> float:
+    """Reads what is added to scaled cosines before a sigmoid; 0 if the checkpoint lacks it, as in
+    open_clip. Raises what `read` does."""
+    return _read_number(path, "logit_bias") or 0.0
+
+
+def _read_number(path: Path, name: str) -> float | None:
     with _opened(path) as file:
-        if "logit_scale" not in file.names:
-            raise WeightsError(f"{path} is not a CLIP checkpoint: it has no logit_scale")
-        scale = file.tensor("logit_scale")
-    return float(np.exp(scale.astype(np.float64)).item())
+        return float(file.tensor(name).astype(np.float64).item()) if name in file.names else None
 
 
 def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -199,13 +209,15 @@ def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 class _Checkpoint(ABC):
     """An open checkpoint, of either format.
 
-    names: of its tensors without the prefixes of wrappers, each with its name in the file.
+    names: of its tensors without the prefixes of wrappers and of a separate text tower, each with
+        its name in the file.
     """
 
     def __init__(self, stored: Iterable[str]) -> None:
         self.names = {name: name for name in stored}
         while prefix := self._wrapper():
             self.names = {name.removeprefix(prefix): old for name, old in self.names.items()}
+        self.names = {without_text_prefix(name): old for name, old in self.names.items()}
 
     def _wrapper(self) -> str | None:
         wraps = (each for each in _WRAPPERS if all(name.startswith(each) for name in self.names))

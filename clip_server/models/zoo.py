@@ -130,6 +130,7 @@ def card_from_config(
             hub=hub,
             hub_file=hub_file,
             image_of=image_of,
+            logit_bias=config.get("init_logit_bias"),
             licence=licence,
         )
     except KeyError as error:

@@ -25,8 +25,9 @@ def load_checkpoint(
     """
     card, path = zoo.resolve(name, model_path), zoo.checkpoint(name, model_path)
     image = path if card.image_of is None else zoo.checkpoint(card.image_of)
-    # The checkpoint's own logit scale, not the default of its card.
-    card = replace(card, logit_scale=weights.read_logit_scale(image))
+    # The checkpoint's own logit scale and bias, not the defaults of its card.
+    bias = None if card.logit_bias is None else weights.read_logit_bias(image)
+    card = replace(card, logit_scale=weights.read_logit_scale(image), logit_bias=bias)
     tensors = weights.read(path)
     if image != path:
         tensors |= {key: each for key, each in weights.read(image).items() if _is_of_image(key)}

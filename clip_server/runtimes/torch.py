@@ -25,7 +25,7 @@ from clip_server.towers import registry
 try:
     import torch
     from open_clip.convert import convert_state_dict
-    from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict, text_global_pool
+    from open_clip.model import CustomTextCLIP, text_global_pool
     from torch import Tensor, nn
     from torch.overrides import TorchFunctionMode
 except ImportError as missing:
@@ -35,7 +35,9 @@ except ImportError as missing:
 
 # The keys of a configuration that describe the towers; the prefix of CoCa's caption decoder.
 _TOWERS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-_DECODER = "text_decoder."
+# open_clip's prefix of a separate text tower, and those of what is not in it.
+_TEXT = "text."
+_NOT_TEXT = ("visual.", "logit_", _TEXT)
 # The functions that initialise a parameter at random, and then clip and scale it.
 _INITIALISERS = {
     *("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"),
@@ -245,9 +247,11 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
     if text.torch_module:
         shapes |= text.shapes(card.dim)
     else:
-        # Checkpoints in a model's original format, and those of CLIP without a separate text tower.
-        state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
-        state = {name: value for name, value in state.items() if not name.startswith(_DECODER)}
+        state = convert_state_dict(model, state)  # checkpoints in a model's original format
+        state = {
+            name if name.startswith(_NOT_TEXT) else _TEXT + name: value
+            for name, value in state.items()
+        }
     weights.check(state, shapes)
     for name, parameter in model.named_parameters():
         # Parameters that a checkpoint may lack are not needed by a tower.

@@ -13,6 +13,8 @@ from clip_server.towers.layout import Layout
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
+_PARTS = ("query", "key", "value")
+
 
 class Attention:
     """Multi-head attention. weight [3 W, W] and bias [3 W] project to query, key and value."""
@@ -45,7 +47,8 @@ class Attention:
     def project_all(self, states: str, layout: Layout) -> list[str]:
         """Query, key and value of every position, each [B, H, L, W / H]."""
         qkv = self._graph.linear(states, f"{self._prefix}.qkv", self._weight, self._bias)
-        return self._split(layout.spread(qkv), layout.length, ("query", "key", "value"))
+        spread = layout.spread(qkv)
+        return split_heads(self._graph, spread, layout.length, self._heads, _PARTS, self._width)
 
     def project_pooled(self, pooled: str, states: str, layout: Layout) -> list[str]:
         """As `project_all`, but queries of the pooled positions only: [B, H, 1, W / H]."""
@@ -55,35 +58,70 @@ class Attention:
         shape = self._graph.integers(-1, self._heads, 1, self._head_width)
         query = self._graph.op("Reshape", query, shape, name=f"{self._prefix}.query")
         kv = self._graph.linear(states, f"{self._prefix}.kv", weight[width:], bias[width:])
-        return [query, *self._split(layout.spread(kv), layout.length, ("key", "value"))]
+        spread = layout.spread(kv)
+        keys = split_heads(self._graph, spread, layout.length, self._heads, _PARTS[1:], self._width)
+        return [query, *keys]
 
     def attend(self, query: str, key: str, value: str, mask: str | None) -> str:
-        """Attention of queries [B, H, Q, d] over [B, H, L, d]: [B * Q, W]."""
-        graph, prefix = self._graph, self._prefix
-        key = graph.op("Transpose", key, name=f"{key}.columns", perm=[0, 1, 3, 2])
-        scores = graph.op("MatMul", query, key, name=f"{prefix}.scores")
-        if mask is not None:
-            scores = graph.op("Add", scores, mask, name=f"{prefix}.scores.masked")
-        shares = graph.softmax(scores, f"{prefix}.shares")
-        mixed = graph.op("MatMul", shares, value, name=f"{prefix}.mixed")
-        mixed = graph.op("Transpose", mixed, name=f"{prefix}.mixed.rows", perm=[0, 2, 1, 3])
-        return graph.op("Reshape", mixed, graph.integers(-1, self._width), name=f"{prefix}.heads")
+        """As the function `attend`: [B * Q, W]."""
+        return attend(self._graph, self._prefix, query, key, value, self._width, mask)
 
-    def _split(self, rows: str, length: str, parts: Sequence[str]) -> list[str]:
-        """[B * L, n * W] to n of [B, H, L, W / H]."""
-        graph = self._graph
-        per_head = [len(parts) * self._heads, self._head_width]
-        shape = graph.op(
-            "Concat",
-            graph.integers(-1),
-            length,
-            graph.integers(*per_head),
-            name=f"{rows}.shape",
-            axis=0,
-        )
-        rows = graph.op("Reshape", rows, shape, name=f"{rows}.by_head")
-        rows = graph.op("Transpose", rows, name=f"{rows}.first", perm=[0, 2, 1, 3])
-        return graph.split(rows, parts, axis=1)
+
+def split_heads(
+    graph: GraphBuilder, rows: str, length: str, heads: int, parts: Sequence[str], width: int
+) -> list[str]:
+    """Rows [B * L, n * W] to n parts of [B, H, L, W / H].
+
+    length: L, int64 [1]. parts: their names. width: W.
+    """
+    per_head = graph.integers(len(parts) * heads, width // heads)
+    shape = graph.op("Concat", graph.integers(-1), length, per_head, name=f"{rows}.shape", axis=0)
+    rows = graph.op("Reshape", rows, shape, name=f"{rows}.by_head")
+    rows = graph.op("Transpose", rows, name=f"{rows}.first", perm=[0, 2, 1, 3])
+    return graph.split(rows, parts, axis=1) if len(parts) > 1 else [rows]
+
+
+def attend(
+    graph: GraphBuilder,
+    prefix: str,
+    query: str,
+    key: str,
+    value: str,
+    width: int,
+    mask: str | None = None,
+) -> str:
+    """Attention of scaled queries [B, H, Q, d], or [1, H, Q, d], over [B, H, L, d]: [B * Q, W].
+
+    mask: added to the scores [B, H, Q, L].
+    """
+    key = graph.op("Transpose", key, name=f"{key}.columns", perm=[0, 1, 3, 2])
+    scores = graph.op("MatMul", query, key, name=f"{prefix}.scores")
+    if mask is not None:
+        scores = graph.op("Add", scores, mask, name=f"{prefix}.scores.masked")
+    shares = graph.softmax(scores, f"{prefix}.shares")
+    mixed = graph.op("MatMul", shares, value, name=f"{prefix}.mixed")
+    mixed = graph.op("Transpose", mixed, name=f"{prefix}.mixed.rows", perm=[0, 2, 1, 3])
+    return graph.op("Reshape", mixed, graph.integers(-1, width), name=f"{prefix}.heads")
+
+
+def attend_from(
+    graph: GraphBuilder,
+    prefix: str,
+    query: NDArray[np.float32],
+    kv: tuple[NDArray[np.float32], NDArray[np.float32]],
+    states: str,
+    length: int,
+    heads: int,
+) -> str:
+    """Attention of one query that is the same for every item over its states [B * L, I]: [B, W].
+
+    query: [W], projected. kv: weight [2 W, I] and bias [2 W] of keys and values.
+    """
+    width = len(query)
+    scaled = (query * (width // heads) ** -0.5).reshape(1, heads, 1, -1)
+    rows = graph.linear(states, f"{prefix}.kv", *kv)
+    key, value = split_heads(graph, rows, graph.integers(length), heads, _PARTS[1:], width)
+    return attend(graph, prefix, graph.floats(f"{prefix}.query", scaled), key, value, width)
 
 
 def slice_first(graph: GraphBuilder, table: str, length: str, axes: Sequence[int]) -> str:

@@ -167,10 +167,12 @@ class BertText(TextTower):
         present = self._present(graph)
         mask = _mask(graph, present)
         states = self._embeddings(graph, length)
-        layout = Layout(length, pool=lambda rows: self._first_positions(graph, rows, length))
-        for index in range(self.layers):
-            pool = self.pool == "first" and index == self.layers - 1
-            states = self._build_block(graph, index, states, layout, mask, pool=pool)
+        layout = Layout(length)
+        for index in range(self.layers - 1):
+            states = self._build_block(graph, index, states, layout, mask)
+        if self.pool == "first":
+            layout = Layout(length, lambda rows: self._first_positions(graph, rows, length))
+        states = self._build_block(graph, self.layers - 1, states, layout, mask)
         if self.pool == "mean":
             states = self._mean(graph, states, length, present)
         if self.projection_bias:
@@ -198,19 +200,12 @@ class BertText(TextTower):
         return graph.layer_norm(states, f"{prefix}LayerNorm", epsilon=self.epsilon)
 
     def _build_block(
-        self,
-        graph: GraphBuilder,
-        index: int,
-        states: str,
-        layout: Layout,
-        mask: str,
-        *,
-        pool: bool,
+        self, graph: GraphBuilder, index: int, states: str, layout: Layout, mask: str
     ) -> str:
         """One block: states [B * L, W] to the same, or only to the pooled ones, [B, W]."""
         block, names = self.block(index), self.attention(index)
         attention = Attention.of_linears(graph, f"{block}attention.self", self.heads, names)
-        if pool:
+        if layout.pool is not None:
             pooled = layout.pool(states)
             query, key, value = attention.project_pooled(pooled, states, layout)
             states = pooled

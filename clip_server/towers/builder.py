@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from clip_server.model_card import Precision
 from clip_server.towers import quantize
-from clip_server.towers.tower import EPSILON
+from clip_server.towers.tower import EPSILON, Activation
 
 Weights = Mapping[str, NDArray[Any]]
 
@@ -29,6 +29,8 @@ IR_VERSION = 8  # the one that came with the opset
 _ONNXRUNTIME = "com.microsoft"
 # The slope in QuickGELU, x * sigmoid(1.702 x).
 _QUICK_GELU = 1.702
+# The factor of the cube in the approximation of GELU by a hyperbolic tangent.
+_GELU_CUBIC = 0.044715
 
 
 class GraphBuilder:
@@ -67,6 +69,10 @@ class GraphBuilder:
         node = helper.make_node("Split", [source], outputs, name=name, axis=axis, num_outputs=count)
         self._graph.node.append(node)
         return outputs
+
+    def has_weight(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor."""
+        return name in self._tensors
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A tensor of the checkpoint, as float32."""
@@ -150,6 +156,15 @@ class GraphBuilder:
         """Over the last axis."""
         return self.op("Softmax", source, name=name, axis=-1)
 
+    def activation(self, kind: Activation, source: str, name: str) -> str:
+        """One of the activations of an MLP."""
+        activations = {
+            "gelu": self.gelu,
+            "quick_gelu": self.quick_gelu,
+            "gelu_tanh": self.gelu_tanh,
+        }
+        return activations[kind](source, name)
+
     def gelu(self, source: str, name: str) -> str:
         """The exact GELU."""
         root = self.op("Div", source, self.number(math.sqrt(2)), name=f"{name}.scaled")
@@ -163,6 +178,18 @@ class GraphBuilder:
         steeper = self.op("Mul", source, self.number(_QUICK_GELU), name=f"{name}.scaled")
         gate = self.op("Sigmoid", steeper, name=f"{name}.gate")
         return self.op("Mul", source, gate, name=name)
+
+    def gelu_tanh(self, source: str, name: str) -> str:
+        """The approximation of GELU by a hyperbolic tangent."""
+        cubic = self.op("Mul", source, self.number(_GELU_CUBIC), name=f"{name}.cubic")
+        cubic = self.op("Mul", source, cubic, name=f"{name}.square")
+        slope = self.op("Add", cubic, self.number(1), name=f"{name}.slope")
+        scaled = self.op("Mul", source, self.number(math.sqrt(2 / math.pi)), name=f"{name}.scaled")
+        scaled = self.op("Mul", scaled, slope, name=f"{name}.bent")
+        gate = self.op("Tanh", scaled, name=f"{name}.tanh")
+        gate = self.op("Add", gate, self.number(1), name=f"{name}.gate")
+        half = self.op("Mul", source, self.number(0.5), name=f"{name}.half")
+        return self.op("Mul", half, gate, name=name)
 
     def finished(self, source: onnx.ValueInfoProto, embedding: str, dim: int) -> onnx.ModelProto:
         """The model, from `source` to `embedding` [B, dim] float32."""

@@ -1,40 +1,64 @@
-"""CLIP's own text tower: causal, pooled at the end token."""
+"""open_clip's own text tower. CLIP's is causal and pools at the end token; SigLIP's, CLIPA's and
+MobileCLIP's attend to every position."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from clip_server.model_card import Trim
 from clip_server.towers.attention import slice_first
-from clip_server.towers.layout import of_padded_texts, of_texts
+from clip_server.towers.layout import End, TextLayout, of_padded_texts, of_texts
 from clip_server.towers.tower import (
+    EPSILON,
     TOKENIZER_KEYS,
+    Activation,
     Config,
     Shapes,
     Target,
     TextSavedByTransformers,
     TextTower,
+    linear_shapes,
     norm_shapes,
 )
-from clip_server.towers.transformer import TRANSFORMERS_PARTS, Transformer, saved_with_quick_gelu
+from clip_server.towers.transformer import (
+    TRANSFORMERS_PARTS,
+    Transformer,
+    clip_activation,
+    saved_with_quick_gelu,
+)
 
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
+# open_clip's `pool_type`s, each with the position that becomes the embedding; that of `eos` is the
+# first `eos_id`.
+_ENDS: dict[str, End] = {"argmax": "largest", "last": "last"}
+_EOS, _DEFAULT_EOS_ID = "eos", 2
+# What ends the tower: a matrix, a Linear with a bias, or nothing.
+Projection = Literal["matrix", "linear", "none"]
+_TANH = {"approximate": "tanh"}
 # Configurations saved before the end token's id was corrected have this one.
 _OLD_END = 2
 
 
 @dataclass(frozen=True)
 class ClipText(TextTower):
-    """context: positions that have an embedding. vocabulary: tokens that have one."""
+    """context: positions that have an embedding. vocabulary: tokens that have one.
+
+    causal: whether a position attends only to those before it. end: becomes the embedding.
+    """
 
     blocks: Transformer
     context: int
     vocabulary: int
+    causal: bool
+    end: End
+    projection: Projection
+    trim: Trim
 
     keys = TOKENIZER_KEYS | {
         "context_length",
@@ -43,9 +67,16 @@ class ClipText(TextTower):
         "heads",
         "layers",
         "mlp_ratio",
+        "no_causal_mask",
+        "pool_type",
+        "eos_id",
+        "proj_type",
+        "proj_bias",
+        "norm_kwargs",
+        "act_kwargs",
     }
-    trim = "causal"
-    pad_id = None  # it stands behind the end token, where it changes nothing
+    unused = ("text_decoder.",)  # CoCa's, which writes captions
+    pad_id = None  # the tokenizer's, on which the tower does not depend
     saved = TextSavedByTransformers(
         model_types=("clip",),
         defaults={
@@ -76,7 +107,12 @@ class ClipText(TextTower):
     @classmethod
     def from_config(cls, config: Config) -> ClipText | None:
         text = config["text_cfg"]
-        if not text.keys() <= cls.keys:
+        pool = text.get("pool_type", "argmax")
+        if not text.keys() <= cls.keys or pool not in (*_ENDS, _EOS):
+            return None
+        activation, epsilon = _activation(config), _epsilon(text)
+        projection = _projection(text)
+        if activation is None or epsilon is None or projection is None:
             return None
         blocks = Transformer(
             "",
@@ -84,12 +120,19 @@ class ClipText(TextTower):
             text.get("layers", 12),
             heads=text.get("heads", 8),
             mlp_ratio=text.get("mlp_ratio", 4.0),
-            quick_gelu=config.get("quick_gelu", False),
+            activation=activation,
+            epsilon=epsilon,
         )
+        causal = not text.get("no_causal_mask", False)
+        end = _ENDS.get(pool, text.get("eos_id", _DEFAULT_EOS_ID))
         return cls(
             blocks,
             context=text.get("context_length", 77),
             vocabulary=text.get("vocab_size", 49408),
+            causal=causal,
+            end=end,
+            projection=projection,
+            trim="causal" if causal and end != "last" else "fixed",
         )
 
     @classmethod
@@ -109,27 +152,65 @@ class ClipText(TextTower):
 
     def shapes(self, dim: int) -> Shapes:
         width = self.blocks.width
+        projections: dict[Projection, Shapes] = {
+            "matrix": {"text_projection": (width, dim)},
+            "linear": linear_shapes("text_projection", width, dim),
+            "none": {},
+        }
         return {
             "token_embedding.weight": (self.vocabulary, width),
             "positional_embedding": (self.context, width),
             **norm_shapes("ln_final", width),
-            "text_projection": (width, dim),
+            **projections[self.projection],
             **self.blocks.shapes(),
         }
 
     def build(self, graph: GraphBuilder, target: Target) -> str:
-        layout = of_texts(graph) if target == "onnxruntime" else of_padded_texts(graph)
+        packed = target == "onnxruntime" and self.trim == "causal"
+        layout = (of_texts if packed else of_padded_texts)(graph, self.end)
         table = graph.weight("token_embedding.weight")
         states = graph.lookup("token_embedding", table, layout.tokens)
         positions = graph.floats("positional_embedding", graph.weight("positional_embedding"))
         positions = graph.op("Gather", positions, layout.positions, name="positions.rows", axis=0)
         states = graph.op("Add", states, positions, name="states")
+        masks = self._causal_masks(graph, layout) if self.causal else (None, None)
+        pooled = self.blocks.build(graph, states, layout, mask=masks[0], pooled_mask=masks[1])
+        pooled = graph.layer_norm(pooled, "ln_final", self.blocks.epsilon)
+        if self.projection == "none":
+            return pooled
+        if self.projection == "linear":
+            return graph.stored_linear(pooled, "text_projection")
+        return graph.projection(pooled, "text_projection")
 
+    def _causal_masks(self, graph: GraphBuilder, layout: TextLayout) -> tuple[str, str]:
+        """The masks of every position, [L, L], and of the pooled ones, [B, 1, 1, L]."""
         mask = np.triu(np.full((self.context, self.context), -np.inf, dtype=np.float32), k=1)
         causal = slice_first(graph, graph.floats("causal_mask", mask), layout.length, axes=[0, 1])
         last = graph.op("Gather", causal, layout.ends, name="end.mask.rows", axis=0)
-        last = graph.op("Unsqueeze", last, graph.integers(1, 2), name="end.mask")
+        return causal, graph.op("Unsqueeze", last, graph.integers(1, 2), name="end.mask")
 
-        pooled = self.blocks.build(graph, states, layout, mask=causal, pooled_mask=last)
-        pooled = graph.layer_norm(pooled, "ln_final")
-        return graph.projection(pooled, "text_projection")
+
+def _activation(config: Config) -> Activation | None:
+    """The activation of a configuration; None if it is unknown."""
+    options = config["text_cfg"].get("act_kwargs") or {}
+    if not options:
+        return clip_activation(config)
+    is_tanh = options == _TANH and not config.get("quick_gelu", False)
+    return "gelu_tanh" if is_tanh else None
+
+
+def _epsilon(text: Mapping[str, Any]) -> float | None:
+    """The epsilon of the layer norms; None if they have other options."""
+    options = text.get("norm_kwargs") or {}
+    epsilon: float = options.get("eps", EPSILON)
+    return epsilon if options.keys() <= {"eps"} else None
+
+
+def _projection(text: Mapping[str, Any]) -> Projection | None:
+    """The end of the tower; None if it is unknown."""
+    kind = text.get("proj_type", "linear")
+    if kind == "none":
+        return "none"
+    if kind != "linear":
+        return None
+    return "linear" if text.get("proj_bias", False) else "matrix"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
 _NO_TOKEN = -1
+# Rows [N, W] to those that become the embeddings, [B, W].
+Pool = Callable[[str], str]
+# The position of a text that becomes its embedding: that of the largest id, which is the end
+# token's in CLIP's vocabulary; the first of a certain id; or the last, padding included.
+End = Literal["largest", "last"] | int
 
 
 def _as_they_are(rows: str) -> str:
@@ -23,13 +28,13 @@ class Layout:
     """N rows for the L positions of each of B items. Everything except attention works on rows.
 
     length: L, int64 [1].
-    pool: rows [N, W] to those that become the embeddings, [B, W].
+    pool: as `Pool`; None where the tower pools after its blocks.
     spread: rows [N, W] to every position, [B * L, W].
     gather: every position [B * L, W] to rows, [N, W].
     """
 
     length: str
-    pool: Callable[[str], str] = _as_they_are
+    pool: Pool | None = None
     spread: Callable[[str], str] = _as_they_are
     gather: Callable[[str], str] = _as_they_are
 
@@ -43,8 +48,8 @@ class TextLayout(Layout):
     ends: str
 
 
-def of_first_positions(graph: GraphBuilder, length: int) -> Layout:
-    """Images: every position; the first becomes the embedding."""
+def first_positions(graph: GraphBuilder, length: int) -> Pool:
+    """Takes the first of the `length` positions of each image."""
 
     def first(rows: str) -> str:
         start, end, axis = graph.integers(0), graph.integers(2**63 - 1), graph.integers(0)
@@ -52,11 +57,23 @@ def of_first_positions(graph: GraphBuilder, length: int) -> Layout:
             "Slice", rows, start, end, axis, graph.integers(length), name=f"{rows}.first"
         )
 
-    return Layout(graph.integers(length), first)
+    return first
 
 
-def of_texts(graph: GraphBuilder) -> TextLayout:
+def of_first_positions(graph: GraphBuilder, length: int) -> Layout:
+    """Images: every position; the first becomes the embedding."""
+    return Layout(graph.integers(length), first_positions(graph, length))
+
+
+def of_all_positions(graph: GraphBuilder, length: int) -> Layout:
+    """Images: every position; the tower pools after its blocks."""
+    return Layout(graph.integers(length))
+
+
+def of_texts(graph: GraphBuilder, end: End) -> TextLayout:
     """Texts of `tokens` [B, L] in a causal tower: every position that matters, computed once.
+
+    end: the position that becomes the embedding. What follows it is padding.
 
     Left out are padding, and the beginning that a text shares with the one before it, for which a
     causal tower computes the same states. So the start token is computed once for the whole batch.
@@ -64,7 +81,7 @@ def of_texts(graph: GraphBuilder) -> TextLayout:
     """
     op, flat = graph.op, graph.integers(-1)
     batch, length = _shape(graph)
-    ends, end = _ends(graph)
+    ends, ends_flat = _ends(graph, end)
 
     # Counted position by position, a position that is left out comes right after the row that it
     # shares, which is that of the same position in an earlier text.
@@ -84,7 +101,7 @@ def of_texts(graph: GraphBuilder) -> TextLayout:
     place = op("Add", place, positions, name="place")
     tokens = op("Reshape", "tokens", flat, name="tokens.flat")
 
-    end_row = op("Gather", row, _end_places(graph, batch, length, end), name="end.row")
+    end_row = op("Gather", row, _end_places(graph, batch, length, ends_flat), name="end.row")
     return TextLayout(
         length,
         pool=_gathering(graph, end_row, "end"),
@@ -92,27 +109,33 @@ def of_texts(graph: GraphBuilder) -> TextLayout:
         gather=_gathering(graph, place, "once"),
         tokens=op("Gather", tokens, place, name="tokens.once"),
         positions=positions,
-        ends=end,
+        ends=ends_flat,
     )
 
 
-def of_padded_texts(graph: GraphBuilder) -> TextLayout:
-    """Texts of `tokens` [B, L] in a causal tower: every position, padding included.
+def of_padded_texts(graph: GraphBuilder, end: End) -> TextLayout:
+    """Texts of `tokens` [B, L]: every position, padding included.
 
-    More is computed than in `of_texts`, but no shape depends on the content of the texts, as
-    compilers for GPUs require.
+    In a causal tower more is computed than in `of_texts`, but no shape depends on the content of
+    the texts, as compilers for GPUs require.
+
+    end: the position that becomes the embedding.
     """
     op, flat = graph.op, graph.integers(-1)
     batch, length = _shape(graph)
-    _, end = _ends(graph)
+    if end == "last":
+        last = op("Sub", length, graph.integers(1), name="last")
+        ends = op("Expand", last, batch, name="ends.flat")
+    else:
+        _, ends = _ends(graph, end)
     shape = op("Concat", batch, length, name="tokens.shape", axis=0)
     positions = op("Expand", _range(graph, length, "position"), shape, name="positions.by_text")
     return TextLayout(
         length,
-        pool=_gathering(graph, _end_places(graph, batch, length, end), "end"),
+        pool=_gathering(graph, _end_places(graph, batch, length, ends), "end"),
         tokens=op("Reshape", "tokens", flat, name="tokens.flat"),
         positions=op("Reshape", positions, flat, name="positions"),
-        ends=end,
+        ends=ends,
     )
 
 
@@ -122,9 +145,14 @@ def _shape(graph: GraphBuilder) -> tuple[str, str]:
     return batch, graph.op("Shape", "tokens", name="length", start=1, end=2)
 
 
-def _ends(graph: GraphBuilder) -> tuple[str, str]:
-    """The position of each text's end token, [B, 1] and [B]: it has the largest id."""
-    ends = graph.op("ArgMax", "tokens", name="ends", axis=1, keepdims=1)
+def _ends(graph: GraphBuilder, end: End) -> tuple[str, str]:
+    """The position of each text's end token, [B, 1] and [B]."""
+    tokens = "tokens"
+    if end != "largest":
+        token = graph.constant("end_token", np.array(end, dtype=np.int32))
+        tokens = graph.op("Equal", tokens, token, name="tokens.are_end")
+        tokens = graph.cast(tokens, np.int32, "tokens.are_end.ones")
+    ends = graph.op("ArgMax", tokens, name="ends", axis=1, keepdims=1)
     return ends, graph.op("Squeeze", ends, graph.integers(1), name="ends.flat")
 
 

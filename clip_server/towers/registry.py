@@ -6,6 +6,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.towers.bert import BertText
 from clip_server.towers.clip_text import ClipText
 from clip_server.towers.resnet import ResNet
+from clip_server.towers.timm_vit import TimmVisionTransformer
 from clip_server.towers.torch_only import TorchOnlyImage, TorchOnlyText
 from clip_server.towers.tower import Config, ImageTower, Shapes, TextTower, Tower
 from clip_server.towers.vision_transformer import VisionTransformer
@@ -14,6 +15,7 @@ from clip_server.towers.vision_transformer import VisionTransformer
 IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
     VisionTransformer,
     ResNet,
+    TimmVisionTransformer,
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     ClipText,

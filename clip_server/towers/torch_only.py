@@ -16,6 +16,9 @@ from clip_server.towers.tower import Config, ImageTower, Shapes, Target, TextTow
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
+# Keys whose value is the name of a model of timm's or transformers'.
+_NAMES_OF_MODELS = ("timm_model_name", "hf_model_name")
+
 
 @dataclass(frozen=True)
 class TorchOnlyImage(ImageTower):
@@ -87,8 +90,9 @@ def _trim(text: Mapping[str, Any]) -> Trim:
 
 
 def _unknown(part: Mapping[str, Any], known: frozenset[str]) -> tuple[str, ...]:
-    # Known keys may still be an unknown combination.
-    return tuple(sorted(part.keys() - known or part.keys()))
+    """What no family accepts: keys, the name of a model, or the combination of all keys."""
+    named = [f"{key} {part[key]!r}" for key in _NAMES_OF_MODELS if key in part]
+    return tuple(named or sorted(part.keys() - known or part.keys()))
 
 
 def _refuse(part: str, keys: tuple[str, ...]) -> NoReturn:

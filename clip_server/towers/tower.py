@@ -24,8 +24,24 @@ Config = Mapping[str, Any]
 # Graphs for onnxruntime have shapes that depend on the texts and operators on uint8, which saves
 # work on CPUs; TensorRT supports neither.
 Target = Literal["onnxruntime", "tensorrt"]
+# Of an MLP: the exact GELU, OpenAI's approximation by a sigmoid, and that by a hyperbolic tangent.
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 # Keys of `text_cfg` that describe the tokenizer, not the tower.
 TOKENIZER_KEYS = frozenset({"hf_tokenizer_name", "tokenizer_kwargs"})
+# Keys of `vision_cfg` that name one of timm's models, and how open_clip ends it. Dropout is for
+# training alone.
+TIMM_KEYS = frozenset(
+    {
+        "image_size",
+        "timm_model_name",
+        "timm_model_pretrained",
+        "timm_pool",
+        "timm_proj",
+        "timm_proj_bias",
+        "timm_drop",
+        "timm_drop_path",
+    }
+)
 # torch's default in layer norm and batch norm.
 EPSILON = 1e-5
 

@@ -1,15 +1,15 @@
-"""The transformer blocks of CLIP's own two towers: layer norm first, then add."""
+"""The transformer blocks of CLIP's and timm's towers: layer norm first, then add."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from clip_server.errors import ConfigurationError
 from clip_server.towers.attention import Attention
 from clip_server.towers.layout import Layout
-from clip_server.towers.tower import EPSILON, Shapes, linear_shapes, norm_shapes
+from clip_server.towers.tower import EPSILON, Activation, Shapes, linear_shapes, norm_shapes
 
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
@@ -25,6 +25,37 @@ TRANSFORMERS_PARTS = {
 
 
 @dataclass(frozen=True)
+class BlockNames:
+    """The names of a block's tensors. blocks: of the list of them. Projections to query, key and
+    value end in `weight` and `bias`."""
+
+    blocks: str
+    norm_1: str
+    qkv: str
+    attended: str
+    norm_2: str
+    mlp: tuple[str, str]
+
+
+OPEN_CLIP = BlockNames(
+    "transformer.resblocks",
+    norm_1="ln_1",
+    qkv="attn.in_proj_",
+    attended="attn.out_proj",
+    norm_2="ln_2",
+    mlp=("mlp.c_fc", "mlp.c_proj"),
+)
+TIMM = BlockNames(
+    "blocks",
+    norm_1="norm1",
+    qkv="attn.qkv.",
+    attended="attn.proj",
+    norm_2="norm2",
+    mlp=("mlp.fc1", "mlp.fc2"),
+)
+
+
+@dataclass(frozen=True)
 class Transformer:
     """The blocks of a tower. prefix: of the tower's tensors in a checkpoint."""
 
@@ -33,19 +64,21 @@ class Transformer:
     layers: int
     heads: int
     mlp_ratio: float
-    quick_gelu: bool
+    activation: Activation = "gelu"
+    epsilon: float = EPSILON
+    names: BlockNames = OPEN_CLIP
 
     def shapes(self) -> Shapes:
         """The name and shape of every tensor of the blocks."""
-        width, hidden = self.width, int(self.width * self.mlp_ratio)
+        width, hidden, names = self.width, int(self.width * self.mlp_ratio), self.names
         one: Shapes = {
-            **norm_shapes("ln_1", width),
-            "attn.in_proj_weight": (3 * width, width),
-            "attn.in_proj_bias": (3 * width,),
-            **linear_shapes("attn.out_proj", width, width),
-            **norm_shapes("ln_2", width),
-            **linear_shapes("mlp.c_fc", width, hidden),
-            **linear_shapes("mlp.c_proj", hidden, width),
+            **norm_shapes(names.norm_1, width),
+            f"{names.qkv}weight": (3 * width, width),
+            f"{names.qkv}bias": (3 * width,),
+            **linear_shapes(names.attended, width, width),
+            **norm_shapes(names.norm_2, width),
+            **linear_shapes(names.mlp[0], width, hidden),
+            **linear_shapes(names.mlp[1], hidden, width),
         }
         return {
             self._block(index) + name: shape
@@ -64,48 +97,56 @@ class Transformer:
     ) -> str:
         """All blocks: states [N, W] to those of the pooled positions, [B, W].
 
-        The last block computes its query and its MLP for the pooled positions alone.
+        The last block computes its query and its MLP for the pooled positions alone. Where the
+        layout has none, it computes all, [N, W].
 
         mask: added to the attention scores, [L, L]; pooled_mask: to those of the pooled
             positions, [B, 1, 1, L].
         """
         for index in range(self.layers - 1):
-            states = self._build_block(graph, index, states, layout, mask)
-        return self._build_block(graph, self.layers - 1, states, layout, pooled_mask, pool=True)
+            states = self._build_block(graph, index, states, replace(layout, pool=None), mask)
+        last_mask = mask if layout.pool is None else pooled_mask
+        return self._build_block(graph, self.layers - 1, states, layout, last_mask)
 
     def _block(self, index: int) -> str:
-        return f"{self.prefix}transformer.resblocks.{index}."
+        return f"{self.prefix}{self.names.blocks}.{index}."
 
     def _build_block(
-        self,
-        graph: GraphBuilder,
-        index: int,
-        states: str,
-        layout: Layout,
-        mask: str | None,
-        pool: bool = False,
+        self, graph: GraphBuilder, index: int, states: str, layout: Layout, mask: str | None
     ) -> str:
         """One block: states [N, W] to the same, or only to the pooled ones, [B, W]."""
-        prefix = self._block(index)
-        normed = graph.layer_norm(states, f"{prefix}ln_1")
-        weight = graph.weight(f"{prefix}attn.in_proj_weight")
-        bias = graph.weight(f"{prefix}attn.in_proj_bias")
+        prefix, names = self._block(index), self.names
+        normed = graph.layer_norm(states, prefix + names.norm_1, self.epsilon)
+        weight = graph.weight(f"{prefix}{names.qkv}weight")
+        bias = graph.weight(f"{prefix}{names.qkv}bias")
         attention = Attention(graph, f"{prefix}attn", self.heads, weight, bias)
-        if pool:
-            query, key, value = attention.project_pooled(layout.pool(normed), normed, layout)
+        if layout.pool is not None:
+            pooled = layout.pool(normed)
+            query, key, value = attention.project_pooled(pooled, normed, layout)
             attended = attention.attend(query, key, value, mask)
             states = layout.pool(states)
         else:
             query, key, value = attention.project_all(normed, layout)
             attended = layout.gather(attention.attend(query, key, value, mask))
-        attended = graph.stored_linear(attended, f"{prefix}attn.out_proj")
+        attended = graph.stored_linear(attended, prefix + names.attended)
         states = graph.op("Add", states, attended, name=f"{prefix}attended")
-        hidden = graph.layer_norm(states, f"{prefix}ln_2")
-        hidden = graph.stored_linear(hidden, f"{prefix}mlp.c_fc")
-        gelu = graph.quick_gelu if self.quick_gelu else graph.gelu
-        hidden = gelu(hidden, f"{prefix}mlp.gelu")
-        hidden = graph.stored_linear(hidden, f"{prefix}mlp.c_proj")
+        hidden = graph.layer_norm(states, prefix + names.norm_2, self.epsilon)
+        hidden = mlp(graph, hidden, prefix, names.mlp, self.activation)
         return graph.op("Add", states, hidden, name=f"{prefix}states")
+
+
+def mlp(
+    graph: GraphBuilder, states: str, prefix: str, names: tuple[str, str], activation: Activation
+) -> str:
+    """Two torch Linear layers of the checkpoint, with an activation between them."""
+    hidden = graph.stored_linear(states, prefix + names[0])
+    hidden = graph.activation(activation, hidden, f"{prefix}mlp.gelu")
+    return graph.stored_linear(hidden, prefix + names[1])
+
+
+def clip_activation(config: Mapping[str, Any]) -> Activation:
+    """The activation of CLIP's own towers in a configuration."""
+    return "quick_gelu" if config.get("quick_gelu", False) else "gelu"
 
 
 def saved_with_quick_gelu(saved: Mapping[str, Any]) -> bool:

@@ -1,41 +1,76 @@
-"""CLIP's vision transformer."""
+"""open_clip's own vision transformer: CLIP's, CLIPA's and CoCa's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clip_server.model_card import ImageSpec
-from clip_server.towers.layout import of_first_positions
-from clip_server.towers.pixels import normalisation
+from clip_server.towers.attention import attend_from
+from clip_server.towers.layout import of_all_positions, of_first_positions
+from clip_server.towers.patches import embed_patches, mean_of_patches, place_patches
 from clip_server.towers.tower import (
+    EPSILON,
     Config,
     ImageTower,
     SavedByTransformers,
     Shapes,
     Target,
+    linear_shapes,
     norm_shapes,
 )
-from clip_server.towers.transformer import TRANSFORMERS_PARTS, Transformer, saved_with_quick_gelu
+from clip_server.towers.transformer import (
+    TRANSFORMERS_PARTS,
+    Transformer,
+    clip_activation,
+    saved_with_quick_gelu,
+)
 
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
 _PREFIX = "visual."
+Pool = Literal["token", "mean", "attention"]
 
 
 @dataclass(frozen=True)
 class VisionTransformer(ImageTower):
-    """patch: pixels of a patch's side. grid: patches of an image's side."""
+    """patch: pixels of a patch's side. grid: patches of an image's side.
+
+    norm_first: whether a layer norm precedes the blocks.
+    pool: the class token, as in CLIP; the mean over the patches, as in CLIPA; or attention, as in
+        CoCa, with `pool_heads` heads and `pool_queries` queries.
+    """
 
     blocks: Transformer
     patch: int
     grid: int
+    norm_first: bool = True
+    pool: Pool = "token"
+    pool_heads: int = 8
+    pool_queries: int = 256
 
-    keys = frozenset({"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"})
+    keys = frozenset(
+        {
+            "image_size",
+            "layers",
+            "width",
+            "patch_size",
+            "head_width",
+            "mlp_ratio",
+            "no_ln_pre",
+            "pool_type",
+            "final_ln_after_pool",
+            "attentional_pool",
+            "attn_pooler_heads",
+            "attn_pooler_queries",
+            "output_tokens",
+        }
+    )
     saved = SavedByTransformers(
         model_types=("clip", "chinese_clip"),
         defaults={
@@ -63,7 +98,8 @@ class VisionTransformer(ImageTower):
     @classmethod
     def from_config(cls, config: Config) -> VisionTransformer | None:
         vision = config["vision_cfg"]
-        if not vision.keys() <= cls.keys or isinstance(vision.get("layers"), list):
+        pool = _pool(vision)
+        if not vision.keys() <= cls.keys or isinstance(vision.get("layers"), list) or pool is None:
             return None
         size, width = vision.get("image_size", 224), vision.get("width", 768)
         size = size[0] if isinstance(size, list) else size
@@ -74,9 +110,17 @@ class VisionTransformer(ImageTower):
             vision.get("layers", 12),
             heads=width // vision.get("head_width", 64),
             mlp_ratio=vision.get("mlp_ratio", 4.0),
-            quick_gelu=config.get("quick_gelu", False),
+            activation=clip_activation(config),
         )
-        return cls(blocks, patch, grid=size // patch)
+        return cls(
+            blocks,
+            patch,
+            grid=size // patch,
+            norm_first=not vision.get("no_ln_pre", False),
+            pool=pool,
+            pool_heads=vision.get("attn_pooler_heads", cls.pool_heads),
+            pool_queries=vision.get("attn_pooler_queries", cls.pool_queries),
+        )
 
     @classmethod
     def from_transformers(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,63 +141,87 @@ class VisionTransformer(ImageTower):
             "conv1.weight": (width, 3, self.patch, self.patch),
             "class_embedding": (width,),
             "positional_embedding": (self.grid**2 + 1, width),
-            **norm_shapes("ln_pre", width),
-            **norm_shapes("ln_post", width),
-            "proj": (width, dim),
         }
+        if self.norm_first:
+            shapes |= norm_shapes("ln_pre", width)
+        pooled = width
+        if self.pool == "attention":
+            pooled = dim
+            shapes |= self._pool_shapes(dim)
+        shapes |= {**norm_shapes("ln_post", pooled), "proj": (pooled, dim)}
         return {_PREFIX + name: shape for name, shape in shapes.items()} | self.blocks.shapes()
 
-    def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
-        width, length = self.blocks.width, self.grid**2 + 1
-        patches = self._patches(graph, image, target)
-        patches = graph.op(
-            "Reshape", patches, graph.integers(-1, length - 1, width), name="patches"
-        )
-        positions = graph.weight(f"{_PREFIX}positional_embedding")
-        shift = graph.floats("patches.position", positions[1:])
-        patches = graph.op("Add", patches, shift, name="patches.placed")
-        # The class token is the same for every image, its position included.
-        token = positions[0] + graph.weight(f"{_PREFIX}class_embedding")
-        token = graph.floats("class_token", token.reshape(1, 1, width))
-        batch = graph.op("Shape", "pixels", name="batch", start=0, end=1)
-        shape = graph.op(
-            "Concat", batch, graph.integers(1, width), name="class_token.shape", axis=0
-        )
-        token = graph.op("Expand", token, shape, name="class_tokens")
-        states = graph.op("Concat", token, patches, name="states", axis=1)
-        states = graph.op("Reshape", states, graph.integers(-1, width), name="states.flat")
-        states = graph.layer_norm(states, f"{_PREFIX}ln_pre")
+    def _pool_shapes(self, dim: int) -> Shapes:
+        width = self.blocks.width
+        shapes: Shapes = {
+            "query": (self.pool_queries, dim),
+            "attn.in_proj_bias": (3 * dim,),
+            **linear_shapes("attn.out_proj", dim, dim),
+            **norm_shapes("ln_q", dim),
+            **norm_shapes("ln_k", width),
+        }
+        # As torch stores them: in one if queries are as wide as what they attend to.
+        if width == dim:
+            shapes["attn.in_proj_weight"] = (3 * dim, dim)
+        else:
+            inputs = {"q": dim, "k": width, "v": width}
+            shapes |= {f"attn.{part}_proj_weight": (dim, size) for part, size in inputs.items()}
+        return {f"attn_pool.{name}": shape for name, shape in shapes.items()}
 
-        pooled = self.blocks.build(graph, states, of_first_positions(graph, length))
+    def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
+        length = self.grid**2 + 1
+        patches = embed_patches(graph, image, target, f"{_PREFIX}conv1", self.grid)
+        positions = graph.weight(f"{_PREFIX}positional_embedding")
+        token = graph.weight(f"{_PREFIX}class_embedding")
+        states = place_patches(graph, patches, positions, token)
+        if self.norm_first:
+            states = graph.layer_norm(states, f"{_PREFIX}ln_pre")
+        pooled = self._pooled(graph, states, length)
         pooled = graph.layer_norm(pooled, f"{_PREFIX}ln_post")
         return graph.projection(pooled, f"{_PREFIX}proj")
 
-    def _patches(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
-        """The embedding of every patch, [B * G * G, W].
+    def _pooled(self, graph: GraphBuilder, states: str, length: int) -> str:
+        """All blocks: states [B * L, W] to one of each image, [B, W]."""
+        if self.pool == "token":
+            return self.blocks.build(graph, states, of_first_positions(graph, length))
+        states = self.blocks.build(graph, states, of_all_positions(graph, length))
+        if self.pool == "mean":
+            return mean_of_patches(graph, states, length, self.blocks.width, first=1)
+        return self._attention_pool(graph, states, length)
 
-        A stride as wide as the kernel makes the convolution one Gemm. The pixels are moved while
-        they are uint8, except for TensorRT, which only casts uint8; their normalisation is part
-        of the weight and the bias.
-        """
-        patch, grid = self.patch, self.grid
-        pixels, linear = "pixels", graph.linear_from_uint8
-        if target == "tensorrt":
-            pixels, linear = graph.cast_from_uint8(pixels), graph.linear
-        pixels = _cropped(graph, pixels, patch * grid, image.size)
-        shape = graph.integers(-1, 3, grid, patch, grid, patch)
-        pixels = graph.op("Reshape", pixels, shape, name="pixels.by_patch")
-        pixels = graph.op("Transpose", pixels, name="pixels.of_patch", perm=[0, 2, 4, 1, 3, 5])
-        pixels = graph.op("Reshape", pixels, graph.integers(-1, 3 * patch**2), name="pixels.rows")
-        scale, shift = normalisation(image)
-        kernel = graph.weight(f"{_PREFIX}conv1.weight").astype(np.float64)
-        weight = (kernel * scale).reshape(self.blocks.width, -1).astype(np.float32)
-        bias = (kernel * shift).sum(axis=(1, 2, 3)).astype(np.float32)
-        return linear(pixels, f"{_PREFIX}conv1", weight, bias)
+    def _attention_pool(self, graph: GraphBuilder, states: str, length: int) -> str:
+        """CoCa's pooling: of its many learned queries, the first gives the embedding."""
+        prefix = f"{_PREFIX}attn_pool."
+        states = graph.layer_norm(states, f"{prefix}ln_k")
+        # Computed here, since it is the same for every image.
+        query = _normed(graph.weight(f"{prefix}query")[0], graph, f"{prefix}ln_q")
+        if graph.has_weight(f"{prefix}attn.in_proj_weight"):
+            weights = np.split(graph.weight(f"{prefix}attn.in_proj_weight"), 3)
+        else:
+            weights = [graph.weight(f"{prefix}attn.{part}_proj_weight") for part in "qkv"]
+        biases = np.split(graph.weight(f"{prefix}attn.in_proj_bias"), 3)
+        query = weights[0] @ query + biases[0]
+        kv = np.concatenate(weights[1:]), np.concatenate(biases[1:])
+        pooled = attend_from(graph, f"{prefix}attn", query, kv, states, length, self.pool_heads)
+        return graph.stored_linear(pooled, f"{prefix}attn.out_proj")
 
 
-def _cropped(graph: GraphBuilder, pixels: str, wanted: int, size: int) -> str:
-    """The pixels that the patches cover; those left over at the right and bottom are not used."""
-    if wanted == size:
-        return pixels
-    starts, ends, axes = graph.integers(0, 0), graph.integers(wanted, wanted), graph.integers(2, 3)
-    return graph.op("Slice", pixels, starts, ends, axes, name="pixels.cropped")
+def _pool(vision: Mapping[str, Any]) -> Pool | None:
+    """How a tower pools; None if it is unknown."""
+    kind, after = vision.get("pool_type", "tok"), vision.get("final_ln_after_pool", False)
+    if vision.get("attentional_pool", False):
+        is_coca = vision["attentional_pool"] is True and kind == "tok" and not after
+        return "attention" if is_coca else None
+    if kind == "tok":
+        return "token"  # the norm of one position is the same before and after
+    return "mean" if kind == "avg" and after else None
+
+
+def _normed(values: NDArray[np.float32], graph: GraphBuilder, tensor: str) -> NDArray[np.float32]:
+    """A torch LayerNorm of the checkpoint, of a constant [W]."""
+    wide = values.astype(np.float64)
+    unit = (wide - wide.mean()) / np.sqrt(wide.var() + EPSILON)
+    normed: NDArray[np.float64] = unit * graph.weight(f"{tensor}.weight") + graph.weight(
+        f"{tensor}.bias"
+    )
+    return normed.astype(np.float32)

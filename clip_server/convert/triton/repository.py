@@ -214,11 +214,13 @@ class Repository:
 
     def _facts(self, card: ModelCard, precision: str) -> Mapping[str, object]:
         """Facts about the model, for clients."""
+        bias = {} if card.logit_bias is None else {"logit_bias": card.logit_bias}
         return {
             "model": card.name,
             "precision": precision,
             "towers": self.backend,
             "logit_scale": card.logit_scale,
+            **bias,
             "context_length": card.text.context_length,
             "image_size": card.image.size,
             "max_batch_size": MAX_BATCH_SIZE,

@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 class TritonPythonModel:
     """IMAGE, the bytes of a file [1], and TEXTS, UTF-8 [N], to LOGITS and PROBABILITIES, [N].
 
-    Logits are cosines times the logit scale (Radford et al. 2021, figure 3). TEXTS may be left out
-    where the repository has labels, whose prompts are then meant.
+    Logits are cosines times the logit scale, and probabilities their softmax (Radford et al. 2021,
+    figure 3). Models with a logit bias, such as SigLIP, add it to the logits, and probabilities are
+    sigmoids, of each prompt by itself. TEXTS may be left out where the repository has labels, whose
+    prompts are then meant.
     """
 
     def initialize(self, args: dict[str, Any]) -> None:
-        """Reads the logit scale and the labels."""
+        """Reads the logit scale, the logit bias and the labels."""
         config = json.loads(args["model_config"])
         values = {key: each["string_value"] for key, each in config["parameters"].items()}
         self._logit_scale = float(values["logit_scale"])
+        bias = values.get("logit_bias")
+        self._logit_bias = None if bias is None else float(bias)
         self._max_batch_size = int(values["max_batch_size"])
         self._prompts = np.array(json.loads(values["prompts"]), dtype=object)
         self._prompt_embeddings: NDArray[np.float32] | None = None
@@ -41,8 +45,12 @@ class TritonPythonModel:
             code = pb_utils.TritonError.INVALID_ARG
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
         logits = self._logit_scale * (query @ targets.T)[0]
-        exponentials = np.exp(logits - logits.max(initial=-np.inf))
-        probabilities = exponentials / exponentials.sum()
+        if self._logit_bias is None:
+            exponentials = np.exp(logits - logits.max(initial=-np.inf))
+            probabilities = exponentials / exponentials.sum()
+        else:
+            logits += np.float32(self._logit_bias)
+            probabilities = 1 / (1 + np.exp(-logits))
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor("LOGITS", logits), pb_utils.Tensor("PROBABILITIES", probabilities)]
         )

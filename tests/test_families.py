@@ -1,0 +1,212 @@
+"""Families that open_clip shares with timm and transformers: graphs built from the checkpoint equal
+the model, and the server runs them without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import requests
+import seeded
+from cn_clip_reference import drawn
+from conftest import Server, Start, flow, needs_torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from test_graph import session
+from test_models_parity import (
+    CLIPA,
+    CONTEXT,
+    SIGLIP_TEXT,
+    TEXT,
+    VIT,
+    config,
+    open_clip_model,
+    references,
+    timm,
+)
+from test_tokenizer_hugging_face import t5 as write_tokenizer
+
+from clip_client import Client
+from clip_client.scores import cosines
+from clip_server.convert.parity import Parity
+from clip_server.model_card import ImageSpec
+from clip_server.models import weights
+from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.towers import graph, registry, timm_vit
+
+SMALL_SIGLIP = config(
+    timm("vit_test_patch16_siglip_64", 64, "map", "none"),
+    SIGLIP_TEXT | {"hf_tokenizer_name": "here"},
+    custom_text=True,
+    embed_dim=64,
+    init_logit_bias=-10,
+)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "siglip": SMALL_SIGLIP,
+    "siglip, no projection": SMALL_SIGLIP
+    | {"text_cfg": SIGLIP_TEXT | {"proj_type": "none", "act_kwargs": {}}},
+    "timm with a class token": config(
+        timm("vit_test_patch16_clip_64", 64, "token", None),
+        TEXT | {"no_causal_mask": True},
+        custom_text=True,
+    ),
+    "clipa": config(VIT | CLIPA, TEXT | {"pool_type": "last", "no_causal_mask": True}),
+    "metaclip worldwide": config(VIT, TEXT | {"pool_type": "eos", "eos_id": 2}),
+}
+TEXTS = ["a cat", "the end", "unbelievably hyphenated"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_members() -> Iterator[None]:
+    """Small members of timm's families."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(timm_vit.SIZES, "test_patch16", timm_vit.Size(64, 2, 2, 3.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_members_in_timm() -> None:
+    """The same in timm itself."""
+    from timm.layers import LayerNorm
+    from timm.models import register_model
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0}
+
+    def vit_test_patch16_siglip_64(*_: Any, num_classes: int, global_pool: str, **__: Any) -> Any:
+        options = {"num_classes": num_classes, "global_pool": global_pool}
+        return VisionTransformer(64, 16, class_token=False, **size, **options)
+
+    def vit_test_patch16_clip_64(*_: Any, num_classes: int, global_pool: str, **__: Any) -> Any:
+        options = {"num_classes": num_classes, "global_pool": global_pool}
+        norm = partial(LayerNorm, eps=1e-5)
+        return VisionTransformer(64, 16, pre_norm=True, norm_layer=norm, **size, **options)
+
+    register_model(vit_test_patch16_siglip_64)
+    register_model(vit_test_patch16_clip_64)
+
+
+def seeded_model(described: dict[str, Any]) -> Any:
+    """open_clip's own model, in which no parameter is without effect."""
+    import torch
+
+    model = open_clip_model(described)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.startswith("logit") or not tensor.is_floating_point():
+                continue
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif (tensor == tensor.flatten()[0]).all():  # as layer norms and biases begin
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    return model
+
+
+@needs_torch
+@pytest.mark.usefixtures("small_members_in_timm")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_equal_open_clip(family: str, tmp_path: Path) -> None:
+    described = FAMILIES[family]
+    model = seeded_model(described)
+    folder = seeded.save(model, tmp_path, described)
+    if "hf_tokenizer_name" in described["text_cfg"]:
+        write_tokenizer(folder)
+    for precision in ("fp32", "int8"):
+        runtime = OnnxRuntime.load("mine", model_path=folder, precision=precision, threads=1)
+        for batch, longest in ((1, 5), (3, CONTEXT)):
+            pixels = seeded.random_pixels(described, batch)
+            tokens = random_tokens(described, batch, longest)
+            images, texts = references(model, pixels, tokens)
+            kept = CONTEXT if runtime.card.text.trim == "fixed" else longest
+            assert Parity.of(runtime.encode_image(pixels), images).suffices(precision)
+            assert Parity.of(runtime.encode_text(tokens[:, :kept]), texts).suffices(precision)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_for_tensorrt_and_in_fp16_give_the_same_embeddings(family: str) -> None:
+    described = FAMILIES[family]
+    tensors, image = drawn(registry.tensor_shapes(described)), ImageSpec(64)
+    feeds = (
+        {"pixels": seeded.random_pixels(described, 2)},
+        {"tokens": random_tokens(described, 2, 9)},
+    )
+    usual = [
+        graph.build_visual(described, tensors, image),
+        graph.build_textual(described, tensors),
+    ]
+    for precision in ("fp32", "fp16"):
+        options: Any = {"precision": precision, "target": "tensorrt"}
+        others = [
+            graph.build_visual(described, tensors, image, **options),
+            graph.build_textual(described, tensors, **options),
+        ]
+        for feed, expected, found in zip(feeds, usual, others, strict=True):
+            onnx.checker.check_model(found, full_check=True)
+            assert {opset.domain for opset in found.opset_import} == {""}
+            rows = [session(model).run(None, feed)[0] for model in (found, expected)]
+            assert Parity.of(*rows).suffices(precision)
+
+
+def random_tokens(described: dict[str, Any], batch: int, longest: int) -> NDArray[np.int32]:
+    """As `seeded.random_tokens`, with the end token of the text tower."""
+    text = TEXT | described["text_cfg"]
+    tokens = seeded.random_tokens({"text_cfg": text}, batch, longest)
+    if "eos_id" in text:
+        tokens[tokens == text["vocab_size"] - 1] = text["eos_id"]
+    return tokens
+
+
+def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-logits))
+
+
+@pytest.fixture(scope="module")
+def sigmoid_server(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of a model with SigLIP's text tower and logit bias."""
+    folder = tmp_path_factory.mktemp("sigmoid")
+    described = config(VIT, SIGLIP_TEXT | {"hf_tokenizer_name": "here"}, init_logit_bias=-10)
+    tensors = drawn(registry.tensor_shapes(described))
+    numbers = {"logit_scale": np.float32([np.log(20)]), "logit_bias": np.float32([-3])}
+    save_file(tensors | numbers, folder / weights.CHECKPOINT)
+    seeded.describe(folder, described)
+    write_tokenizer(folder)
+    return start(flow("onnx", name="mine", model_path=str(folder)))
+
+
+def test_probabilities_of_siglip_are_sigmoids(sigmoid_server: Server) -> None:
+    for address in sigmoid_server.addresses:
+        with Client(address) as client:
+            info = client.info()
+            assert (round(info.logit_scale, 4), info.logit_bias) == (20, -3)
+            embeddings = client.encode(["naïve café", *TEXTS])
+            expected = sigmoid(20 * cosines(embeddings[:1], embeddings[1:])[0] - 3)
+            ranked = client.rank("naïve café", TEXTS)
+            assert [each.index for each in ranked] == np.argsort(-expected).tolist()
+            found = [each.probability for each in ranked]
+            np.testing.assert_allclose(found, np.sort(expected)[::-1], rtol=1e-4)
+            # Each by itself: another candidate changes nothing.
+            alone = client.rank("naïve café", TEXTS[:1])
+            np.testing.assert_allclose(alone[0].probability, expected[0], rtol=1e-4)
+
+            pixels = seeded.random_pixels({"vision_cfg": {"image_size": 64}}, 1)[0]
+            image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+            (labels,) = client.classify([image], TEXTS, prompt="{}")
+            expected = sigmoid(20 * cosines(client.encode([image]), client.encode(TEXTS))[0] - 3)
+            by_label = {each.label: each.probability for each in labels}
+            np.testing.assert_allclose([by_label[text] for text in TEXTS], expected, rtol=1e-4)
+
+
+def test_rank_over_http_gives_sigmoids(sigmoid_server: Server) -> None:
+    matches = [{"text": text} for text in TEXTS]
+    body = {"data": [{"text": "naïve café", "matches": matches}]}
+    answer = requests.post(f"{sigmoid_server.http}/rank", json=body, timeout=30).json()
+    for match in answer["data"][0]["matches"]:
+        scores = {name: score["value"] for name, score in match["scores"].items()}
+        expected = sigmoid(np.float64(20 * scores["clip_score_cosine"] - 3))
+        np.testing.assert_allclose(scores["clip_score"], expected, rtol=1e-4)
+    assert len(answer["data"][0]["matches"]) == len(TEXTS)
