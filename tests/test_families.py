@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from test_graph import session
 from test_models_parity import (
+    CAPTIONS,
     CLIPA,
+    COCA,
     CONTEXT,
     SIGLIP_TEXT,
     TEXT,
@@ -56,6 +58,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         custom_text=True,
     ),
     "clipa": config(VIT | CLIPA, TEXT | {"pool_type": "last", "no_causal_mask": True}),
+    "coca": config(
+        VIT | COCA,
+        TEXT | {"embed_cls": True, "output_tokens": True},
+        custom_text=True,
+        multimodal_cfg=CAPTIONS | {"layers": 1, "attn_pooler_heads": 4},
+    ),
+    "coca, as wide as its embeddings": config(
+        VIT | COCA | {"width": 64},
+        TEXT | {"embed_cls": True, "output_tokens": True},
+        custom_text=True,
+        embed_dim=64,
+        multimodal_cfg=CAPTIONS | {"layers": 1, "attn_pooler_heads": 4},
+    ),
     "metaclip worldwide": config(VIT, TEXT | {"pool_type": "eos", "eos_id": 2}),
 }
 TEXTS = ["a cat", "the end", "unbelievably hyphenated"]
@@ -202,6 +217,8 @@ def test_probabilities_of_siglip_are_sigmoids(sigmoid_server: Server) -> None:
 
 
 def test_rank_over_http_gives_sigmoids(sigmoid_server: Server) -> None:
+    info = requests.get(f"{sigmoid_server.http}/info", timeout=30).json()
+    assert info["logit_bias"] == -3
     matches = [{"text": text} for text in TEXTS]
     body = {"data": [{"text": "naïve café", "matches": matches}]}
     answer = requests.post(f"{sigmoid_server.http}/rank", json=body, timeout=30).json()

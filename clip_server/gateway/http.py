@@ -152,16 +152,16 @@ class HttpListener(Listener):
 
 
 def _fields(message: Message) -> dict[str, Any]:
-    """A message as JSON, without the messages in it that are absent."""
+    """A message as JSON, without the messages and optional numbers in it that are absent."""
     fields: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
+        if field.has_presence and not message.HasField(field.name):
+            continue
         value = getattr(message, field.name)
         if field.label == field.LABEL_REPEATED:
             fields[field.name] = list(value)
-        elif not isinstance(value, Message):
-            fields[field.name] = value
-        elif message.HasField(field.name):
-            fields[field.name] = _fields(value)
+        else:
+            fields[field.name] = _fields(value) if isinstance(value, Message) else value
     return fields
 
 

@@ -175,6 +175,10 @@ class ClipText(TextTower):
         states = graph.op("Add", states, positions, name="states")
         masks = self._causal_masks(graph, layout) if self.causal else (None, None)
         pooled = self.blocks.build(graph, states, layout, mask=masks[0], pooled_mask=masks[1])
+        return self._projected(graph, pooled)
+
+    def _projected(self, graph: GraphBuilder, pooled: str) -> str:
+        """The pooled states [B, W] as embeddings, [B, D]."""
         pooled = graph.layer_norm(pooled, "ln_final", self.blocks.epsilon)
         if self.projection == "none":
             return pooled

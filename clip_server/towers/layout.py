@@ -48,21 +48,21 @@ class TextLayout(Layout):
     ends: str
 
 
-def first_positions(graph: GraphBuilder, length: int) -> Pool:
-    """Takes the first of the `length` positions of each image."""
+def every_nth(graph: GraphBuilder, length: int, start: int = 0) -> Pool:
+    """Takes one of the `length` positions of each item, the first or that at `start`."""
 
-    def first(rows: str) -> str:
-        start, end, axis = graph.integers(0), graph.integers(2**63 - 1), graph.integers(0)
+    def taken(rows: str) -> str:
+        first, end, axis = graph.integers(start), graph.integers(2**63 - 1), graph.integers(0)
         return graph.op(
-            "Slice", rows, start, end, axis, graph.integers(length), name=f"{rows}.first"
+            "Slice", rows, first, end, axis, graph.integers(length), name=f"{rows}.pooled"
         )
 
-    return first
+    return taken
 
 
 def of_first_positions(graph: GraphBuilder, length: int) -> Layout:
     """Images: every position; the first becomes the embedding."""
-    return Layout(graph.integers(length), first_positions(graph, length))
+    return Layout(graph.integers(length), every_nth(graph, length))
 
 
 def of_all_positions(graph: GraphBuilder, length: int) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from clip_server.errors import ConfigurationError
 from clip_server.towers.bert import BertText
 from clip_server.towers.clip_text import ClipText
+from clip_server.towers.coca_text import CocaText
 from clip_server.towers.resnet import ResNet
 from clip_server.towers.timm_vit import TimmVisionTransformer
 from clip_server.towers.torch_only import TorchOnlyImage, TorchOnlyText
@@ -19,6 +20,7 @@ IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     ClipText,
+    CocaText,
     BertText,
 )
 

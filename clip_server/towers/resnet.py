@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_server.model_card import ImageSpec
 from clip_server.towers.attention import Attention
-from clip_server.towers.layout import first_positions, of_all_positions
+from clip_server.towers.layout import every_nth, of_all_positions
 from clip_server.towers.pixels import normalised
 from clip_server.towers.tower import (
     EPSILON,
@@ -107,7 +107,7 @@ class ResNet(ImageTower):
         states = graph.op("Reshape", states, graph.integers(-1, channels), name="positions.rows")
         names = [f"{prefix}{name}_proj" for name in "qkv"]
         attention = Attention.of_linears(graph, f"{prefix}attn", self.heads, names)
-        first, layout = first_positions(graph, length)(states), of_all_positions(graph, length)
+        first, layout = every_nth(graph, length)(states), of_all_positions(graph, length)
         query, key, value = attention.project_pooled(first, states, layout)
         attended = attention.attend(query, key, value, mask=None)
         return graph.stored_linear(attended, f"{prefix}c_proj")
