@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,10 @@ import yaml
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# The caches of this run, for its servers too: prepared models would stay in the user's.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip-server-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"

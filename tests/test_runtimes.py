@@ -227,6 +227,11 @@ class FakeOnnxRuntime:
     class SessionOptions:
         def add_session_config_entry(self, key: str, value: str) -> None: ...
 
+        def add_external_initializers(self, names: list[str], values: list[object]) -> None: ...
+
+    class OrtValue:
+        ortvalue_from_numpy = staticmethod(id)
+
     class InferenceSession:
         def __init__(self, *_: object) -> None: ...
 

@@ -1,4 +1,4 @@
-"""`python -m clip_server.models [FILTER ...]`: lists the models."""
+"""`python -m clip_server.models [FILTER ...]`: lists the models, and the cache of prepared ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from clip_server.commands import console
 from clip_server.launch.process_setup import tolerate_closed_output
 from clip_server.model_card import ModelCard
 from clip_server.models import weights, zoo
+from clip_server.runtimes import prepared
 from clip_server.towers import registry
 
 _COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")
@@ -40,6 +41,11 @@ class Listed:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Exit status: 0 on success, 1 if no model matches, 2 on wrong arguments."""
     options = _options(arguments)
+    if options.clear_cache:
+        freed = prepared.size()
+        prepared.clear()
+        console.log(f"clip_server.models: removed {_mebibytes(freed)} from {prepared.folder()}")
+        return 0
     names = [name for name in zoo.names() if _fits(name, options.filters)]
     if not names:
         wanted = " and ".join(map(repr, options.filters))
@@ -50,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps([asdict(each) for each in listed], indent=2, ensure_ascii=False))
     else:
         console.print_table(_COLUMNS, [*map(_cells, listed)])
+        console.log(f"prepared models: {_mebibytes(prepared.size())} in {prepared.folder()}")
     return 0
 
 
@@ -62,6 +69,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "filters", nargs="*", metavar="FILTER", help="list only names that contain all of these"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--clear-cache",
+        action="store_true",
+        help="remove the files that ONNX Runtime prepared, which the next start makes again",
+    )
     return parser.parse_args(arguments)
 
 
@@ -84,6 +96,10 @@ def _listed(card: ModelCard) -> Listed:
         cached=card.name == zoo.EMBEDDED or weights.cached(card) is not None,
         other_names=tuple(zoo.other_names(card.name)),
     )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def _cells(each: Listed) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import mmap
 import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +23,14 @@ from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard
 from clip_server.models import hub
-from clip_server.models.state_dict_keys import is_used, to_open_clip_keys, without_text_prefix
+from clip_server.models.state_dict_keys import (
+    Loader,
+    is_used,
+    to_open_clip_keys,
+    without_text_prefix,
+)
 
-Tensors = dict[str, NDArray[Any]]
+Tensors = Mapping[str, NDArray[Any]]
 
 CHECKPOINT = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
@@ -49,6 +56,43 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _PICKLED_CLASS = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
 # Tensors that an error message lists.
 _SHOWN = 3
+# Types in safetensors that are mapped; tensors of others, and of those numpy lacks, are copied.
+_MAPPED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+_LENGTH_BYTES = 8  # of the number at the beginning of a safetensors file
+
+
+class CheckpointTensors(Tensors):
+    """The tensors of a checkpoint, by name; each is read, or mapped, when it is looked up.
+
+    files: that hold them.
+    """
+
+    def __init__(self, loaders: Mapping[str, Loader], *checkpoints: _Checkpoint) -> None:
+        self._loaders = dict(loaders)
+        self._checkpoints = checkpoints
+        self.files = [checkpoint.path for checkpoint in checkpoints]
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._loaders[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def replaced(self, others: CheckpointTensors, prefixes: tuple[str, ...]) -> CheckpointTensors:
+        """These tensors, with those of another checkpoint whose names begin with a prefix."""
+        taken = {name: load for name, load in others._loaders.items() if name.startswith(prefixes)}
+        return CheckpointTensors(self._loaders | taken, *self._checkpoints, *others._checkpoints)
+
+    def release(self) -> None:
+        """Unmaps the files, as soon as no array of them is used; a later look-up maps them again.
+
+        Pages that are mapped count as memory of this process.
+        """
+        for checkpoint in self._checkpoints:
+            checkpoint.release()
 
 
 def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
@@ -120,23 +164,24 @@ def in_folder(path: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def read(path: Path) -> Tensors:
-    """Reads every tensor of a checkpoint, unchanged except for bfloat16, which numpy lacks and
+def read(path: Path) -> CheckpointTensors:
+    """Opens a checkpoint. Its tensors are unchanged except for bfloat16, which numpy lacks and
     becomes float32. Names are open_clip's, of a Hugging Face model too (see `state_dict_keys`).
 
     Raises:
         WeightsError: the file is damaged, not a checkpoint, or contains code.
         ConfigurationError: it is pickled, and torch is not installed.
     """
-    with _opened(path) as file:
-        return to_open_clip_keys({name: file.tensor(name) for name in file.names})
+    file = _open(path)
+    loaders = to_open_clip_keys({name: partial(file.tensor, name) for name in file.names})
+    return CheckpointTensors(loaders, file)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Reads the shape of every tensor of a checkpoint, by the names in the file. Raises what
     `read` does."""
-    with _opened(path) as file:
-        return {name: file.shape(name) for name in file.names}
+    file = _open(path)
+    return {name: file.shape(name) for name in file.names}
 
 
 def read_logit_scale(path: Path) -> float:
@@ -158,8 +203,8 @@ def read_logit_bias(path: Path) -> float:
 
 
 def _read_number(path: Path, name: str) -> float | None:
-    with _opened(path) as file:
-        return float(file.tensor(name).astype(np.float64).item()) if name in file.names else None
+    file = _open(path)
+    return float(file.tensor(name).astype(np.float64).item()) if name in file.names else None
 
 
 def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -213,7 +258,8 @@ class _Checkpoint(ABC):
         its name in the file.
     """
 
-    def __init__(self, stored: Iterable[str]) -> None:
+    def __init__(self, path: Path, stored: Iterable[str]) -> None:
+        self.path = path
         self.names = {name: name for name in stored}
         while prefix := self._wrapper():
             self.names = {name.removeprefix(prefix): old for name, old in self.names.items()}
@@ -230,24 +276,54 @@ class _Checkpoint(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    @abstractmethod
+    def release(self) -> None:
+        """Unmaps the file; see `CheckpointTensors.release`."""
+
 
 class _Safetensors(_Checkpoint):
-    def __init__(self, file: Any) -> None:
-        super().__init__(file.keys())
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        opened: Any = safe_open
+        self._file = opened(path, framework="np")  # checks the file
+        super().__init__(path, self._file.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            self._header: dict[str, Any] = json.loads(file.read(length))
+        self._begin = _LENGTH_BYTES + length
+        self._content: mmap.mmap | None = None
 
     def tensor(self, name: str) -> NDArray[Any]:
-        tensor: NDArray[Any] = self._file.get_tensor(self.names[name])
-        return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
+        stored = self.names[name]
+        found = self._header[stored]
+        begin, end = found["data_offsets"]
+        tensor: NDArray[Any]
+        if found["dtype"] not in _MAPPED or begin == end:
+            tensor = self._file.get_tensor(stored)
+            return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
+        dtype = np.dtype(_MAPPED[found["dtype"]])
+        count, offset = (end - begin) // dtype.itemsize, self._begin + begin
+        mapped = np.frombuffer(self._mapped(), dtype, count, offset)
+        tensor = mapped.reshape(found["shape"])
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(self.names[name]).get_shape())
+        return tuple(self._header[self.names[name]]["shape"])
+
+    def release(self) -> None:
+        self._content = None
+
+    def _mapped(self) -> mmap.mmap:
+        """The file. Replicas share its pages; a page that is written to becomes a private copy."""
+        if self._content is None:
+            with self.path.open("rb") as file:
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._content
 
 
 class _Pickle(_Checkpoint):
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        super().__init__(tensors)
-        self._tensors = tensors
+    def __init__(self, path: Path) -> None:
+        self._tensors = _unpickled(path)
+        super().__init__(path, self._tensors)
 
     def tensor(self, name: str) -> NDArray[Any]:
         tensor = self._tensors[self.names[name]]
@@ -258,19 +334,19 @@ class _Pickle(_Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[self.names[name]].shape)
 
+    def release(self) -> None:
+        """Nothing: torch keeps the file mapped as long as its tensors exist."""
 
-@contextmanager
-def _opened(path: Path) -> Iterator[_Checkpoint]:
+
+def _open(path: Path) -> _Checkpoint:
     try:
         path.open("rb").close()  # safetensors calls every such error a missing file
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix in _PICKLES:
-        yield _Pickle(_unpickled(path))
-        return
+        return _Pickle(path)
     try:
-        with safe_open(path, framework="np") as file:
-            yield _Safetensors(file)
+        return _Safetensors(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is damaged, or not a CLIP checkpoint ({error}): fetch or copy it again"

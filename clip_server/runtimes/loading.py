@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import weights, zoo
 
+# Prefixes of the tensors that come with an image tower.
+_OF_IMAGE = ("logit_scale", "visual.")
+
 
 def load_checkpoint(
     name: str, model_path: str | Path | None = None
-) -> tuple[ModelCard, weights.Tensors]:
+) -> tuple[ModelCard, weights.CheckpointTensors]:
     """The card of a model and every tensor of its checkpoint, not yet checked.
 
     name: a canonical name or an alias.
@@ -30,7 +33,7 @@ def load_checkpoint(
     card = replace(card, logit_scale=weights.read_logit_scale(image), logit_bias=bias)
     tensors = weights.read(path)
     if image != path:
-        tensors |= {key: each for key, each in weights.read(image).items() if _is_of_image(key)}
+        tensors = tensors.replaced(weights.read(image), _OF_IMAGE)
     return card, tensors
 
 
@@ -39,7 +42,3 @@ def normalized(pixels: NDArray[np.uint8], image: ImageSpec) -> NDArray[np.float3
     mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (image.mean, image.std))
     values = (pixels.astype(np.float32) / 255 - mean) / std
     return values.astype(np.float32, copy=False)
-
-
-def _is_of_image(tensor: str) -> bool:
-    return tensor == "logit_scale" or tensor.startswith("visual.")

@@ -22,6 +22,8 @@ from clip_server.towers import quantize
 from clip_server.towers.tower import EPSILON, Activation
 
 Weights = Mapping[str, NDArray[Any]]
+# Puts the value of a constant into its message, or elsewhere, with a reference in the message.
+Store = Callable[[TensorProto, NDArray[Any]], None]
 
 OPSET = 18
 IR_VERSION = 8  # the one that came with the opset
@@ -33,16 +35,25 @@ _QUICK_GELU = 1.702
 _GELU_CUBIC = 0.044715
 
 
+def store_inline(tensor: TensorProto, value: NDArray[Any]) -> None:
+    """Stores a constant in the model itself."""
+    tensor.raw_data = value.tobytes()
+
+
 class GraphBuilder:
     """A model to which nodes and weights are added. Each op returns the name of its output.
 
     tensors: a checkpoint, by the names that `weight` and the arguments called `tensor` refer to.
+    store: where constants are kept, such as `onnx_file.DataFile`; by default in the model.
     """
 
     _float: ClassVar[np.dtype[Any]] = np.dtype(np.float32)
 
-    def __init__(self, name: str, tensors: Weights | None = None) -> None:
-        self._tensors = tensors or {}
+    def __init__(
+        self, name: str, tensors: Weights | None = None, store: Store = store_inline
+    ) -> None:
+        self._tensors = tensors if tensors is not None else {}
+        self._store = store
         self._constants: set[str] = set()
         # Weights are written into this message directly: every copy takes time and memory.
         self._model = onnx.ModelProto(
@@ -82,12 +93,10 @@ class GraphBuilder:
         """A constant of its own dtype."""
         if name not in self._constants:
             self._constants.add(name)
-            self._graph.initializer.add(
-                name=name,
-                dims=value.shape,
-                data_type=_onnx_type(value.dtype),
-                raw_data=value.tobytes(),
+            tensor = self._graph.initializer.add(
+                name=name, dims=value.shape, data_type=_onnx_type(value.dtype)
             )
+            self._store(tensor, value)
         return name
 
     def floats(self, name: str, value: NDArray[np.float32]) -> str:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from clip_server.model_card import ImageSpec, Precision
 from clip_server.towers import registry
-from clip_server.towers.builder import BUILDERS, Weights
+from clip_server.towers.builder import BUILDERS, Store, Weights, store_inline
 from clip_server.towers.tower import Config, Target
 
 
@@ -27,17 +27,19 @@ def build_visual(
     *,
     precision: Precision = "fp32",
     target: Target = "onnxruntime",
+    store: Store = store_inline,
 ) -> onnx.ModelProto:
     """The image tower: `pixels` uint8 [B, 3, S, S] to `embedding` float32 [B, D].
 
     config: open_clip's JSON form. tensors: a checkpoint that has `registry.tensor_shapes(config)`.
     precision: in int8 the convolutions of a residual network stay in float32.
     target: the library that the graph is for.
+    store: where its weights are kept; by default in the model.
 
     Raises:
         ConfigurationError: only torch can build the tower.
     """
-    graph = BUILDERS[precision]("visual", tensors)
+    graph = BUILDERS[precision]("visual", tensors, store)
     embedding = registry.image_tower(config).build(graph, image, target)
     size = image.size
     source = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, size, size])
@@ -50,12 +52,13 @@ def build_textual(
     *,
     precision: Precision = "fp32",
     target: Target = "onnxruntime",
+    store: Store = store_inline,
 ) -> onnx.ModelProto:
     """The text tower: `tokens` int32 [B, L], any L up to the context, to `embedding` [B, D].
 
     Arguments and errors are those of `build_visual`.
     """
-    graph = BUILDERS[precision]("textual", tensors)
+    graph = BUILDERS[precision]("textual", tensors, store)
     embedding = registry.text_tower(config).build(graph, target)
     source = helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])
     return graph.finished(source, embedding, config["embed_dim"])

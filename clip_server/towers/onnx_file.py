@@ -1,4 +1,8 @@
-"""Reads and writes ONNX models of any size; protobuf limits a message to 2 GiB."""
+"""Reads and writes ONNX models of any size; protobuf limits a message to 2 GiB.
+
+While a graph is built its weights can be kept outside of it, in a file or as arrays, so that they
+are never in memory twice.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,72 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx
-from onnx import helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from clip_server.towers.builder import store_inline
 
 # Bytes of weights in one message. The nodes of a tower fit into the rest.
 LARGEST = 2_000_000_000
+
+# Smaller weights stay in the message, where shapes and scalars must be.
+_SMALLEST_EXTERNAL = 1024
+# That of pages; vector instructions need less.
+_ALIGNMENT = 4096
+# Of the keys of references to packed weights: "key|offset;length;checksum|...".
+_PACKED = "prepacked_"
+
+
+class DataFile:
+    """Stores the weights of a graph in a file next to it.
+
+    file: open for writing, in the folder that the model will be in.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __call__(self, tensor: TensorProto, value: NDArray[Any]) -> None:
+        if value.nbytes < _SMALLEST_EXTERNAL:
+            store_inline(tensor, value)
+            return
+        offset = self.append(np.ascontiguousarray(value).data)
+        _refer(tensor, Path(self._file.name).name, offset=offset, length=value.nbytes)
+
+    def append(self, content: memoryview) -> int:
+        """Adds bytes, aligned; returns their offset."""
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(content)
+        return offset
+
+
+class ArrayStore:
+    """Keeps the weights of a graph as arrays, which may be mapped from a checkpoint.
+
+    arrays: by the names that the graph refers to them by.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, tensor: TensorProto, value: NDArray[Any]) -> None:
+        if value.nbytes < _SMALLEST_EXTERNAL:
+            store_inline(tensor, value)
+            return
+        self.arrays[tensor.name] = np.ascontiguousarray(value)
+        _refer(tensor, "memory")
+
+
+def _refer(tensor: TensorProto, location: str, **entries: int) -> None:
+    """Makes a weight refer to bytes outside of the model."""
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def fits(model: onnx.ModelProto) -> bool:
@@ -54,6 +118,34 @@ def packed(model: onnx.ModelProto) -> Iterator[Path | bytes]:
         path = Path(folder, "tower.onnx")
         save(model, path)
         yield path
+
+
+def align(source: Path, target: Path) -> None:
+    """Copies a model that onnxruntime saved with packed weights, aligned in `TARGET.data`.
+
+    onnxruntime aligns large ones only, and ends with a segmentation fault on some of the others.
+    """
+    model = onnx.load(source, load_external_data=False)
+    old, new = (file.with_name(f"{file.name}.data") for file in (source, target))
+    with old.open("rb") as content, new.open("wb") as file:
+        data = DataFile(file)
+
+        def move(offset: str, length: str) -> str:
+            content.seek(int(offset))
+            return str(data.append(memoryview(content.read(int(length)))))
+
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry for entry in tensor.external_data}
+            if tensor.data_location != TensorProto.EXTERNAL:
+                continue
+            entries["location"].value = new.name
+            entries["offset"].value = move(entries["offset"].value, entries["length"].value)
+            for entry in (each for key, each in entries.items() if key.startswith(_PACKED)):
+                key, *blobs = entry.value.split("|")
+                parts = [blob.split(";") for blob in blobs]
+                moved = [";".join([move(*part[:2]), *part[1:]]) for part in parts]
+                entry.value = "|".join([key, *moved])
+    target.write_bytes(model.SerializeToString())
 
 
 def digest(model: onnx.ModelProto) -> str:

@@ -1,0 +1,162 @@
+"""The cache of prepared models: made once, and never loaded when it is not what was written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from clip_server.models import zoo
+from clip_server.models.__main__ import main
+from clip_server.runtimes import prepared
+from clip_server.runtimes.onnx import OnnxRuntime
+from clip_server.runtimes.samples import samples
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The caches, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches"
+
+
+def embedding(model_path: Path | None = None) -> NDArray[np.float32]:
+    """Of a text, by a model that has just been loaded."""
+    runtime = OnnxRuntime.load("embedded", model_path=model_path, device="cpu", threads=1)
+    return runtime.encode_text(samples(runtime.card, "text")[:1])
+
+
+def weights_of(folder: Path) -> Path:
+    return max(folder.rglob("*.data"), key=lambda file: file.stat().st_size)
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = weights_of(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    os.truncate(weights_of(folder), 4096)
+
+
+def fill_with_zeros(folder: Path) -> None:
+    file = weights_of(folder)
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def swap_the_towers(folder: Path) -> None:
+    (image,), (text,) = folder.rglob("image.onnx"), folder.rglob("text.onnx")
+    content = image.read_bytes()
+    image.write_bytes(text.read_bytes())
+    text.write_bytes(content)
+
+
+def remove_a_file(folder: Path) -> None:
+    weights_of(folder).unlink()
+
+
+def garble_the_manifest(folder: Path) -> None:
+    next(folder.rglob(prepared.MANIFEST)).write_text("[1]")
+
+
+def leave_it_half_written(folder: Path) -> None:
+    (entry,) = (each for each in folder.iterdir() if each.is_dir())
+    shutil.copytree(entry, entry.with_name(f"{entry.name}.part"))
+    (entry / prepared.MANIFEST).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        cut,
+        fill_with_zeros,
+        swap_the_towers,
+        remove_a_file,
+        garble_the_manifest,
+        leave_it_half_written,
+    ],
+)
+def test_what_is_damaged_is_made_again(damage: Callable[[Path], None]) -> None:
+    expected = embedding()
+    intact = {file: file.read_bytes() for file in prepared.folder().rglob("*") if file.is_file()}
+    damage(prepared.folder())
+    np.testing.assert_array_equal(embedding(), expected)
+    found = {file: file.read_bytes() for file in prepared.folder().rglob("*") if file.is_file()}
+    assert found == intact
+
+
+def test_it_is_made_once() -> None:
+    embedding()
+    before = {file: file.stat().st_mtime_ns for file in prepared.folder().rglob("*.data")}
+    embedding()
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_checkpoint_that_is_replaced_is_prepared_again(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(zoo.EMBEDDED_PATH, folder)
+    checkpoint = folder / "open_clip_model.safetensors"
+    tensors = load_file(checkpoint)
+    save_file(tensors, checkpoint)
+    first, times = embedding(folder), checkpoint.stat()
+    save_file(tensors | {"ln_final.bias": tensors["ln_final.bias"] + 1}, checkpoint)
+    assert checkpoint.stat().st_size == times.st_size
+    os.utime(checkpoint, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert np.abs(embedding(folder) - first).max() > 0.01
+    assert len([each for each in prepared.folder().iterdir() if each.is_dir()]) == 1
+    save_file(tensors, checkpoint)
+    np.testing.assert_array_equal(embedding(folder), first)
+
+
+@pytest.mark.parametrize("problem", ["not a folder", "full"])
+def test_without_a_cache_it_is_served_with_one_warning(
+    problem: str, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = embedding()
+    shutil.rmtree(home)
+    if problem == "full":
+        usage = shutil.disk_usage(home.parent)._replace(free=1_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    else:
+        home.write_text("")
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(embedding(), expected)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "cannot be cached" in warning
+    assert "XDG_CACHE_HOME" in warning
+
+
+def test_the_list_of_models_shows_the_cache_and_clears_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    embedding()
+    assert main(["embedded"]) == 0
+    shown = capsys.readouterr().err
+    assert str(prepared.folder()) in shown
+    assert f"{prepared.size() / 2**20:,.0f} MiB" in shown
+    assert main(["--clear-cache"]) == 0
+    assert prepared.size() == 0
+
+
+def test_replicas_that_start_together_make_it_once() -> None:
+    program = (
+        "from clip_server.runtimes.onnx import OnnxRuntime\n"
+        "OnnxRuntime.load('embedded', device='cpu', threads=1)"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    assert len(list(prepared.folder().rglob(prepared.MANIFEST))) == 1
