@@ -44,7 +44,7 @@ class CocaText(ClipText):
     def build(self, graph: GraphBuilder, target: Target) -> str:
         del target  # the same graph for all
         length = self.context + 1
-        states = self._states(graph, length)
+        states = self._states(graph)
         present = self._mask_of_padding(graph)
         future = np.triu(np.full((length, length), -np.inf, dtype=np.float32), k=1)
         causal = graph.floats("causal_mask", future)
@@ -53,7 +53,7 @@ class CocaText(ClipText):
         pooled = self.blocks.build(graph, states, layout, mask=mask, pooled_mask=present)
         return self._projected(graph, pooled)
 
-    def _states(self, graph: GraphBuilder, length: int) -> str:
+    def _states(self, graph: GraphBuilder) -> str:
         """The tokens and the class token with their positions: [B * (L + 1), W]."""
         width = self.blocks.width
         words = graph.lookup("token_embedding", graph.weight("token_embedding.weight"), "tokens")
