@@ -37,6 +37,10 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", -1),
     # Else channels of one process share a broken connection and its backoff.
     ("grpc.use_local_subchannel_pool", 1),
+    # A server that is gone without a word is noticed, and a busy one may answer late.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 120_000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 _TRUST = Trust()
 _CODES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clip_server.errors import ConfigurationError, RequestError
 from clip_server.gateway.access import Access, admitted
 from clip_server.gateway.admission import Backlog
 from clip_server.gateway.collection import open_collection
+from clip_server.gateway.connections import ConnectionBounds, Connections
 from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import HttpListener
@@ -27,7 +29,11 @@ from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.keys.keyring import open_keyring
 from clip_server.launch import jina_internals
-from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
+from clip_server.launch.process_setup import (
+    die_with_parent,
+    raise_descriptor_limit,
+    return_memory_when_idle,
+)
 from clip_server.rpc.errors import error_response
 from clip_server.rpc.items import count_items
 
@@ -45,6 +51,7 @@ class ClipGateway(BaseServer, BaseGateway):
     max_queued_bytes: of requests in flight; beyond it, more are refused.
     auth_file: of the keys that callers need, in place of CLIP_AUTH_FILE.
     public_metrics: whether `/metrics` needs no key.
+    arguments: the keys of ConnectionBounds, and those of Jina.
     max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
     """
 
@@ -57,8 +64,12 @@ class ClipGateway(BaseServer, BaseGateway):
         max_wait: float = 1.0,
         **arguments: Any,
     ) -> None:
+        names = [each.name for each in fields(ConnectionBounds)]
+        given = {each: arguments.pop(each) for each in names if each in arguments}
+        bounds = ConnectionBounds(**given)
         super().__init__(**arguments)
         die_with_parent()
+        raise_descriptor_limit()
         return_memory_when_idle()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
@@ -72,6 +83,7 @@ class ClipGateway(BaseServer, BaseGateway):
             grpc.Compression[args.compression or "NoCompression"],
             _tls(args),
             Access(open_keyring(auth_file), public_metrics),
+            Connections(bounds),
         )
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()

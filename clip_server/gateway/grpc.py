@@ -18,6 +18,8 @@ from clip_server.rpc.multiplexing import StreamServer
 
 # Between two looks at whether the server is ready.
 _HEALTH_SECONDS = 0.25
+# Between two pings of a client, and how long one may take to answer: it may be busy.
+_KEEPALIVE_MS = 60_000
 
 
 class GrpcListener(Listener):
@@ -30,7 +32,8 @@ class GrpcListener(Listener):
             interceptors=[GrpcAccess(self.options.access)],
             compression=self.options.grpc_compression,
         )
-        self._streams = StreamServer(self.call, IN_FLIGHT)
+        bounds = self.options.connections.bounds
+        self._streams = StreamServer(self.call, IN_FLIGHT, bounds.draw_age)
         clip = clip_handlers(self.call, self._streams)
         self._server.add_generic_rpc_handlers((clip, *jina_handlers(self.jina)))
         self._health = health.aio.HealthServicer()
@@ -54,10 +57,21 @@ class GrpcListener(Listener):
             await asyncio.sleep(_HEALTH_SECONDS)
 
     def _server_options(self) -> dict[str, Any]:
+        bounds = self.options.connections.bounds
+        # gRPC draws it anew for each connection, and lets calls in flight finish.
+        seconds = {
+            "grpc.max_connection_age_ms": bounds.max_connection_age,
+            "grpc.server_handshake_timeout_ms": bounds.header_timeout,
+        }
         return {
             "grpc.max_send_message_length": -1,
             "grpc.max_receive_message_length": self.options.max_request_bytes,
             "grpc.http2.max_ping_strikes": 0,  # an idle client may ping as often as it likes
+            "grpc.keepalive_time_ms": _KEEPALIVE_MS,
+            "grpc.keepalive_timeout_ms": _KEEPALIVE_MS,
+            "grpc.keepalive_permit_without_calls": 1,
+            "grpc.http2.max_pings_without_data": 0,
+            **{name: round(1000 * value) for name, value in seconds.items() if value},
             "grpc.so_reuseport": 0,  # a second server on the port is an error, not a lottery
             **self.options.grpc_options,
         }

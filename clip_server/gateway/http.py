@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -15,11 +16,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, request_response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.gateway.access import HttpAccess
 from clip_server.gateway.apis.clip import ClipApi
+from clip_server.gateway.connections import BoundedHttpProtocol
 from clip_server.gateway.early_refusal import EarlyRefusal
 from clip_server.gateway.http_messages import (
     PROTOBUF,
@@ -32,8 +33,6 @@ from clip_server.gateway.http_messages import (
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import exposition
 
-# Of a request's line and headers.
-_MOST_HEAD_BYTES = 64 << 10
 _ENDPOINTS = {
     "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
     "POST /rank": '{"data": [{"uri": "data:...", "matches": [{"text": "a cat"}]}]}',
@@ -58,7 +57,7 @@ class HttpListener(Listener):
             self._app(),
             self.hosts,
             self.port,
-            http=_Protocol,
+            http=partial(BoundedHttpProtocol, self.options.connections),  # type: ignore[arg-type]
             log_config=None,
             access_log=False,
             proxy_headers=False,
@@ -163,24 +162,3 @@ def _fields(message: Message) -> dict[str, Any]:
         else:
             fields[field.name] = _fields(value) if isinstance(value, Message) else value
     return fields
-
-
-class _Protocol(HttpToolsProtocol):
-    """Refuses headers without end, which httptools itself would gather for ever."""
-
-    # What came since the last part of a body, or the end of a request.
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The headers are too large.")
-
-    def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._head_bytes = 0
-        super().on_message_complete()

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from clip_server.gateway.access import Access
+from clip_server.gateway.connections import ConnectionBounds, Connections
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.router import Router
 from clip_server.rpc.multiplexing import Call
@@ -59,6 +60,7 @@ class ListenerOptions:
     grpc_compression: of gRPC responses, for clients that accept it.
     tls: None: connections are not encrypted.
     access: who may call.
+    connections: the open ones of all ports, and their bounds.
     """
 
     max_request_bytes: int
@@ -67,6 +69,7 @@ class ListenerOptions:
     grpc_compression: grpc.Compression = grpc.Compression.NoCompression
     tls: Tls | None = None
     access: Access = field(default_factory=Access)
+    connections: Connections = field(default_factory=lambda: Connections(ConnectionBounds()))
 
 
 @dataclass

@@ -9,14 +9,18 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
+from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from clip_server.errors import RequestError
 from clip_server.gateway.access import check_handshake
+from clip_server.gateway.connections import Connections, refusal
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
 from clip_server.rpc.multiplexing import StreamServer
@@ -30,6 +34,9 @@ _READING_SECONDS = 0.5
 # The longest reason that fits the frame that closes a connection, in bytes.
 _LONGEST_REASON = 123
 
+# How long a client may take to answer a ping: it may be busy.
+_PING_TIMEOUT = 60.0
+
 
 class WebSocketListener(Listener):
     """Serves WebSocket."""
@@ -38,7 +45,16 @@ class WebSocketListener(Listener):
 
     async def start(self) -> None:
         """Opens the port."""
-        self._streams = StreamServer(self.call, IN_FLIGHT)
+        bounds = self.options.connections.bounds
+        self._streams = StreamServer(self.call, IN_FLIGHT, bounds.draw_age)
+        has_access = check_handshake(self.options.access)
+
+        def check(connection: ServerConnection, request: Request) -> Response | None:
+            assert isinstance(connection, _CountedConnection)
+            if connection.beyond_limit:
+                return connection.respond(503, refusal(connection.beyond_limit))
+            return has_access(connection, request)
+
         context, tls = None, self.options.tls
         if tls is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -48,7 +64,10 @@ class WebSocketListener(Listener):
             self.hosts,
             self.port,
             ssl=context,
-            process_request=check_handshake(self.options.access),
+            process_request=check,
+            create_connection=partial(_CountedConnection, self.options.connections),  # type: ignore[arg-type]
+            open_timeout=bounds.header_timeout or None,
+            ping_timeout=_PING_TIMEOUT,
             select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
             max_size=self.options.max_request_bytes,
             compression=None,  # images and floats do not compress; trying costs CPU time
@@ -63,6 +82,7 @@ class WebSocketListener(Listener):
                 await self._serve_jina(connection)
             else:
                 await self._streams.serve(_messages(connection), send)
+                await connection.close(CloseCode.GOING_AWAY, "connect again")
 
     async def _serve_jina(self, connection: ServerConnection) -> None:
         if connection.request and connection.request.path == "/dry_run":
@@ -90,6 +110,24 @@ class WebSocketListener(Listener):
         self._server.close(close_connections=False)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._server.wait_closed(), GRACE_SECONDS)
+
+
+class _CountedConnection(ServerConnection):
+    """A connection that is counted while it is open. beyond_limit: why it is one too many."""
+
+    def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._all, self._address, self.beyond_limit = connections, "", ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        peer = transport.get_extra_info("peername")
+        self._address = str(peer[0]) if peer else ""
+        self.beyond_limit = self._all.add(self._address)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.remove(self._address)
+        super().connection_lost(exc)
 
 
 async def _messages(connection: ServerConnection) -> AsyncIterator[bytes]:

@@ -18,8 +18,13 @@ from clip_server.errors import ConfigurationError
 from clip_server.launch import jina_internals
 
 # Read by our gateway; everything else under `gateway:` is Jina's.
-_GATEWAY_LIMITS = ("max_request_bytes", "max_queued_bytes")
-_GATEWAY_SECONDS = ("max_wait",)
+_GATEWAY_LIMITS = (
+    "max_request_bytes",
+    "max_queued_bytes",
+    "max_connections",
+    "max_connections_per_address",
+)
+_GATEWAY_SECONDS = ("max_wait", "header_timeout", "body_timeout", "max_connection_age")
 GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, *_GATEWAY_SECONDS, "auth_file", "public_metrics")
 TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.

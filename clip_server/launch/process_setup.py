@@ -71,6 +71,15 @@ def return_memory_when_idle() -> None:
         threading.Thread(target=_trim_when_idle, name="malloc-trim", daemon=True).start()
 
 
+def raise_descriptor_limit() -> None:
+    """Lets this process have as many open files and connections as the system allows it to."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _trim_when_idle() -> None:
     malloc_trim = ctypes.CDLL(None).malloc_trim
     smallest = _resident_bytes()

@@ -31,10 +31,14 @@ class StreamServer:
     call: answers a request; an error is in the response.
     max_in_flight: requests of one connection that may be in flight before its next message is
         read.
+    draw_age: the seconds for which one connection is read; None: until its client ends it.
     """
 
-    def __init__(self, call: Call, max_in_flight: int) -> None:
+    def __init__(
+        self, call: Call, max_in_flight: int, draw_age: Callable[[], float | None] = lambda: None
+    ) -> None:
         self._call = call
+        self._draw_age = draw_age
         self._max_in_flight = max_in_flight
         self._readers: set[asyncio.Task[None]] = set()
 
@@ -52,6 +56,8 @@ class StreamServer:
         reader = asyncio.create_task(connection.read(messages))
         writer = asyncio.create_task(connection.write(send))
         self._readers.add(reader)
+        age = self._draw_age()
+        timer = age and asyncio.get_running_loop().call_later(age, reader.cancel)
         try:
             await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
             if writer.done():  # only because it failed
@@ -62,6 +68,8 @@ class StreamServer:
             await writer
         finally:
             self._readers.discard(reader)
+            if timer:
+                timer.cancel()
             await connection.cancel(reader, writer)
 
 

@@ -1,0 +1,208 @@
+"""Bounds on connections: how many there may be, how slowly they may send, how old they may grow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from clip_server.gateway.http_messages import json_error
+
+# Of a request's line and headers.
+_MOST_HEAD_BYTES = 64 << 10
+# A body that comes at this rate, or faster, is never too slow. Bytes a second.
+_SLOWEST_BODY = 16 << 10
+# A connection beyond the limit has this long to send a request, and learn why it is closed.
+_BEYOND_LIMIT_SECONDS = 1.0
+_CLOSE = (b"connection", b"close")
+_LARGE_HEAD = f"the headers are larger than {_MOST_HEAD_BYTES >> 10} KiB, the most the server takes"
+
+
+@dataclass(frozen=True)
+class ConnectionBounds:
+    """Keys of a flow's `with:`.
+
+    max_connections, max_connections_per_address: HTTP and WebSocket connections, together.
+    header_timeout: seconds in which the headers of a request, or the handshake of a connection,
+        must have come; 0: any time.
+    body_timeout: seconds in which the body of an HTTP request must have come, apart from the time
+        that it takes at 16 KiB a second; 0: any time.
+    max_connection_age: seconds after which a connection is closed between two requests, so that
+        its client connects anew, perhaps to another server; 0: never.
+    """
+
+    max_connections: int = 4096
+    max_connections_per_address: int = 2048
+    header_timeout: float = 10.0
+    body_timeout: float = 30.0
+    max_connection_age: float = 0.0
+
+    def draw_age(self) -> float | None:
+        """The age that one connection may reach: a tenth more or less, so that those opened
+        together are not closed together. None: any."""
+        return self.max_connection_age * random.uniform(0.9, 1.1) or None
+
+
+class Connections:
+    """Counts the open connections of all ports, by the addresses of their clients."""
+
+    def __init__(self, bounds: ConnectionBounds) -> None:
+        self.bounds = bounds
+        self._open: Counter[str] = Counter()
+
+    def add(self, address: str) -> str:
+        """Counts a connection. Returns why it is one too many; empty if it is not."""
+        self._open[address] += 1
+        total, of_address = self._open.total(), self._open[address]
+        most, most_of_address = (
+            self.bounds.max_connections,
+            self.bounds.max_connections_per_address,
+        )
+        if of_address > most_of_address:
+            return f"{most_of_address:,} connections from one address (max_connections_per_address)"
+        return f"{most:,} connections (max_connections)" if total > most else ""
+
+    def remove(self, address: str) -> None:
+        """Counts a connection as closed."""
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
+
+
+def refusal(why: str) -> str:
+    """A message for the client of a connection that is one too many."""
+    return f"the server takes at most {why}; try again in a moment"
+
+
+async def _refuse_large_head(scope: Scope, receive: Receive, send: Send) -> None:
+    response = json_error(
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "INVALID_ARGUMENT", _LARGE_HEAD
+    )
+    response.headers["Connection"] = "close"
+    await response(scope, receive, send)
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with bounds on connections and on the size and time of requests."""
+
+    def __init__(self, connections: Connections, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._all = connections
+        self._bounds = connections.bounds
+        self._address = ""
+        self._beyond_limit = ""
+        self._timer: asyncio.TimerHandle | None = None
+        # What came since the last part of a body, or the end of a request.
+        self._head_bytes = 0
+        self._field_bytes = self._body_bytes = 0
+        self._too_old = float("inf")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        self._beyond_limit = self._all.add(self._address)
+        if age := self._bounds.draw_age():
+            self._too_old = self.loop.time() + age
+        seconds = _BEYOND_LIMIT_SECONDS if self._beyond_limit else self._bounds.header_timeout
+        self._expect(seconds, self._refuse_slow_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        self._all.remove(self._address)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._beyond_limit:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "UNAVAILABLE", refusal(self._beyond_limit))
+            return
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "INVALID_ARGUMENT",
+                _LARGE_HEAD,
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._field_bytes = 0
+        self._expect(self._bounds.header_timeout, self._refuse_slow_head)
+
+    def on_url(self, url: bytes) -> None:
+        self._field_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._field_bytes += len(name) + len(value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        # They may have come at once, with their end.
+        is_large = self._field_bytes > _MOST_HEAD_BYTES
+        self.app = _refuse_large_head if is_large else self.config.loaded_app
+        super().on_headers_complete()
+        self._body_bytes = 0
+        self._expect(self._bounds.body_timeout, self._refuse_slow_body)
+        if self.loop.time() > self._too_old and self.cycle is not None:
+            self.cycle.default_headers = [*self.cycle.default_headers, _CLOSE]
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        self._expect_nothing()
+        super().on_message_complete()
+
+    def _expect(self, seconds: float, otherwise: Any) -> None:
+        self._expect_nothing()
+        if seconds:
+            self._timer = self.loop.call_later(seconds, otherwise)
+
+    def _expect_nothing(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse_slow_head(self) -> None:
+        if self._head_bytes and not self._beyond_limit:
+            seconds = self._bounds.header_timeout
+            self._refuse_slow(f"the headers did not come within {seconds:g} s (header_timeout)")
+        else:  # it has not begun a request
+            self.transport.close()
+
+    def _refuse_slow_body(self) -> None:
+        received, self._body_bytes = self._body_bytes, 0
+        if self.flow.read_paused:  # it is not read
+            self._expect(self._bounds.body_timeout, self._refuse_slow_body)
+        elif received >= _SLOWEST_BODY:
+            self._expect(received / _SLOWEST_BODY, self._refuse_slow_body)
+        else:
+            self._refuse_slow(
+                f"the body did not come within {self._bounds.body_timeout:g} s (body_timeout)"
+            )
+
+    def _refuse_slow(self, message: str) -> None:
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "DEADLINE_EXCEEDED", message)
+
+    def _refuse(self, status: HTTPStatus, code: str, message: str) -> None:
+        """Answers and closes the connection, whatever is left to read."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+            body = json.dumps({"error": {"code": code, "message": message}}).encode()
+            self.transport.write(
+                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%s" % (status, status.phrase.encode(), len(body), body)
+            )
+        self.transport.close()

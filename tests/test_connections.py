@@ -1,0 +1,109 @@
+"""Bounds on connections: how many, how slow, how old."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import requests
+from conftest import Server, Start, flow
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from clip_client import Client
+from clip_server.errors import ConfigurationError
+from clip_server.launch.flow import prepare
+
+TIMEOUT, AGE, MOST = 0.5, 1.0, 20
+BODY = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
+
+
+@pytest.fixture(scope="module")
+def strict(start: Start) -> Server:
+    spec = flow()
+    spec["with"] |= {
+        "header_timeout": TIMEOUT,
+        "body_timeout": TIMEOUT,
+        "max_connection_age": AGE,
+        "max_connections_per_address": MOST,
+    }
+    return start(spec)
+
+
+@pytest.mark.parametrize(
+    ("sent", "bound"),
+    [(b"GET /livez HTTP/1.1\r\nx: y", "header_timeout"), (BODY, "body_timeout")],
+    ids=["headers", "body"],
+)
+def test_slow_requests_are_cut_off(strict: Server, sent: bytes, bound: str) -> None:
+    with socket.create_connection(("127.0.0.1", strict.ports[1]), 30) as connection:
+        connection.sendall(sent)
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert bound.encode() in answer
+    assert f"{TIMEOUT:g} s".encode() in answer
+
+
+@pytest.mark.parametrize("port", [1, 2], ids=["http", "websocket"])
+def test_a_connection_that_sends_nothing_is_closed(strict: Server, port: int) -> None:
+    with socket.create_connection(("127.0.0.1", strict.ports[port]), 30) as connection:
+        assert connection.recv(1000) == b""
+
+
+def test_large_headers_are_refused_with_the_limit(strict: Server) -> None:
+    answer = requests.get(f"{strict.http}/livez", headers={"x": "y" * 100_000})
+    assert answer.status_code == 431
+    assert "64 KiB" in answer.json()["error"]["message"]
+
+
+def test_too_many_connections_of_one_address(strict: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(MOST):
+            stack.enter_context(connect(strict.websocket, proxy=None))
+        refused = requests.get(f"{strict.http}/livez")
+        assert refused.status_code == 503
+        assert "max_connections_per_address" in refused.json()["error"]["message"]
+        assert str(MOST) in refused.json()["error"]["message"]
+        with pytest.raises(InvalidStatus) as raised, connect(strict.websocket, proxy=None):
+            pass
+        assert raised.value.response.status_code == 503
+    # The client waits for its turn.
+    with Client(strict.http) as client:
+        assert len(client.encode(["a cat"])) == 1
+
+
+def test_old_connections_are_closed_between_requests(strict: Server) -> None:
+    with connect(strict.websocket, proxy=None) as link:
+        with pytest.raises(ConnectionClosed) as raised:
+            link.recv(30)
+        assert raised.value.rcvd is not None
+        assert raised.value.rcvd.code == 1001
+    with requests.Session() as session:
+        session.headers["connection"] = "keep-alive"
+        assert "connection" not in session.get(f"{strict.http}/livez").headers
+        time.sleep(1.2 * AGE)
+        # The connection may be the same: uvicorn keeps an idle one for five seconds.
+        assert session.get(f"{strict.http}/livez").headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
+def test_the_client_loses_nothing_when_its_connection_is_closed(
+    strict: Server, protocol: str
+) -> None:
+    with Client(getattr(strict, protocol)) as client:
+        expected = client.encode(["a cat"])
+        end = time.monotonic() + 2.5 * AGE
+        while time.monotonic() < end:
+            found = client.encode(["a cat"] * 64, batch_size=4)
+            np.testing.assert_allclose(found, np.repeat(expected, 64, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", ["soon", -1, True])
+def test_seconds_in_a_flow_are_checked(value: object) -> None:
+    spec = flow()
+    spec["with"]["max_connection_age"] = value
+    with pytest.raises(ConfigurationError, match=r"max_connection_age: .* number of seconds"):
+        prepare(spec)
