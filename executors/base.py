@@ -19,7 +19,7 @@ from jina.constants import __default_endpoint__
 from clip_client import images, scores
 from clip_client.errors import InvalidInputError
 from clip_client.proto import clip_pb2 as pb
-from clip_server import runtimes
+from clip_server import __version__, runtimes
 from clip_server.engine.engine import Engine, Item
 from clip_server.engine.fetcher import Fetcher
 from clip_server.engine.service import Limits, Service
@@ -29,6 +29,7 @@ from clip_server.executors.documents import ClipDoc
 from clip_server.executors.parameters import EncoderParameters, field_paths, parse_access_paths
 from clip_server.launch import jina_internals
 from clip_server.models import zoo
+from clip_server.models.fingerprint import fingerprint
 from clip_server.preprocess.image import ImageTransform
 from clip_server.rpc.request_parameters import RequestParameters
 from clip_server.runtimes.protocol import Runtime
@@ -87,6 +88,14 @@ class BaseCLIPEncoder(ClipExecutor):
         policy, limits = self.parameters.allow_uri, self._limits()
         fetcher = Fetcher(policy, limits.max_item_bytes) if policy else None
         self.service = Service(self.engine, limits, self.modality, fetcher)
+        self.engine.metrics.set_build_info(__version__, self.fingerprint(self.parameters))
+
+    @classmethod
+    def fingerprint(cls, parameters: EncoderParameters) -> str:
+        """The fingerprint of the weights that are served."""
+        model = parameters.name, parameters.model_path
+        towers = cls._runtime_spec().find_towers(zoo.own_path(*model))
+        return fingerprint(towers.values() if towers else [zoo.checkpoint(*model)])
 
     @classmethod
     def prepare(cls, given: Mapping[str, Any]) -> None:

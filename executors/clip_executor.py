@@ -8,6 +8,7 @@ import grpc
 from jina import Executor
 
 from clip_client.proto import clip_pb2 as pb
+from clip_server import logs
 from clip_server.launch import jina_internals
 from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
 from clip_server.rpc.grpc_service import clip_handlers
@@ -27,6 +28,7 @@ class ClipExecutor(Executor):
         # made in Python belongs to its caller's process, whose signals and memory are not ours.
         self.is_served = bool(arguments.get("runtime_args"))
         if self.is_served:
+            logs.configure()
             die_with_parent()
             return_memory_when_idle()
 
@@ -45,6 +47,7 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
 
     def __init__(self, executor: ClipExecutor, timed: jina_internals.TimeCall) -> None:
         async def handle(request: pb.Request) -> pb.Response:
+            logs.request_id.set(request.request_id)
             items = count_items(request)
             if items is None:
                 return await executor.handle(request)

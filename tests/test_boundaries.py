@@ -16,6 +16,7 @@ GROUND = [
     "clip_server.install",
     "clip_server.model_card",
     "clip_server.launch.process_setup",
+    "clip_server.logs",
     "clip_server.commands.console",
 ]
 # A module may import its own room and those to the right of it, nothing else of ours.
@@ -26,6 +27,7 @@ ALLOWED = {
     "clip_server.install": [],
     "clip_server.model_card": [],
     "clip_server.launch.process_setup": [],
+    "clip_server.logs": [],
     "clip_server.commands.console": [],
     "clip_server.keys": ["clip_server.errors", "clip_server.commands.console"],
     # Shared by the processes that Jina starts.

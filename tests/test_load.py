@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import Http, Server, Start, flow
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.sync.client import connect
 
 from clip_client import Client
@@ -57,11 +58,14 @@ def texts(count: int) -> list[str]:
     return [f"text {next(_numbers)}" for _ in range(count)]
 
 
-def metrics(server: Server) -> dict[str, float]:
+def metrics(server: Server) -> Counter[str]:
     answer = requests.get(f"{server.http}/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
-    found = re.findall(r'^clip_(\w+)\{replica="[\d.:]+"\} (\S+)$', answer.text, re.MULTILINE)
-    return {name.removesuffix("_total"): float(value) for name, value in found}
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            found[sample.name.removeprefix("clip_").removesuffix("_total")] += sample.value
+    return found
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:

@@ -108,18 +108,20 @@ class ItemError(_message.Message):
     def __init__(self, index: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("total", "preprocess", "inference", "gateway", "search")
+    __slots__ = ("total", "preprocess", "inference", "queue", "gateway", "search")
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREPROCESS_FIELD_NUMBER: _ClassVar[int]
     INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     total: float
     preprocess: float
     inference: float
+    queue: float
     gateway: float
     search: float
-    def __init__(self, total: _Optional[float] = ..., preprocess: _Optional[float] = ..., inference: _Optional[float] = ..., gateway: _Optional[float] = ..., search: _Optional[float] = ...) -> None: ...
+    def __init__(self, total: _Optional[float] = ..., preprocess: _Optional[float] = ..., inference: _Optional[float] = ..., queue: _Optional[float] = ..., gateway: _Optional[float] = ..., search: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("model",)
@@ -170,21 +172,25 @@ class InfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., dim: _Optional[int] = ..., image_size: _Optional[int] = ..., context_length: _Optional[int] = ..., logit_scale: _Optional[float] = ..., version: _Optional[str] = ..., max_item_bytes: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_request_items: _Optional[int] = ..., collection: _Optional[_Union[Collection, _Mapping]] = ..., modality: _Optional[str] = ..., access_paths: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., matryoshka_dimensions: _Optional[_Iterable[int]] = ..., model_names: _Optional[_Iterable[str]] = ..., logit_bias: _Optional[float] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: bool
+    def __init__(self, text: bool = ...) -> None: ...
 
 class MetricsResponse(_message.Message):
-    __slots__ = ("values",)
-    class ValuesEntry(_message.Message):
+    __slots__ = ("text", "counts")
+    class CountsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
-    VALUES_FIELD_NUMBER: _ClassVar[int]
-    values: _containers.ScalarMap[str, float]
-    def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    counts: _containers.ScalarMap[str, float]
+    def __init__(self, text: _Optional[str] = ..., counts: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Collection(_message.Message):
     __slots__ = ("engine", "rows", "indexed", "dim", "model", "metric", "index_method")
@@ -359,7 +365,7 @@ class Cancel(_message.Message):
     def __init__(self) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "encode", "rank", "info", "cancel", "metrics", "index", "search", "delete", "count", "open", "timeout")
+    __slots__ = ("id", "encode", "rank", "info", "cancel", "metrics", "index", "search", "delete", "count", "open", "timeout", "request_id", "traceparent")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +378,8 @@ class Request(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     id: int
     encode: EncodeRequest
     rank: RankRequest
@@ -384,11 +392,14 @@ class Request(_message.Message):
     count: CountRequest
     open: OpenRequest
     timeout: int
-    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ..., rank: _Optional[_Union[RankRequest, _Mapping]] = ..., info: _Optional[_Union[InfoRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., metrics: _Optional[_Union[MetricsRequest, _Mapping]] = ..., index: _Optional[_Union[IndexRequest, _Mapping]] = ..., search: _Optional[_Union[SearchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., count: _Optional[_Union[CountRequest, _Mapping]] = ..., open: _Optional[_Union[OpenRequest, _Mapping]] = ..., timeout: _Optional[int] = ...) -> None: ...
+    request_id: str
+    traceparent: str
+    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ..., rank: _Optional[_Union[RankRequest, _Mapping]] = ..., info: _Optional[_Union[InfoRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., metrics: _Optional[_Union[MetricsRequest, _Mapping]] = ..., index: _Optional[_Union[IndexRequest, _Mapping]] = ..., search: _Optional[_Union[SearchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., count: _Optional[_Union[CountRequest, _Mapping]] = ..., open: _Optional[_Union[OpenRequest, _Mapping]] = ..., timeout: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Response(_message.Message):
-    __slots__ = ("id", "encode", "rank", "info", "error", "metrics", "index", "search", "delete", "count", "open")
+    __slots__ = ("id", "request_id", "encode", "rank", "info", "error", "metrics", "index", "search", "delete", "count", "open")
     ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
@@ -400,6 +411,7 @@ class Response(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     id: int
+    request_id: str
     encode: EncodeResponse
     rank: RankResponse
     info: InfoResponse
@@ -410,7 +422,7 @@ class Response(_message.Message):
     delete: DeleteResponse
     count: CountResponse
     open: OpenResponse
-    def __init__(self, id: _Optional[int] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., rank: _Optional[_Union[RankResponse, _Mapping]] = ..., info: _Optional[_Union[InfoResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., metrics: _Optional[_Union[MetricsResponse, _Mapping]] = ..., index: _Optional[_Union[IndexResponse, _Mapping]] = ..., search: _Optional[_Union[SearchResponse, _Mapping]] = ..., delete: _Optional[_Union[DeleteResponse, _Mapping]] = ..., count: _Optional[_Union[CountResponse, _Mapping]] = ..., open: _Optional[_Union[OpenResponse, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., rank: _Optional[_Union[RankResponse, _Mapping]] = ..., info: _Optional[_Union[InfoResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., metrics: _Optional[_Union[MetricsResponse, _Mapping]] = ..., index: _Optional[_Union[IndexResponse, _Mapping]] = ..., search: _Optional[_Union[SearchResponse, _Mapping]] = ..., delete: _Optional[_Union[DeleteResponse, _Mapping]] = ..., count: _Optional[_Union[CountResponse, _Mapping]] = ..., open: _Optional[_Union[OpenResponse, _Mapping]] = ...) -> None: ...
 
 class Requests(_message.Message):
     __slots__ = ("requests",)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from clip_server.engine.cache import EmbeddingCache
 from clip_server.engine.halving import Halving
+from clip_server.engine.metrics import Metrics
 from clip_server.engine.scheduler import (
     FairScheduler,
     PendingItem,
@@ -77,8 +78,8 @@ class Encoded:
     errors: messages by index, for the items that failed.
     truncated: number of texts longer than the model's context, whose end was dropped.
     tokens: number of tokens that the model read, each text's start and end included.
-    preprocess_seconds, total_seconds: time until the last item was ready for the device, and
-        until the answer.
+    preprocess_seconds, queue_seconds, total_seconds: time until the last item was ready for the
+        device, from then until it was handed to the device, and from the start until the answer.
     """
 
     embeddings: NDArray[np.float32]
@@ -86,27 +87,8 @@ class Encoded:
     truncated: int
     tokens: int
     preprocess_seconds: float
+    queue_seconds: float
     total_seconds: float
-
-
-@dataclass
-class Metrics:
-    """Counters since the engine started, and the number of items in flight now."""
-
-    texts: int = 0
-    images: int = 0
-    failed_items: int = 0
-    truncated_texts: int = 0
-    deduplicated_items: int = 0
-    requests: int = 0
-    refused_requests: int = 0
-    expired_requests: int = 0
-    cancelled_requests: int = 0
-    in_flight_items: int = 0
-    batches: int = 0
-    batched_items: int = 0
-    priority_batches: int = 0
-    inference_seconds: float = 0.0
 
 
 class _DeviceSlot:
@@ -145,7 +127,7 @@ class Engine:
     ) -> None:
         self.runtime = runtime
         self.card = runtime.card
-        self.metrics = Metrics()
+        self.in_flight_items = 0
         self.cache = EmbeddingCache(cache_bytes)
         self._halvings = Halving(runtime.encode_image), Halving(runtime.encode_text)
         self._encode_image = timed("encode_images", self._halvings[0])
@@ -169,6 +151,7 @@ class Engine:
         self._preprocess_scheduler, self._device_scheduler = FairScheduler(), FairScheduler()
         self._preprocess_tasks = 0
         self._main_slot, self._priority_slot = _DeviceSlot(), _DeviceSlot()
+        self.metrics = Metrics(self)
 
     async def encode(
         self, items: Sequence[Item], *, minibatch_size: int = 0, timeout: float | None = None
@@ -186,21 +169,24 @@ class Engine:
         size = min(minibatch_size or self._minibatch_size, self._minibatch_size)
         request = PendingRequest(next(self._request_numbers), len(items), self.card.dim, size)
         timer = timeout and asyncio.get_running_loop().call_later(timeout, self._expire, request)
-        self.metrics.in_flight_items += len(items)
+        self.in_flight_items += len(items)
         try:
             if items:
+                self.metrics.count_items(items)
                 self._admit(request, items)
                 await request.done
+                self.metrics.preprocess_seconds.observe(request.preprocess_seconds)
+                self.metrics.queue_seconds.observe(request.queue_seconds)
         except asyncio.CancelledError:
             if request.done.cancelled():
-                self.metrics.cancelled_requests += 1
+                self.metrics.cancelled_requests.inc()
             else:
                 request.done.exception()  # it ended in the same moment, and was counted so
             raise
         finally:
-            self.metrics.in_flight_items -= len(items)
-            self.metrics.failed_items += len(request.errors)
-            self.metrics.truncated_texts += request.truncated
+            self.in_flight_items -= len(items)
+            self.metrics.failed_items.inc(len(request.errors))
+            self.metrics.truncated_texts.inc(request.truncated)
             if request.is_open():
                 self._drop(request)
             if timer:
@@ -210,9 +196,16 @@ class Engine:
             errors=dict(sorted(request.errors.items())),
             truncated=request.truncated,
             tokens=request.tokens,
-            preprocess_seconds=request.prepared - request.started,
+            preprocess_seconds=request.preprocess_seconds,
+            queue_seconds=request.queue_seconds,
             total_seconds=time.perf_counter() - request.started,
         )
+
+    @property
+    def queued_items(self) -> int:
+        """Number of items that wait for a preprocessing thread or for the device."""
+        waiting = len(self._texts) + len(self._images)
+        return waiting + len(self._ready_texts) + len(self._ready_images)
 
     @property
     def oom_splits(self) -> int:
@@ -225,11 +218,10 @@ class Engine:
         self._device_workers.close()
 
     def _refuse_if_full(self, count: int) -> None:
-        self.metrics.requests += 1
-        in_flight = self.metrics.in_flight_items
+        self.metrics.requests.inc()
+        in_flight = self.in_flight_items
         # An idle engine accepts any request, even one larger than the bound.
         if in_flight and in_flight + count > self._max_queued_items:
-            self.metrics.refused_requests += 1
             raise RequestError(
                 f"the server is full: {in_flight:,} items are in flight, and it accepts "
                 f"{self._max_queued_items:,} at most; try again in a moment",
@@ -239,7 +231,7 @@ class Engine:
 
     def _expire(self, request: PendingRequest) -> None:
         if not request.done.done():
-            self.metrics.expired_requests += 1
+            self.metrics.expired_requests.inc()
             request.done.set_exception(
                 RequestError("the request timed out before its answer", "DEADLINE_EXCEEDED")
             )
@@ -260,7 +252,7 @@ class Engine:
         fingerprint = _fingerprint(item)
         pending = self._in_flight.get(fingerprint)
         if pending is not None and pending.source == item:
-            self.metrics.deduplicated_items += 1
+            self.metrics.deduplicated_items.inc()
             pending.add(request, index)
             return
         pending = self._in_flight[fingerprint] = PendingItem(item, request, index)
@@ -403,7 +395,7 @@ class Engine:
             return None
         seconds = time.perf_counter() - started
         self._latency.record(batch, seconds)
-        self.metrics.inference_seconds += seconds
+        self.metrics.observe_inference(seconds, is_image=batch[0].is_image)
         return embeddings
 
     def _finish_batch(self, batch: Batch, embeddings: NDArray[np.float32] | None) -> None:
@@ -419,14 +411,13 @@ class Engine:
             self.cache.put(pending.source, embedding, pending.truncated, pending.tokens)
 
     def _count_batch(self, slot: _DeviceSlot, batch: Batch) -> None:
-        metrics = self.metrics
-        metrics.batches += 1
-        metrics.batched_items += len(batch)
-        metrics.priority_batches += slot is self._priority_slot and not slot.bulk
-        if batch[0].is_image:
-            metrics.images += len(batch)
-        else:
-            metrics.texts += len(batch)
+        now = time.perf_counter()
+        for pending in batch:
+            for request, _ in pending.recipients:
+                request.submitted = now
+        self.metrics.count_batch(len(batch), is_image=batch[0].is_image)
+        if slot is self._priority_slot and not slot.bulk:
+            self.metrics.priority_batches.inc()
 
 
 class _LatencyEstimate:

@@ -31,12 +31,13 @@ class PendingRequest:
     truncated: number of texts longer than the model's context.
     tokens: number of tokens of the texts that have embeddings.
     done: set when every item has an embedding or an error.
-    prepared: time at which the last item was ready for the device, by `time.perf_counter`.
+    prepared, submitted: times at which the last item was ready for the device, and was handed to
+        it, by `time.perf_counter`.
     """
 
     __slots__ = (
         "_open", "_unprepared", "done", "embeddings", "errors", "minibatch_size", "number",
-        "prepared", "size", "started", "tokens", "truncated",
+        "prepared", "size", "started", "submitted", "tokens", "truncated",
     )  # fmt: skip
 
     def __init__(self, number: int, size: int, dim: int, minibatch_size: int) -> None:
@@ -46,8 +47,18 @@ class PendingRequest:
         self.truncated = self.tokens = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = time.perf_counter()
-        self.prepared = self.started
+        self.prepared = self.submitted = self.started
         self._open = self._unprepared = size
+
+    @property
+    def preprocess_seconds(self) -> float:
+        """Time until the last item was ready for the device."""
+        return self.prepared - self.started
+
+    @property
+    def queue_seconds(self) -> float:
+        """Time from then until the last item was handed to the device; 0 if none had to be."""
+        return max(0.0, self.submitted - self.prepared)
 
     def count_prepared(self) -> None:
         """Notes that one more item is prepared, or failed before it was."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -20,6 +20,7 @@ from clip_server.errors import ItemError, RequestError
 from clip_server.models import zoo
 from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.items import item_errors
+from clip_server.rpc.metrics import to_text
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class Service:
             elif kind == "info":
                 response.info.CopyFrom(self._info())
             elif kind == "metrics":
-                response.metrics.values.update(self._metrics())
+                response.metrics.counts.update(self.engine.metrics.counts())
+                if request.metrics.text:
+                    response.metrics.text = to_text(self.engine.metrics.registry)
             else:
                 raise RequestError("an empty request: it holds one of encode, rank or info")
         except RequestError as error:
@@ -145,16 +148,6 @@ class Service:
         response.matches.extend(ranked.matches)
         response.errors.extend(item_errors(ranked.errors))
         _set_timings(response.timings, ranked.encoded)
-
-    def _metrics(self) -> dict[str, float]:
-        engine = self.engine
-        return {
-            **asdict(engine.metrics),
-            "oom_splits": engine.oom_splits,
-            "cache_hits": engine.cache.hits,
-            "cache_misses": engine.cache.misses,
-            "cache_bytes": engine.cache.bytes,
-        }
 
     def _info(self) -> pb.InfoResponse:
         runtime, card = self.engine.runtime, self.engine.card
@@ -251,3 +244,4 @@ def _set_timings(timings: pb.Timings, encoded: Encoded) -> None:
         encoded.preprocess_seconds * 1e3,
     )
     timings.inference = timings.total - timings.preprocess
+    timings.queue = encoded.queue_seconds * 1e3

@@ -104,17 +104,17 @@ class Backlog:
         before: tuple[float, Mapping[str, Mapping[str, float]]] = 0.0, {}
         while True:
             asked = time.monotonic()
-            metrics = await self._pool.metrics()
+            counts = await self._pool.counts()
             now = time.monotonic()
-            if metrics:
+            if counts:
                 self._last_answer = now
             elif now - asked < _BUSY_SECONDS:  # they are gone, not merely slow
                 self._last_answer = -math.inf
             if self._busy_since <= before[0]:
-                done = _work_between(before[1], metrics)
+                done = _work_between(before[1], counts)
                 is_loaded = self._rate.seconds(self._total()) > _LOADED_SECONDS
                 self._rate.measure(done, now - before[0], is_loaded)
-            before = now, metrics
+            before = now, counts
             await asyncio.sleep(_BUSY_SECONDS if self._busy_since < math.inf else _IDLE_SECONDS)
 
     def _add(self, size_class: int, texts: int, images: int) -> None:
@@ -175,7 +175,7 @@ class _Rate:
 def _work_between(
     before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
 ) -> Work:
-    """What the replicas have done between two readings of their metrics."""
+    """What the replicas have done between two readings of their counters."""
 
     def grown(name: str) -> int:
         # A replica that has been restarted begins at 0 again.

@@ -13,6 +13,7 @@ from jina.serve.runtimes.gateway.gateway import BaseGateway
 from jina.serve.runtimes.servers import BaseServer
 
 from clip_client.proto import clip_pb2 as pb
+from clip_server import logs
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.gateway.access import Access, admitted
 from clip_server.gateway.admission import Backlog
@@ -20,9 +21,11 @@ from clip_server.gateway.collection import open_collection
 from clip_server.gateway.connections import ConnectionBounds, Connections
 from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.grpc import GrpcListener
-from clip_server.gateway.http import HttpListener
+from clip_server.gateway.http import PATHS, HttpListener
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.listener import Listener, ListenerOptions, Tls
+from clip_server.gateway.metrics import GatewayMetrics
+from clip_server.gateway.observation import Observer
 from clip_server.gateway.replicas import replica_pools
 from clip_server.gateway.router import Router
 from clip_server.gateway.topology import FlowExecutor, Topology
@@ -68,6 +71,7 @@ class ClipGateway(BaseServer, BaseGateway):
         given = {each: arguments.pop(each) for each in names if each in arguments}
         bounds = ConnectionBounds(**given)
         super().__init__(**arguments)
+        logs.configure()
         die_with_parent()
         raise_descriptor_limit()
         return_memory_when_idle()
@@ -95,7 +99,11 @@ class ClipGateway(BaseServer, BaseGateway):
         topology = await self._discover()
         if topology is None:
             return
-        jina = JinaRequestHandler(self._request_handler, topology, self.runtime_args.prefetch)
+        metrics = GatewayMetrics()
+        observer = Observer(metrics, {*PATHS, *topology.endpoints()})
+        jina = JinaRequestHandler(
+            self._request_handler, topology, observer, self.runtime_args.prefetch
+        )
         router = Router(topology, jina, await open_collection(topology), self._max_queued_bytes)
         self._router, self._watching = router, asyncio.create_task(router.watch())
 
@@ -112,9 +120,10 @@ class ClipGateway(BaseServer, BaseGateway):
 
         for protocol, port in zip(self.protocols, self.ports, strict=True):
             listener = LISTENERS[str(protocol).lower()](
-                self.host, port, call, router, jina, self._options
+                self.host, port, call, router, jina, observer, self._options
             )
             await listener.start()
+            metrics.connections[str(protocol).lower()] = listener.count_connections
             self._opened.append(listener)
 
     async def _discover(self) -> Topology | None:

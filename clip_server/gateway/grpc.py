@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,7 +16,9 @@ from clip_client.address import Address
 from clip_server.gateway.access import GrpcAccess
 from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
-from clip_server.rpc.grpc_service import SERVICE, clip_handlers
+from clip_server.gateway.metrics import count_grpc_connections
+from clip_server.gateway.observation import REQUEST_ID, TRACEPARENT, Caller, Observed, caller
+from clip_server.rpc.grpc_service import SERVICE, Context, clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
 
 # Between two looks at whether the server is ready.
@@ -33,9 +38,10 @@ class GrpcListener(Listener):
             compression=self.options.grpc_compression,
         )
         bounds = self.options.connections.bounds
-        self._streams = StreamServer(self.call, IN_FLIGHT, bounds.draw_age)
-        clip = clip_handlers(self.call, self._streams)
-        self._server.add_generic_rpc_handlers((clip, *jina_handlers(self.jina)))
+        self._streams = StreamServer(self.observer.observing(self.call), IN_FLIGHT, bounds.draw_age)
+        clip = clip_handlers(self.call, self._streams, self._observe, self._begin)
+        jina = jina_handlers(self.jina, self._observe, self._begin)
+        self._server.add_generic_rpc_handlers((clip, *jina))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -83,6 +89,24 @@ class GrpcListener(Listener):
         else:
             pair = (tls.decrypted_key(), tls.certificate.read_bytes())
             self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+
+    def _begin(self, context: Context) -> None:
+        """Notes who makes the calls of this task."""
+        metadata = dict(context.invocation_metadata() or ())
+        peer = unquote(context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")
+        given = (str(metadata.get(name, "")) for name in (REQUEST_ID, TRACEPARENT))
+        caller.set(Caller("grpc", peer, *given))
+
+    @contextmanager
+    def _observe(self, endpoint: str, context: Context) -> Iterator[Observed]:
+        self._begin(context)
+        with self.observer.request(endpoint) as observed:
+            context.set_trailing_metadata(((REQUEST_ID, observed.request_id),))
+            yield observed
+
+    def count_connections(self) -> int:
+        """The connections that are open."""
+        return count_grpc_connections()
 
     async def stop(self) -> None:
         """Accepts nothing new, lets requests in flight finish, and closes the port."""

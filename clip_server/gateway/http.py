@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableSequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,8 @@ from clip_server.gateway.http_messages import (
     protobuf_response,
 )
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
-from clip_server.gateway.metrics import exposition
+from clip_server.gateway.metrics import CONTENT_TYPE
+from clip_server.gateway.observed_app import ObservedApp
 
 _ENDPOINTS = {
     "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
@@ -46,6 +48,8 @@ _ENDPOINTS = {
     "GET /readyz": "whether it answers requests",
 }
 
+PATHS = {"/dry_run", "/post", *(endpoint.split()[1] for endpoint in _ENDPOINTS)}
+
 
 class HttpListener(Listener):
     """Serves HTTP."""
@@ -54,7 +58,7 @@ class HttpListener(Listener):
         """Opens the port."""
         tls = self.options.tls
         config = uvicorn.Config(
-            self._app(),
+            ObservedApp(self._app(), self.observer),
             self.hosts,
             self.port,
             http=partial(BoundedHttpProtocol, self.options.connections),  # type: ignore[arg-type]
@@ -80,6 +84,10 @@ class HttpListener(Listener):
         """Accepts nothing new, lets requests in flight finish, and closes the port."""
         self._server.should_exit = True
         await self._serving
+
+    def count_connections(self) -> int:
+        """The connections that are open."""
+        return len(self._server.server_state.connections)
 
     def _app(self) -> Starlette:
         clip = ClipApi(self)
@@ -139,8 +147,8 @@ class HttpListener(Listener):
         return json_response({"code": status.code, "description": status.description})
 
     async def _metrics(self, _: Request) -> Response:
-        text = exposition(await self.router.metrics())
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = self.observer.metrics.exposition(await self.router.metrics())
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def _info(self, request: Request) -> Response:
         asked = pb.InfoRequest(model=request.query_params.get("model", ""))
@@ -157,7 +165,7 @@ def _fields(message: Message) -> dict[str, Any]:
         if field.has_presence and not message.HasField(field.name):
             continue
         value = getattr(message, field.name)
-        if field.label == field.LABEL_REPEATED:
+        if isinstance(value, MutableSequence):
             fields[field.name] = list(value)
         else:
             fields[field.name] = _fields(value) if isinstance(value, Message) else value

@@ -34,6 +34,14 @@ _TOO_LARGE = 413
 # The status of a request whose client is gone: it is not sent anywhere.
 _CLIENT_GONE = 499
 
+_CODES = {
+    **{status: code for code, status in _STATUS.items()},
+    404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    _TOO_LARGE: "RESOURCE_EXHAUSTED",
+    _CLIENT_GONE: "CANCELLED",
+}
+
 _Answer = TypeVar("_Answer")
 _Message = TypeVar("_Message", bound=Message)
 
@@ -143,6 +151,11 @@ def protobuf_response(message: Message, status: int = 200) -> Response:
 def json_error(status: int, code: str, message: str) -> Response:
     """A response that says why there is no other."""
     return json_response({"error": {"code": code, "message": message}}, status)
+
+
+def code_of(status: int) -> str:
+    """OK, or the code of an error that is answered with this status."""
+    return "OK" if status < 400 else _CODES.get(status, "INTERNAL")
 
 
 def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -23,9 +23,10 @@ from clip_server.gateway.access import admitted
 from clip_server.gateway.admission import Work
 from clip_server.gateway.docarray_1 import Docarray1Request, Docarray1Response
 from clip_server.gateway.documents import FlowDoc
+from clip_server.gateway.observation import Observer, current
 from clip_server.gateway.topology import Route, Topology
 from clip_server.rpc.errors import FAILED
-from clip_server.rpc.grpc_service import Context, abort, parse, unary_handler
+from clip_server.rpc.grpc_service import Context, Observe, abort, parse, unary_handler
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,19 @@ class JinaRequestHandler:
 
     handler: Jina's own, which visits the executors in the order of the flow.
     topology: the executors.
+    observer: observes the requests of streams; who calls `answer` or `send` observes that.
     prefetch: requests of one stream that may be in flight.
     """
 
-    def __init__(self, handler: GatewayRequestHandler, topology: Topology, prefetch: int) -> None:
-        self._handler, self._topology, self._prefetch = handler, topology, prefetch
+    def __init__(
+        self,
+        handler: GatewayRequestHandler,
+        topology: Topology,
+        observer: Observer,
+        prefetch: int,
+    ) -> None:
+        self._handler, self._topology = handler, topology
+        self._observer, self._prefetch = observer, prefetch
 
     async def answer(self, message: bytes) -> Response:
         """The response to a serialized `jina.DataRequestProto`, in the form of either docarray.
@@ -87,7 +96,7 @@ class JinaRequestHandler:
             try:
                 async for message in messages:
                     await free.acquire()
-                    in_flight.put_nowait(asyncio.create_task(self.answer(message)))
+                    in_flight.put_nowait(asyncio.create_task(self._observed_answer(message)))
             finally:
                 in_flight.put_nowait(None)
 
@@ -103,11 +112,21 @@ class JinaRequestHandler:
                 if (task := in_flight.get_nowait()) is not None:
                     task.cancel()
 
+    async def _observed_answer(self, message: bytes) -> Response:
+        with self._observer.request("/") as observed:
+            try:
+                return await self.answer(message)
+            except RequestError as error:
+                observed.code = error.code
+                raise
+
     async def _answered(self, request: DataRequest, items: int) -> DataRequest:
         try:
             with admitted(items):
                 return await self.send(request)
         except RequestError as error:
+            if observed := current():
+                observed.code = error.code
             return _refusal(request, error)
 
     async def send(self, request: DataRequest) -> DataRequest:
@@ -116,6 +135,11 @@ class JinaRequestHandler:
         Raises:
             RequestError: it would wait for too long, no executor answers it, or one failed.
         """
+        if observed := current():
+            observed.endpoint = request.header.exec_endpoint or "/"
+            observed.items += len(request.proto_with_data.data.docs.docs)
+            observed.rename(request.header.request_id)
+            request.header.request_id = observed.request_id
         route = self._route(request)
         if route.encoder is None:
             return await self._visit(request, route)
@@ -190,13 +214,20 @@ class JinaRequestHandler:
         return answered
 
 
-def jina_handlers(jina: JinaRequestHandler) -> list[grpc.GenericRpcHandler]:
-    """Jina's services for a gRPC server, on serialized messages."""
+def jina_handlers(
+    jina: JinaRequestHandler, observe: Observe, begin: Callable[[Context], None]
+) -> list[grpc.GenericRpcHandler]:
+    """Jina's services for a gRPC server, on serialized messages.
+
+    observe: observes a unary call.
+    begin: called with the context of a stream that begins.
+    """
 
     async def process(message: bytes, _: Context) -> bytes:
         return serialize(await jina.answer(message))
 
     async def call(messages: AsyncIterator[bytes], context: Context) -> None:
+        begin(context)
         try:
             async for response in jina.answer_all(messages):
                 await context.write(serialize(response))
@@ -213,7 +244,7 @@ def jina_handlers(jina: JinaRequestHandler) -> list[grpc.GenericRpcHandler]:
 
     methods = {
         "JinaRPC": {"Call": grpc.stream_stream_rpc_method_handler(call)},
-        "JinaSingleDataRequestRPC": {"process_single_data": unary_handler(process)},
+        "JinaSingleDataRequestRPC": {"process_single_data": unary_handler(process, "/", observe)},
         "JinaGatewayDryRunRPC": {"dry_run": unary_handler(dry_run)},
         "JinaDiscoverEndpointsRPC": {"endpoint_discovery": unary_handler(discover)},
     }

@@ -13,6 +13,7 @@ import grpc
 from clip_server.gateway.access import Access
 from clip_server.gateway.connections import ConnectionBounds, Connections
 from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.observation import Observer
 from clip_server.gateway.router import Router
 from clip_server.rpc.multiplexing import Call
 
@@ -79,6 +80,7 @@ class Listener(ABC):
     call: answers a clip.v1 request; an error is in the response.
     router: the executors of the flow.
     jina: answers the requests of Jina's clients.
+    observer: counts and logs requests.
     """
 
     host: str
@@ -86,6 +88,7 @@ class Listener(ABC):
     call: Call
     router: Router
     jina: JinaRequestHandler
+    observer: Observer
     options: ListenerOptions
 
     @property
@@ -96,6 +99,10 @@ class Listener(ABC):
     @abstractmethod
     async def start(self) -> None:
         """Opens the port."""
+
+    @abstractmethod
+    def count_connections(self) -> int:
+        """The connections that are open."""
 
     @abstractmethod
     async def stop(self) -> None:

@@ -1,38 +1,95 @@
-"""Metrics of the executors in Prometheus's text format."""
+"""Prometheus metrics of the gateway, and the page that has those of its replicas too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-# Metrics that go down as well as up; all others only count.
-_GAUGES = {"in_flight_items", "cache_bytes", "collection_rows"}
+from clip_server.rpc.metrics import SECONDS, merged
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+# The most sockets of one server that gRPC lists in one answer.
+_MOST_SOCKETS = 1 << 20
 
 
-class _Replicas(Collector):
-    """A collector of the metrics that replicas report."""
+class GatewayMetrics:
+    """What a gateway counts and measures.
 
-    def __init__(self, values: Mapping[str, Mapping[str, float]]) -> None:
-        self._values = values
+    connections: functions that count the open connections, by protocol.
+    """
+
+    def __init__(self) -> None:
+        self.connections: dict[str, Callable[[], int]] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(_Connections(self.connections))
+        ProcessCollector(registry=self._registry)
+        self._seconds = Histogram(
+            "clip_request_duration_seconds",
+            "Time from the arrival of a request at the gateway until its answer",
+            ["protocol", "endpoint"],
+            registry=self._registry,
+            buckets=SECONDS,
+        )
+        self._errors = Counter(
+            "clip_errors",
+            "Requests that were answered with an error or cancelled, by its code",
+            ["protocol", "code"],
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "clip_refused_requests",
+            "Requests refused because the server was full, a key had too many items in flight, or "
+            "the request was too large",
+            ["protocol"],
+            registry=self._registry,
+        )
+
+    def observe(self, protocol: str, endpoint: str, code: str, seconds: float) -> None:
+        """Counts a request that has ended. code: OK, or that of the error."""
+        self._seconds.labels(protocol, endpoint).observe(seconds)
+        if code != "OK":
+            self._errors.labels(protocol, code).inc()
+        if code == "RESOURCE_EXHAUSTED":
+            self._refused.labels(protocol).inc()
+
+    def exposition(self, of_replicas: Iterable[Metric]) -> bytes:
+        """All metrics in Prometheus's text format."""
+        page = CollectorRegistry()
+        page.register(_Families(merged([*self._registry.collect(), *of_replicas])))
+        return generate_latest(page)
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+class _Connections(Collector):
+    def __init__(self, count: dict[str, Callable[[], int]]) -> None:
+        self._count = count
 
     def collect(self) -> Iterator[Metric]:
-        """Yields a family for each name, with a sample for each replica."""
-        names = sorted({name for values in self._values.values() for name in values})
-        for name in names:
-            kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
-            words = name.replace("_", " ")
-            family = kind(f"clip_{name}", f"{words} of an executor", labels=["replica"])
-            for replica, values in self._values.items():
-                if name in values:
-                    family.add_metric([replica], values[name])
-            yield family
+        family = GaugeMetricFamily("clip_connections", "Open connections", labels=["protocol"])
+        for protocol, count in self._count.items():
+            family.add_metric([protocol], count())
+        yield family
 
 
-def exposition(values: Mapping[str, Mapping[str, float]]) -> bytes:
-    """The metrics of each replica, by its address and their names."""
-    registry = CollectorRegistry()
-    registry.register(_Replicas(values))
-    return generate_latest(registry)
+def count_grpc_connections() -> int:
+    """Open connections of this process's gRPC servers, as gRPC's channelz lists them."""
+    servers = json.loads(cygrpc.channelz_get_servers(0)).get("server", ())
+    count = 0
+    for server in servers:
+        number = int(server["ref"]["serverId"])
+        listed = json.loads(cygrpc.channelz_get_server_sockets(number, 0, _MOST_SOCKETS))
+        count += len(listed.get("socketRef", ()))
+    return count

@@ -7,10 +7,13 @@ waiting requests share a message, and each keeps its own answer, error, deadline
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from clip_client.address import Address
 from clip_client.errors import ClientClosedError, ConnectionFailedError, ServerError
@@ -20,11 +23,14 @@ from clip_server.errors import ConfigurationError, RequestError
 from clip_server.launch.jina_internals import TimeCall, untimed
 from clip_server.rpc.errors import FAILED
 from clip_server.rpc.items import count_items
+from clip_server.rpc.metrics import read_text
 
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.05
 _METRICS_SECONDS = 1.0
+# What a replica raises that does not answer.
+_SILENCE = (ClientClosedError, ConnectionFailedError, ServerError, asyncio.TimeoutError)
 
 
 class _Replica:
@@ -134,20 +140,40 @@ class ReplicaPool:
 
         return await asyncio.gather(*map(ask, self._replicas))
 
-    async def metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of each replica that answers, by its address."""
+    async def counts(self) -> dict[str, dict[str, float]]:
+        """Counters of items of each replica that answers, by its address."""
         found: dict[str, dict[str, float]] = {}
 
         async def ask(replica: _Replica) -> None:
-            request = pb.Request(metrics=pb.MetricsRequest())
-            try:
-                response = await asyncio.wait_for(replica.transport.send(request), _METRICS_SECONDS)
-            except (ClientClosedError, ConnectionFailedError, ServerError, asyncio.TimeoutError):
-                return
-            found[replica.address.target] = dict(response.metrics.values)
+            with contextlib.suppress(*_SILENCE):
+                request = pb.Request(metrics=pb.MetricsRequest())
+                answer = await asyncio.wait_for(replica.transport.send(request), _METRICS_SECONDS)
+                found[replica.address.target] = dict(answer.metrics.counts)
 
         await asyncio.gather(*map(ask, self._replicas))
         return found
+
+    async def metrics(self, model: str = "") -> list[Metric]:
+        """Metrics of each replica that answers, labelled with its executor, number and model."""
+        up = GaugeMetricFamily(
+            "clip_replica_up",
+            "1 if the replica answered this scrape, else 0",
+            labels=("executor", "replica", "model"),
+        )
+
+        async def ask(number: int, replica: _Replica) -> list[Metric]:
+            labels = {"executor": self.name, "replica": str(number), "model": model}
+            request = pb.Request(metrics=pb.MetricsRequest(text=True))
+            try:
+                response = await asyncio.wait_for(replica.transport.send(request), _METRICS_SECONDS)
+            except _SILENCE:
+                up.add_metric(list(labels.values()), 0)
+                return []
+            up.add_metric(list(labels.values()), 1)
+            return [*read_text(response.metrics.text, labels)]
+
+        found = await asyncio.gather(*itertools.starmap(ask, enumerate(self._replicas)))
+        return [up, *itertools.chain.from_iterable(found)]
 
     async def close(self) -> None:
         """Closes the streams."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from contextlib import AbstractContextManager, nullcontext
+
+from prometheus_client import Metric
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
@@ -13,6 +16,7 @@ from clip_server.gateway.admission import Work
 from clip_server.gateway.collection import KINDS, Collection
 from clip_server.gateway.early_refusal import note_work
 from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.observation import note_request
 from clip_server.gateway.topology import Route, Topology
 from clip_server.rpc.errors import check_count, error_response
 from clip_server.rpc.items import items_to_encode
@@ -64,6 +68,7 @@ class Router:
         """The response to `request`; an error on the way to the executor is in it too."""
         started, request_id, size = time.perf_counter(), request.id, request.ByteSize()
         self._in_flight_bytes += size
+        note_request(request)
         try:
             self._refuse_if_full(size)
             with self._hold(request):
@@ -79,14 +84,15 @@ class Router:
             timings.gateway = (time.perf_counter() - started) * 1e3 - timings.total
         return response
 
-    async def metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of each replica that answers, by its address."""
-        pools = [each.pool for each in self._topology.encoders]
-        pools += [self.collection.indexer] if self.collection else []
-        found: dict[str, dict[str, float]] = {}
-        for metrics in await asyncio.gather(*(pool.metrics() for pool in pools)):
-            found |= metrics
-        return found
+    async def metrics(self) -> list[Metric]:
+        """Metrics of the replicas of all encoders, and of the indexer."""
+        asked = [
+            each.pool.metrics(each.info.model if each.info else "")
+            for each in self._topology.encoders
+        ]
+        if self.collection:
+            asked.append(self.collection.indexer.metrics())
+        return [*itertools.chain.from_iterable(await asyncio.gather(*asked))]
 
     def _hold(self, request: pb.Request) -> AbstractContextManager[None]:
         """Counts what a request has to be encoded as in flight.

@@ -126,6 +126,10 @@ class Topology:
         """Whether an executor answers `endpoint` by name, not only as any other."""
         return any(endpoint in each.endpoints for each in self.executors)
 
+    def endpoints(self) -> set[str]:
+        """The endpoints that executors bind by name."""
+        return {name for each in self.executors for name in each.endpoints if name.startswith("/")}
+
     def route(self, endpoint: str, model: str = "", target: str = "") -> Route:
         """The way of a request for `endpoint`.
 
@@ -191,10 +195,8 @@ class Topology:
                 f"target_executor {target[:100]!r} names no executor that answers "
                 f"{endpoint[:100]}; this flow has {names}"
             )
-        known = sorted({name for each in self.executors for name in each.endpoints})
-        return f"no executor of this flow answers {endpoint[:100]}; there is " + ", ".join(
-            name for name in known if name.startswith("/")
-        )
+        known = ", ".join(sorted(self.endpoints()))
+        return f"no executor of this flow answers {endpoint[:100]}; there is {known}"
 
 
 def _by_name(encoders: Sequence[FlowExecutor]) -> dict[str, FlowExecutor]:

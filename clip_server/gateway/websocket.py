@@ -23,6 +23,13 @@ from clip_server.gateway.access import check_handshake
 from clip_server.gateway.connections import Connections, refusal
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
+from clip_server.gateway.observation import (
+    REQUEST_ID,
+    TRACEPARENT,
+    Caller,
+    caller,
+    join_host_port,
+)
 from clip_server.rpc.multiplexing import StreamServer
 
 # Jina's clients ask for it; each frame is then one of its requests or responses.
@@ -46,7 +53,8 @@ class WebSocketListener(Listener):
     async def start(self) -> None:
         """Opens the port."""
         bounds = self.options.connections.bounds
-        self._streams = StreamServer(self.call, IN_FLIGHT, bounds.draw_age)
+        observed = self.observer.observing(self.call)
+        self._streams = StreamServer(observed, IN_FLIGHT, bounds.draw_age)
         has_access = check_handshake(self.options.access)
 
         def check(connection: ServerConnection, request: Request) -> Response | None:
@@ -77,6 +85,9 @@ class WebSocketListener(Listener):
         async def send(message: bytes) -> None:
             await connection.send(message)
 
+        headers = connection.request.headers if connection.request else {}
+        given = (headers.get(name, "") for name in (REQUEST_ID, TRACEPARENT))
+        caller.set(Caller("websocket", join_host_port(connection.remote_address), *given))
         with contextlib.suppress(ConnectionClosed):
             if connection.subprotocol == _JINA:
                 await self._serve_jina(connection)
@@ -103,6 +114,10 @@ class WebSocketListener(Listener):
             # A Jina client reports the reason of no other code.
             reason = str(error).encode()[:_LONGEST_REASON].decode(errors="ignore")
             await connection.close(CloseCode.INTERNAL_ERROR, reason)
+
+    def count_connections(self) -> int:
+        """The connections that are open."""
+        return len(self._server.connections)
 
     async def stop(self) -> None:
         """Accepts nothing new, lets requests in flight finish, and closes the port."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.rpc.errors import FAILED, error_response
+from clip_server.rpc.errors import FAILED, request_error
 from clip_server.rpc.multiplexing import Call, StreamServer
 
 log = logging.getLogger(__name__)
@@ -21,11 +23,30 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Clip"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# Given an endpoint and the context of a call for it: observes the call. The `code` of what it
+# yields is set to that of an error.
+Observe = Callable[[str, Context], AbstractContextManager[Any]]
+
 _UNARY = ("encode", "rank", "info", "index", "search", "delete", "count")
 
 
-def clip_handlers(call: Call, streams: StreamServer) -> grpc.GenericRpcHandler:
-    """The service's methods: unary ones answered by `call`, the stream by `streams`."""
+def unobserved(_endpoint: str, _context: Context) -> AbstractContextManager[Any]:
+    """Observes nothing."""
+    return nullcontext(SimpleNamespace())
+
+
+def clip_handlers(
+    call: Call,
+    streams: StreamServer,
+    observe: Observe = unobserved,
+    begin: Callable[[Context], None] = lambda _: None,
+) -> grpc.GenericRpcHandler:
+    """The service's methods.
+
+    call, observe: answers and observes the unary ones.
+    streams: answers the stream.
+    begin: called with the context of a stream that begins.
+    """
 
     def unary(kind: str) -> grpc.RpcMethodHandler[Any, Any]:
         form = getattr(pb, f"{kind.capitalize()}Request")
@@ -36,13 +57,14 @@ def clip_handlers(call: Call, streams: StreamServer) -> grpc.GenericRpcHandler:
             request = pb.Request(**{kind: parse(form, message)}, timeout=timeout)
             response = await call(request)
             if response.HasField("error"):
-                await _abort(context, response.error)
+                raise request_error(response.error)
             serialized: bytes = getattr(response, kind).SerializeToString()
             return serialized
 
-        return unary_handler(answer)
+        return unary_handler(answer, f"/{kind}", observe)
 
     async def stream(messages: AsyncIterator[bytes], context: Context) -> None:
+        begin(context)
         await streams.serve(messages, context.write)
 
     return grpc.method_handlers_generic_handler(
@@ -56,6 +78,8 @@ def clip_handlers(call: Call, streams: StreamServer) -> grpc.GenericRpcHandler:
 
 def unary_handler(
     answer: Callable[[bytes, Context], Awaitable[bytes]],
+    endpoint: str = "",
+    observe: Observe = unobserved,
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """A method whose messages are serialized on both sides.
 
@@ -65,16 +89,17 @@ def unary_handler(
 
     @functools.wraps(answer)
     async def guarded(message: bytes, context: Context) -> bytes:
-        try:
-            return await answer(message, context)
-        except RequestError as error:
-            await abort(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            log.exception("a request failed")
-            await abort(context, RequestError(FAILED, "INTERNAL"))
-        raise AssertionError("abort() returned")
+        with observe(endpoint, context) as observed:
+            try:
+                return await answer(message, context)
+            except RequestError as error:
+                refusal = error
+            except Exception:
+                log.exception("a request failed")
+                refusal = RequestError(FAILED, "INTERNAL")
+            observed.code = refusal.code
+            await abort(context, refusal)
+            raise AssertionError("abort() returned")
 
     return grpc.unary_unary_rpc_method_handler(guarded)
 
@@ -94,11 +119,8 @@ def parse(form: type[Any], message: bytes) -> Any:
 
 async def abort(context: Context, error: RequestError) -> None:
     """Ends a call with the status of `error`."""
-    await _abort(context, error_response(0, error).error)
-
-
-async def _abort(context: Context, error: pb.Error) -> None:
+    retry_after = round(error.retry_after * 1e3)
     # gRPC's own way to say when to try again.
-    pushback = (("grpc-retry-pushback-ms", str(error.retry_after)),) if error.retry_after else ()
-    code = grpc.StatusCode[pb.Error.Code.Name(error.code)]
-    await context.abort(code, error.message, pushback)
+    pushback = (("grpc-retry-pushback-ms", str(retry_after)),) if retry_after else ()
+    trailing = (*context.trailing_metadata(), *pushback)
+    await context.abort(grpc.StatusCode[error.code], str(error), trailing)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf import json_format
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
 from clip_client.proto import clip_pb2 as pb
 from clip_client.tags import tags_to_dict
@@ -20,6 +21,7 @@ from clip_server import __version__
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.items import content_id, read_embeddings
+from clip_server.rpc.metrics import to_text
 from clip_server.search import filters, open_store
 from clip_server.search.fingerprint import Fingerprint
 from clip_server.search.relevance import Background
@@ -62,7 +64,20 @@ class SearchService:
         self._writing = ThreadPoolExecutor(1, "write")
         self._unwritten: deque[tuple[list[Row], asyncio.Future[None]]] = deque()
         self._write_task: asyncio.Task[None] | None = None
-        self._metrics = dict.fromkeys(("rows_indexed", "rows_deleted", "searches"), 0.0)
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._rows_indexed = Counter(
+            "clip_rows_indexed", "Rows stored in the collection", registry=self._registry
+        )
+        self._rows_deleted = Counter(
+            "clip_rows_deleted", "Rows deleted from the collection", registry=self._registry
+        )
+        self._searches = Counter(
+            "clip_searches", "Queries answered from the collection", registry=self._registry
+        )
+        self._rows = Gauge(
+            "clip_collection_rows", "Rows in the collection", registry=self._registry
+        )
 
     async def handle(self, request: pb.Request) -> pb.Response:
         """The response to `request`; an error is in it too."""
@@ -133,7 +148,7 @@ class SearchService:
                 errors.append(pb.ItemError(index=index, message=str(error)))
                 ids.append("")
         await self._upsert(rows)
-        self._metrics["rows_indexed"] += len(rows)
+        self._rows_indexed.inc(len(rows))
         return pb.IndexResponse(ids=ids, errors=errors, timings=_timings(started))
 
     async def search(self, request: pb.SearchRequest) -> pb.SearchResponse:
@@ -163,7 +178,7 @@ class SearchService:
         results = [pb.Hits() for _ in queries]
         for row, hits in zip(good, found, strict=True):
             results[row].hits.extend(hits)
-        self._metrics["searches"] += len(good)
+        self._searches.inc(len(good))
         return pb.SearchResponse(
             results=results, timings=_timings(started), metric=self._settings.metric
         )
@@ -182,7 +197,7 @@ class SearchService:
             else partial(store.delete_matching, condition)
         )
         count = await self._run(self._writing, remove)
-        self._metrics["rows_deleted"] += count
+        self._rows_deleted.inc(count)
         return pb.DeleteResponse(count=count)
 
     async def count(self, request: pb.CountRequest) -> pb.CountResponse:
@@ -199,10 +214,9 @@ class SearchService:
         )
 
     async def _measure(self, _: pb.MetricsRequest) -> pb.MetricsResponse:
-        values = dict(self._metrics)
         if self._store is not None:
-            values["collection_rows"] = (await self._describe()).rows
-        return pb.MetricsResponse(values=values)
+            self._rows.set((await self._describe()).rows)
+        return pb.MetricsResponse(text=to_text(self._registry))
 
     async def _describe(self) -> pb.Collection:
         described = await self._run(self._searching, self._opened().describe)

@@ -33,6 +33,7 @@ from clip_server.gateway.http_messages import (
     unless_client_leaves,
 )
 from clip_server.gateway.listener import Listener
+from clip_server.gateway.observation import current
 from clip_server.gateway.topology import FlowExecutor, Route
 from clip_server.rpc.errors import check_count
 
@@ -84,6 +85,9 @@ class ClipApi:
     ) -> Response:
         """The response to a body. endpoint: None: the body names it."""
         call = JsonCall.parse(body, endpoint)
+        if observed := current():
+            observed.endpoint = call.endpoint
+            observed.rename(call.request_id)
         route = self._listener.router.route(call.endpoint, call.parameters.model_name, call.target)
         # A flow without a collection says so where the path asks for one.
         if self._search.answers(call) or (endpoint in SEARCH_ENDPOINTS and route.is_direct):

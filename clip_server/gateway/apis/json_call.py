@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from random import getrandbits
 from typing import Any
 
+from clip_server import logs
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
 from clip_server.gateway.apis.entries import find_fault
@@ -23,7 +23,7 @@ class JsonCall:
 
     endpoint: as it came.
     target: a pattern of the executors that get it, as Jina's `target_executor`; "": all.
-    request_id: as it came, or made.
+    request_id: as it came, or that of the HTTP request.
     is_jinas: one of Jina's clients sent it, which read no other fields than Jina's.
     entries: of `data`; None: it has none.
     given: its `parameters`, as they came.
@@ -61,7 +61,7 @@ class JsonCall:
         return cls(
             endpoint or named or "/",
             _name("targetExecutor", "target_executor", *places),
-            _name("requestId", "request_id", *places) or f"{getrandbits(128):032x}",
+            _name("requestId", "request_id", *places) or logs.request_id.get(),
             header is not None,
             _entries(body.get("data")),
             given,
