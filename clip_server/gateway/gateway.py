@@ -123,7 +123,7 @@ class ClipGateway(BaseServer, BaseGateway):
                 self.host, port, call, router, jina, observer, self._options
             )
             await listener.start()
-            metrics.connections[str(protocol).lower()] = listener.count_connections
+            metrics.add_protocol(str(protocol).lower(), listener.count_connections)
             self._opened.append(listener)
 
     async def _discover(self) -> Topology | None:

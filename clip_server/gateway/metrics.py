@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from clip_client.proto import clip_pb2 as pb
 from clip_server.rpc.metrics import SECONDS, merged
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -19,15 +20,12 @@ _MOST_SOCKETS = 1 << 20
 
 
 class GatewayMetrics:
-    """What a gateway counts and measures.
-
-    connections: functions that count the open connections, by protocol.
-    """
+    """What a gateway counts and measures."""
 
     def __init__(self) -> None:
-        self.connections: dict[str, Callable[[], int]] = {}
+        self._connections: dict[str, Callable[[], int]] = {}
         self._registry = CollectorRegistry()
-        self._registry.register(_Connections(self.connections))
+        self._registry.register(_Connections(self._connections))
         ProcessCollector(registry=self._registry)
         self._seconds = Histogram(
             "clip_request_duration_seconds",
@@ -49,6 +47,13 @@ class GatewayMetrics:
             ["protocol"],
             registry=self._registry,
         )
+
+    def add_protocol(self, protocol: str, count_connections: Callable[[], int]) -> None:
+        """Begins to export a protocol, with counters at 0: from nothing, none would increase."""
+        self._connections[protocol] = count_connections
+        self._refused.labels(protocol)
+        for code in pb.Error.Code.keys()[1:]:
+            self._errors.labels(protocol, code)
 
     def observe(self, protocol: str, endpoint: str, code: str, seconds: float) -> None:
         """Counts a request that has ended. code: OK, or that of the error."""

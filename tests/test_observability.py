@@ -1,0 +1,165 @@
+"""Metrics, their documentation and dashboard, request ids and logs of a server."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+
+import grpc
+import pytest
+import requests
+from conftest import ROOT, Server, Start, flow
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from websockets.sync.client import connect
+
+from clip_client import Client
+from clip_client.proto import clip_pb2 as pb
+
+CAT = str(ROOT / "clip_server/models/embedded/samples/cat.png")
+DOCUMENTED = re.compile(r"`((?:clip|process)_\w+)`")
+
+
+def scrape(server: Server) -> dict[str, Metric]:
+    text = requests.get(f"{server.http}/metrics", timeout=30).text
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    return {family.name: family for family in families}
+
+
+@pytest.fixture(scope="module")
+def used(onnx_server: Server) -> Server:
+    """The shared server after requests on every protocol, one of them refused."""
+    for address in onnx_server.addresses:
+        with Client(address) as client:
+            client.encode(["a cat", CAT])
+    requests.post(f"{onnx_server.http}/encode", data="{", timeout=30)
+    return onnx_server
+
+
+@pytest.fixture(scope="module")
+def logging_server(start: Start) -> Iterator[Server]:
+    server = start(flow(), CLIP_ACCESS_LOG="1", CLIP_LOG_FORMAT="json")
+    yield server
+    server.stop()
+
+
+def exported(families: dict[str, Metric]) -> set[str]:
+    return {
+        f"{name}_total" if family.type == "counter" else name for name, family in families.items()
+    }
+
+
+def test_what_is_exported_is_documented(used: Server, search_server: Server) -> None:
+    names = exported(scrape(used)) | exported(scrape(search_server))
+    page = (ROOT / "docs/operations.md").read_text("utf-8")
+    assert set(DOCUMENTED.findall(page)) == names
+
+
+def test_metrics_of_each_protocol(used: Server) -> None:
+    families = scrape(used)
+    for family in families.values():
+        assert family.documentation
+    counted = {
+        sample.labels["protocol"]: sample.value
+        for sample in families["clip_request_duration_seconds"].samples
+        if sample.name.endswith("_count") and sample.labels["endpoint"] == "/encode"
+    }
+    assert counted.keys() == {"grpc", "http", "websocket"}
+    refused = [
+        sample.value
+        for sample in families["clip_errors"].samples
+        if sample.labels == {"protocol": "http", "code": "INVALID_ARGUMENT"}
+    ]
+    assert refused[0] >= 1
+    (info,) = families["clip_build_info"].samples
+    assert (info.labels["executor"], info.labels["replica"]) == ("clip", "0")
+    assert info.labels["model"] == "emoji-small::embedded"
+    assert re.fullmatch("[0-9a-f]{16}", info.labels["fingerprint"])
+
+
+def test_open_connections_are_counted(used: Server) -> None:
+    def count(protocol: str) -> float:
+        (family,) = (each for name, each in scrape(used).items() if name == "clip_connections")
+        return next(each.value for each in family.samples if each.labels["protocol"] == protocol)
+
+    before = count("websocket"), count("grpc")
+    with connect(used.websocket, proxy=None), Client(used.grpc) as client:
+        client.encode(["a cat"])
+        assert count("websocket") == before[0] + 1
+        assert count("grpc") == before[1] + 1
+
+
+def test_the_dashboard_reads_what_is_exported(used: Server) -> None:
+    samples = [sample for family in scrape(used).values() for sample in family.samples]
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text("utf-8"))
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) > 15
+    for expression in expressions:
+        for name, selector in re.findall(r"\b((?:clip|process)_\w+)\{([^}]*)\}", expression):
+            labels = {
+                *(label for group in re.findall(r"by \(([^)]*)\)", expression)
+                  for label in re.split(r", *", group)),
+                *(label for label in re.findall(r"(\w+)=", selector) if label != "job"),
+            }  # fmt: skip
+            if name.endswith(("_sum", "_count")):
+                labels -= {"le"}
+            found = [sample for sample in samples if sample.name == name]
+            assert found, f"{expression}: {name} is not exported"
+            assert any(labels <= each.labels.keys() for each in found), expression
+
+
+@pytest.mark.parametrize("given", ["order-66", ""])
+def test_request_ids_over_http(used: Server, given: str) -> None:
+    headers = {"x-request-id": given} if given else {}
+    answer = requests.post(
+        f"{used.http}/encode", json={"data": ["a cat"]}, headers=headers, timeout=30
+    )
+    returned = answer.headers["x-request-id"]
+    assert returned == given or re.fullmatch("[0-9a-f]{32}", returned)
+    assert answer.json()["header"]["requestId"] == returned
+
+
+def test_an_id_that_does_not_fit_a_log_is_replaced(used: Server) -> None:
+    for given in ("a" * 129, "\u00e9t\u00e9".encode().decode("latin-1"), "a\tb"):
+        request = urllib.request.Request(f"{used.http}/livez", headers={"x-request-id": given})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+def test_request_ids_over_grpc_and_websocket(used: Server) -> None:
+    encode = pb.EncodeRequest(items=[pb.Item(text="a cat")])
+    with grpc.insecure_channel(used.grpc.removeprefix("grpc://")) as channel:
+        method = channel.unary_unary("/clip.v1.Clip/Encode")
+        for message in (encode.SerializeToString(), b"\xff"):
+            call = method.future(message, metadata=[("x-request-id", "order-67")])
+            call.exception(30)
+            assert ("x-request-id", "order-67") in call.trailing_metadata()
+    with connect(used.websocket, proxy=None) as link:
+        for number, given in enumerate(("order-68", ""), 1):
+            request = pb.Request(id=number, encode=encode, request_id=given)
+            link.send(pb.Requests(requests=[request]).SerializeToString())
+            message = link.recv(30)
+            assert isinstance(message, bytes)
+            (response,) = pb.Responses.FromString(message).responses
+            assert response.request_id == given or re.fullmatch("[0-9a-f]{32}", response.request_id)
+
+
+def test_the_access_log_has_a_line_for_each_request(logging_server: Server) -> None:
+    for address in logging_server.addresses:
+        with Client(address) as client:
+            client.encode(["a cat", CAT])
+    headers = {"x-request-id": "order-69"}
+    requests.post(f"{logging_server.http}/encode", data="{", headers=headers, timeout=30)
+    lines = [
+        json.loads(line) for line in logging_server.output().splitlines() if line.startswith("{")
+    ]
+    encoded = [line for line in lines if line.get("endpoint") == "/encode"]
+    assert [line["protocol"] for line in encoded] == ["grpc", "http", "websocket", "http"]
+    assert [line["status"] for line in encoded] == ["OK", 200, "OK", 400]
+    assert [line["items"] for line in encoded] == [2, 2, 2, 0]
+    assert all(line["client"].startswith("127.0.0.1:") for line in encoded)
+    assert all(line["duration_ms"] > 0 for line in encoded)
+    assert encoded[-1]["request_id"] == "order-69"
