@@ -20,7 +20,14 @@ from starlette.routing import Route, request_response
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.gateway.access import HttpAccess
+from clip_server.gateway.apis import tei
 from clip_server.gateway.apis.clip import ClipApi
+from clip_server.gateway.apis.cohere import CohereApi
+from clip_server.gateway.apis.embeddings import Dialect
+from clip_server.gateway.apis.immich import ImmichApi
+from clip_server.gateway.apis.openai import OpenAIApi
+from clip_server.gateway.apis.tei import TeiApi
+from clip_server.gateway.apis.weaviate import WeaviateApi
 from clip_server.gateway.connections import BoundedHttpProtocol
 from clip_server.gateway.early_refusal import EarlyRefusal
 from clip_server.gateway.http_messages import (
@@ -35,7 +42,10 @@ from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import CONTENT_TYPE
 from clip_server.gateway.observed_app import ObservedApp
 
+# The APIs of other servers.
+_DIALECTS: tuple[type[Dialect], ...] = (OpenAIApi, CohereApi, TeiApi, WeaviateApi, ImmichApi)
 _ENDPOINTS = {
+    "POST /v1/embeddings": '{"model": "...", "input": ["a cat"]}',
     "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
     "POST /rank": '{"data": [{"uri": "data:...", "matches": [{"text": "a cat"}]}]}',
     "POST /index": '{"data": [{"id": "1", "text": "a cat", "tags": {"colour": "red"}}]}',
@@ -105,7 +115,12 @@ class HttpListener(Listener):
             Route("/livez", self._live),
             Route("/readyz", self._ready),
             Route("/dry_run", self._dry_run),
+            # As TEI, infinity and vLLM have it, and as Weaviate asks its vectorizer.
+            Route("/health", self._ready),
+            Route("/.well-known/live", self._empty),
+            Route("/.well-known/ready", self._empty_if_ready),
         ]
+        dialects = [route for each in _DIALECTS for route in each(self).routes()]
         cors = Middleware(
             CORSMiddleware,
             allow_origins=["*"],
@@ -120,7 +135,7 @@ class HttpListener(Listener):
         )
         refusing = Middleware(EarlyRefusal)
         app = Starlette(
-            routes=[*pages, *clip.routes()],
+            routes=[*pages, *dialects, *clip.routes()],
             # CORS first: browsers send no key with their preflight requests.
             middleware=[*([cors] if self.options.cors else []), access, refusing],
             exception_handlers=error_handlers(_ENDPOINTS),
@@ -141,6 +156,13 @@ class HttpListener(Listener):
         why = "the server is shutting down" if self.router.is_draining else "no encoder answers"
         return json_error(503, "UNAVAILABLE", why)
 
+    async def _empty(self, _: Request) -> Response:
+        return Response(status_code=204)
+
+    async def _empty_if_ready(self, request: Request) -> Response:
+        response = await self._ready(request)
+        return await self._empty(request) if response.status_code == 200 else response
+
     async def _dry_run(self, _: Request) -> Response:
         """Whether the flow answers, for Jina's clients."""
         status = jina_pb2.StatusProto.FromString(await self.jina.is_ready())
@@ -155,7 +177,7 @@ class HttpListener(Listener):
         info = await ask(self.call, "info", asked, request)
         if PROTOBUF in request.headers.get("accept", ""):
             return protobuf_response(info)
-        return json_response(_fields(info))
+        return json_response({**tei.describe(info), **_fields(info)})
 
 
 def _fields(message: Message) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
-from clip_server.gateway.topology import UnansweredError
+from clip_server.gateway.topology import UnansweredError, UnservedModelError
 from clip_server.rpc.errors import FAILED, error_response, request_error
 from clip_server.rpc.multiplexing import Call
 
@@ -41,7 +41,8 @@ _CODES = {
     _TOO_LARGE: "RESOURCE_EXHAUSTED",
     _CLIENT_GONE: "CANCELLED",
 }
-
+# Makes the content of an error from its status, code and message.
+ErrorContent: TypeAlias = Callable[[int, str, str], Any]
 _Answer = TypeVar("_Answer")
 _Message = TypeVar("_Message", bound=Message)
 
@@ -79,11 +80,14 @@ async def read_body(request: Request, most: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises RequestError if it is something else."""
+def parse_object(body: bytes, example: str = '{"data": [{"text": "a cat"}]}') -> dict[str, Any]:
+    """The JSON object in a body. Raises RequestError if it is something else.
+
+    example: of one, for the message.
+    """
     parsed = json_text.loads(body)
     if not isinstance(parsed, dict):
-        raise RequestError('the body is not a JSON object like {"data": [{"text": "a cat"}]}')
+        raise RequestError(f"the body is not a JSON object like {example}")
     return parsed
 
 
@@ -148,9 +152,25 @@ def protobuf_response(message: Message, status: int = 200) -> Response:
     return Response(message.SerializeToString(), status, media_type=PROTOBUF)
 
 
-def json_error(status: int, code: str, message: str) -> Response:
+def own_error(status: int, code: str, message: str) -> Any:
+    """The content of a response that says why there is no other, in our own dialect."""
+    del status
+    return {"error": {"code": code, "message": message}}
+
+
+def answer_errors_in(dialect: ErrorContent, request: Request) -> None:
+    """Has errors of a request answered in another dialect than our own."""
+    request.state.error_content = dialect
+
+
+def json_error(status: int, code: str, message: str, content: ErrorContent = own_error) -> Response:
     """A response that says why there is no other."""
-    return json_response({"error": {"code": code, "message": message}}, status)
+    return json_response(content(status, code, message), status)
+
+
+def _dialect_of(request: Request) -> ErrorContent:
+    dialect: ErrorContent = getattr(request.state, "error_content", own_error)
+    return dialect
 
 
 def code_of(status: int) -> str:
@@ -186,15 +206,17 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
 async def refuse(request: Request, error: Exception) -> Response:
     """The response to a request that raised a RequestError."""
     assert isinstance(error, RequestError)
-    status, code = _STATUS.get(error.code, 500), error.code
+    status, code, dialect = _STATUS.get(error.code, 500), error.code, _dialect_of(request)
     if isinstance(error, BodyTooLargeError):
         status = _TOO_LARGE
-    elif isinstance(error, UnansweredError):
+    elif isinstance(error, UnansweredError) or (
+        isinstance(error, UnservedModelError) and dialect is not own_error
+    ):
         status, code = 404, "NOT_FOUND"
     if is_protobuf(request):
         response = protobuf_response(error_response(0, error).error, status)
     else:
-        response = json_error(status, code, str(error))
+        response = json_error(status, code, str(error), dialect)
     if error.retry_after:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after))
     if status == _TOO_LARGE:
@@ -216,5 +238,5 @@ async def _note_client_gone(request: Request, _: Exception) -> Response:
     return Response(status_code=_CLIENT_GONE)
 
 
-async def _fail(_: Request, __: Exception) -> Response:
-    return json_error(500, "INTERNAL", FAILED)
+async def _fail(request: Request, _: Exception) -> Response:
+    return json_error(500, "INTERNAL", FAILED, _dialect_of(request))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from prometheus_client import Metric
@@ -17,7 +18,7 @@ from clip_server.gateway.collection import KINDS, Collection
 from clip_server.gateway.early_refusal import note_work
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.observation import note_request
-from clip_server.gateway.topology import Route, Topology
+from clip_server.gateway.topology import FlowExecutor, Route, Topology
 from clip_server.rpc.errors import check_count, error_response
 from clip_server.rpc.items import items_to_encode
 
@@ -59,6 +60,15 @@ class Router:
         """Items that the first encoder takes in one request."""
         info = self._topology.encoder().info
         return info.max_request_items if info else 0
+
+    @property
+    def encoders(self) -> Sequence[FlowExecutor]:
+        """The encoders, in the order of the flow."""
+        return self._topology.encoders
+
+    def encoder(self, model: str = "") -> FlowExecutor:
+        """The encoder of this name, as `Topology.encoder` finds it."""
+        return self._topology.encoder(model)
 
     def route(self, endpoint: str, model: str = "", target: str = "") -> Route:
         """The way of a request, as `Topology.route` finds it."""

@@ -84,7 +84,7 @@ def read_mapping(
     return values
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {shown(value)}, which is neither true nor false")
     return value
@@ -117,19 +117,19 @@ def _paths(name: str, value: Any) -> list[str]:
         raise RequestError(str(error)) from None
 
 
-def _name(name: str, value: Any) -> str:
+def name_of(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{name} is {shown(value)}, which is not a string")
     return value
 
 
 _READERS = {
-    "normalize": _flag,
+    "normalize": flag,
     "minibatch_size": _size,
-    "drop_image_content": _flag,
+    "drop_image_content": flag,
     "encoding_format": _encoding,
     "access_paths": _paths,
-    "model_name": _name,
+    "model_name": name_of,
 }
 
 

@@ -21,6 +21,7 @@ from clip_server.gateway.apis.entries import descend, echo, find_fault, to_item,
 from clip_server.gateway.apis.flow import ask_flow
 from clip_server.gateway.apis.json_call import JsonCall
 from clip_server.gateway.apis.search import SEARCH_ENDPOINTS, SearchApi
+from clip_server.gateway.apis.tei import TeiApi
 from clip_server.gateway.collection import KINDS
 from clip_server.gateway.http_messages import (
     ask,
@@ -53,6 +54,7 @@ class ClipApi:
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._search = SearchApi(listener)
+        self._tei = TeiApi(listener)
 
     def routes(self) -> list[routing.Route]:
         """The endpoints that every flow has."""
@@ -65,7 +67,10 @@ class ClipApi:
         endpoint = request.url.path
         if is_protobuf(request):
             return await self._answer_protobuf(endpoint, body, request)
-        return await self._answer_json(parse_object(body), endpoint, request)
+        content = parse_object(body)
+        if endpoint == "/" and TeiApi.claims(content):
+            return await self._tei.answer(content, request)
+        return await self._answer_json(content, endpoint, request)
 
     async def _answer_post(self, request: Request) -> Response:
         body = await read_body(request, self._listener.options.max_request_bytes)

@@ -1,0 +1,100 @@
+"""Cohere's API of embeddings, version 2."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import Route
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.gateway.apis.embeddings import (
+    FORMATS,
+    Dialect,
+    Named,
+    Wanted,
+    image_item,
+    items_of,
+    only,
+    part_item,
+    read_options,
+    text_item,
+)
+from clip_server.rpc.request_parameters import shown
+
+_INPUT_TYPES = ("search_document", "search_query", "classification", "clustering", "image")
+
+
+class CohereApi(Dialect):
+    """`/v2/embed`."""
+
+    example = '{"model": "...", "input_type": "search_query", "texts": ["a cat"]}'
+
+    def routes(self) -> list[Route]:
+        """Its routes."""
+        return [self._post("/v2/embed", self._answer)]
+
+    def error(self, status: int, code: str, message: str) -> Any:
+        """An error."""
+        del status, code
+        return {"message": message}
+
+    async def _answer(self, body: Mapping[str, Any], request: Request) -> Any:
+        # Its truncate is no flag, and is read below.
+        options = read_options(
+            {key: value for key, value in body.items() if key != "truncate"},
+            {"output_dimension": "dimensions"},
+            {"input_type": only(*_INPUT_TYPES)},
+        )
+        options.pop("input_type", None)
+        options.pop("format", None)
+        forms = _forms(body.get("embedding_types"))
+        wanted = Wanted(_items(body), truncate=_truncates(body.get("truncate")), **options)
+        embedded = await self._embed(wanted, request)
+        answer = {
+            "id": str(uuid.uuid4()),
+            "embeddings": {form: embedded.shown(form) for form in forms},
+            "response_type": "embeddings_by_type",
+            "meta": {
+                "api_version": {"version": "2"},
+                "billed_units": {"input_tokens": embedded.tokens},
+            },
+        }
+        return answer if body.get("texts") is None else {**answer, "texts": body["texts"]}
+
+
+def _items(body: Mapping[str, Any]) -> list[Named]:
+    readers = {"texts": text_item, "images": image_item, "inputs": _input_item}
+    given = [key for key in readers if body.get(key) is not None]
+    if len(given) != 1 or body[given[0]] == []:
+        raise RequestError("give exactly one of texts, images and inputs, a list of at least one")
+    return items_of(body[given[0]], given[0], readers[given[0]])
+
+
+def _input_item(value: Any, place: str) -> pb.Item:
+    content = value.get("content") if isinstance(value, Mapping) else None
+    if not isinstance(content, list) or len(content) != 1:
+        raise RequestError(
+            f"{place}: a CLIP model embeds one text or one image at a time: content is a list of "
+            'one part, as [{"type": "text", "text": "a cat"}]'
+        )
+    return part_item(content[0], f"{place}.content[0]")
+
+
+def _forms(value: Any) -> list[str]:
+    """The forms in which embeddings are returned."""
+    if value is None:
+        return ["float"]
+    if not isinstance(value, list) or not value or not all(each in FORMATS for each in value):
+        raise RequestError(
+            f"embedding_types is {shown(value)}, which is not a list of {', '.join(FORMATS)}"
+        )
+    return list(dict.fromkeys(value))
+
+
+def _truncates(value: Any) -> bool:
+    """Whether texts are truncated."""
+    return bool(only("END", "NONE")("truncate", "END" if value is None else value) == "END")

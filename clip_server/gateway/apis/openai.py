@@ -1,0 +1,124 @@
+"""OpenAI's API of embeddings, which many servers and libraries share, and its list of models.
+
+infinity, Jina and vLLM have the same endpoint, and their ways of sending images are told apart by
+the body.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
+from clip_server.gateway.apis import infinity, jina, vllm
+from clip_server.gateway.apis.embeddings import (
+    Dialect,
+    Named,
+    Wanted,
+    items_of,
+    model_id,
+    read_options,
+    refuse_token_ids,
+    text_or_image_item,
+)
+from clip_server.gateway.http_messages import json_response
+from clip_server.gateway.listener import Listener
+from clip_server.gateway.topology import FlowExecutor
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ALIASES = {
+    "encoding_format": "format",
+    "embedding_type": "format",
+    "encoding_type": "format",
+    "normalized": "normalize",
+}
+
+
+class OpenAIApi(Dialect):
+    """`/v1/embeddings` and `/v1/models`, also without `/v1`."""
+
+    example = '{"model": "...", "input": ["a cat"]}'
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__(listener)
+        self._created = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """Its routes."""
+        return [
+            route
+            for prefix in ("/v1", "")
+            for route in (
+                self._post(f"{prefix}/embeddings", self._embeddings),
+                self._get(f"{prefix}/models", self._models),
+                self._get(f"{prefix}/models/{{model:path}}", self._model),
+            )
+        ]
+
+    def error(self, status: int, code: str, message: str) -> Any:
+        """An error, with the kinds by which OpenAI's clients choose an exception."""
+        kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        is_model = code == "NOT_FOUND"
+        return {
+            "error": {
+                "message": message,
+                "type": kind,
+                "param": "model" if is_model else None,
+                "code": "model_not_found" if is_model else code.lower(),
+            }
+        }
+
+    async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
+        options = read_options(body, _ALIASES, jina.REFUSED)
+        form = options.pop("format", "float")
+        wanted = {key: value for key, value in options.items() if key not in jina.REFUSED}
+        embedded = await self._embed(Wanted(_items(body), **wanted), request)
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": embedding}
+                for index, embedding in enumerate(embedded.shown(form))
+            ],
+            "model": embedded.model,
+            "usage": {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens},
+        }
+
+    async def _models(self, _: Request) -> Response:
+        encoders = self._listener.router.encoders
+        return json_response({"object": "list", "data": [self._described(e) for e in encoders]})
+
+    async def _model(self, request: Request) -> Response:
+        encoder = self._listener.router.encoder(request.path_params["model"])
+        return json_response(self._described(encoder))
+
+    def _described(self, encoder: FlowExecutor) -> dict[str, Any]:
+        aliases = encoder.info.aliases if encoder.info else ()
+        return {
+            "id": model_id(encoder, self._listener.router.encoders),
+            "object": "model",
+            "created": self._created,
+            "owned_by": "clip-microservice",
+            "aliases": list(dict.fromkeys([encoder.name, *aliases])),
+        }
+
+
+def _items(body: Mapping[str, Any]) -> list[Named]:
+    """The items of a body of any of the dialects."""
+    if "messages" in body:
+        return vllm.items(body)
+    given = body.get("input")
+    refuse_token_ids(given, "input")
+    values = given if isinstance(given, list) else [given]
+    if not values or given is None:
+        raise RequestError('"input" is a text, or a list of at least one')
+    return items_of(values, "input", infinity.reader(body) or _item)
+
+
+def _item(value: Any, place: str) -> pb.Item:
+    return (jina.item if isinstance(value, Mapping) else text_or_image_item)(value, place)
