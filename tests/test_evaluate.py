@@ -105,7 +105,26 @@ def brute_force(runtime: OnnxRuntime, pictures: list[Path]) -> dict[str, float]:
     scores["mean recall"] = sum(scores.values()) / 6
     for way, found in ways.items():
         scores[f"{way} MRR"] = sum(1 / place for place in found) / len(found)
+    for kind in ("int8", "binary"):
+        kept = [nearest(text, images) & nearest(text, images, kind) for text in texts]
+        scores[f"{kind} neighbours @10"] = sum(map(len, kept)) / 10 / len(texts)
     return scores
+
+
+def nearest(
+    query: NDArray[np.float64], targets: list[NDArray[np.float64]], kind: str = ""
+) -> set[int]:
+    """The ten nearest, of whole rows or of quantized ones."""
+
+    def distance(index: int) -> float:
+        if kind == "binary":
+            return float(((query > 0) != (targets[index] > 0)).sum())
+        if kind == "int8":
+            near, far = (np.round(127 * row / abs(row).max()) for row in (query, targets[index]))
+            return -float(unit(near) @ unit(far))
+        return -float(query @ targets[index])
+
+    return set(sorted(range(len(targets)), key=distance)[:10])
 
 
 def test_retrieval_is_that_of_brute_force(

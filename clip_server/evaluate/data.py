@@ -48,8 +48,12 @@ class Pairs:
     def scores(
         self, images: NDArray[np.float32], texts: NDArray[np.float32]
     ) -> Mapping[str, float]:
-        """Retrieval scores over the pairs of which both embeddings, [N, D] and [T, D], exist."""
-        return scores.retrieval(*self._usable(images, texts))
+        """Retrieval scores, and what quantized embeddings keep, over the pairs of which both embeddings, [N, D] and [T, D], exist."""
+        images, texts, image_of = self._usable(images, texts)
+        return {
+            **scores.retrieval(images, texts, image_of),
+            **scores.kept_neighbours(texts, images),
+        }
 
     def _usable(
         self, images: NDArray[np.float32], texts: NDArray[np.float32]

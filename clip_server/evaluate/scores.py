@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_client.quantization import quantize
 from clip_client.scores import normalize
 from clip_server.search.relevance import relevance
 
@@ -22,6 +23,7 @@ TIE = 1e-9
 # Cosines in memory together, in float64: 32 MB, whatever the number of queries and targets.
 BLOCK = 1 << 22
 RECALLS_AT = (1, 5, 10)
+NEIGHBOURS = 10
 
 
 def ranks(
@@ -68,6 +70,37 @@ def retrieval(
         scores[f"{direction} MRR"] = float((1 / (1 + found)).mean())
     recalls = [score for name, score in scores.items() if "R@" in name]
     return {**scores, "mean recall": float(np.mean(recalls))}
+
+
+def kept_neighbours(queries: NDArray[np.float32], targets: NDArray[np.float32]) -> dict[str, float]:
+    """The share of each query's nearest targets, by float32, that are also its nearest by the
+    embeddings in 8 bits (cosine) and in 1 bit (Hamming distance)."""
+    exact = _nearest(queries, targets)
+    shares = {}
+    for kind in ("int8", "binary"):
+        found = _nearest(*(_as_compared(rows, kind) for rows in (queries, targets)))
+        kept = (exact[:, :, None] == found[:, None]).any(axis=2)
+        shares[f"{kind} neighbours @{NEIGHBOURS}"] = float(kept.mean())
+    return shares
+
+
+def _as_compared(embeddings: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """Quantized embeddings as floats whose cosines order them as they are compared."""
+    rows = quantize(embeddings, "ubinary" if kind == "binary" else kind)
+    if kind == "binary":
+        # The cosine of rows of 1 and -1 falls as their Hamming distance grows.
+        rows = 2 * np.unpackbits(rows, axis=1, count=embeddings.shape[1]).astype(np.int8) - 1
+    return rows.astype(np.float32)
+
+
+def _nearest(queries: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The rows of each query's nearest targets by cosine, at most `NEIGHBOURS` of them."""
+    unit_queries, unit_targets = (normalize(rows) for rows in (queries, targets))
+    size = max(1, BLOCK // max(1, len(targets)))
+    cosines = (unit_queries[at : at + size] @ unit_targets.T for at in range(0, len(queries), size))
+    return np.concatenate(
+        [np.argsort(-each, axis=1, kind="stable")[:, :NEIGHBOURS] for each in cosines]
+    )
 
 
 def presence(

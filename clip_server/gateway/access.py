@@ -27,7 +27,15 @@ from clip_server.rpc.grpc_service import Context, abort
 
 # Headers that hold the key alone, as clients of other embedding services send it.
 _PLAIN_HEADERS = ("x-api-key", "api-key")
-_OPEN_PATHS = ("/livez", "/readyz")
+# Ours, and those by which other servers' APIs ask the same.
+_OPEN_PATHS = (
+    "/livez",
+    "/readyz",
+    "/health",
+    "/ping",
+    "/.well-known/live",
+    "/.well-known/ready",
+)
 _METRICS_PATH = "/metrics"
 _OPEN_SERVICE = "/grpc.health.v1.Health/"
 _CHALLENGE = 'Bearer, Basic realm="CLIP", charset="UTF-8"'
