@@ -48,7 +48,8 @@ class Pairs:
     def scores(
         self, images: NDArray[np.float32], texts: NDArray[np.float32]
     ) -> Mapping[str, float]:
-        """Retrieval scores, and what quantized embeddings keep, over the pairs of which both embeddings, [N, D] and [T, D], exist."""
+        """Scores of retrieval, and of quantized embeddings, over the pairs of which both
+        embeddings, [N, D] and [T, D], exist."""
         images, texts, image_of = self._usable(images, texts)
         return {
             **scores.retrieval(images, texts, image_of),
