@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import workload
+from benchmarks.cost import cost
 from benchmarks.options import Options
 from benchmarks.peers import (
     CLIP_AS_SERVICE,
@@ -289,7 +290,7 @@ def _unevenness(memory: NDArray[np.float64]) -> float:
 
 LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
     leg.__name__: leg
-    for leg in (texts, photos, latency, capacity, triton, search, mixed, decode, soak)
+    for leg in (texts, photos, latency, capacity, triton, search, mixed, decode, cost, soak)
 }
 
 

@@ -31,6 +31,12 @@ SCHEMES = {"grpc": "grpc", "http": "http", "websocket": "ws"}
 OURS, INT8, RAW = "clip-server", "clip-server int8", "raw runtime"
 INFINITY, CLIP_AS_SERVICE, TRITON = "infinity", "clip-as-service", "Triton"
 EMBEDDED, NULL = "clip-server embedded", "clip-server null"
+TORCH, TWO_REPLICAS = "clip-server torch", "clip-server two replicas"
+
+# The cache of our servers.
+PREPARED = CACHE / "prepared"
+
+_ONNX = "clip_server.executors.clip_onnx"
 
 # What is compared before anything is timed, and how near its vectors must be to ours.
 COMPARED = {"texts": 32, "photos": 8}
@@ -79,6 +85,13 @@ class Peers:
     def another(self, name: str) -> Driver:
         """One more driver of a server, to be used beside the first."""
         return self._drive(name)
+
+    def first_start(self, name: str) -> Server:
+        """Starts one of our servers with nothing prepared, and ends it."""
+        shutil.rmtree(PREPARED, ignore_errors=True)
+        server = self._start(name).server
+        server.close()
+        return server
 
     def visitors(self, name: str, seconds: float) -> subprocess.Popen[str]:
         """The crowd of drivers/visitors.py, at all protocols of a server."""
@@ -146,7 +159,8 @@ class Peers:
         flow = _write_flow(name, listen, **_encoder(name))
         command = [sys.executable, "-m", "clip_server", flow]
         addresses = {each: f"{SCHEMES[each]}://{HOST}:{port}" for each, port in ports.items()}
-        return Started(Server(name, command, "clip_server: ready", {}), addresses)
+        environment = {"XDG_CACHE_HOME": str(PREPARED)}
+        return Started(Server(name, command, "clip_server: ready", environment), addresses)
 
     def _infinity(self) -> Started:
         python, port = environments.python("infinity"), str(next(self._ports))
@@ -205,11 +219,11 @@ def _encoder(name: str) -> dict[str, Any]:
         module = str(HERE / "null_executor.py")
         return {"encoder": "NullEncoder", "module": module, "parameters": {"name": MODEL}}
     parameters = {"name": MODEL, "model_path": str(workload.checkpoint())}
+    module = "clip_server.executors.clip_torch" if name == TORCH else _ONNX
     if name == INT8:
         parameters["dtype"] = "int8"
     elif name == EMBEDDED:
         parameters = {"name": "embedded"}
-    module = "clip_server.executors.clip_onnx"
     return {"encoder": "CLIPEncoder", "module": module, "parameters": parameters}
 
 
@@ -223,7 +237,13 @@ def _write_flow(
 ) -> Path:
     clip = {"jtype": encoder, "with": parameters, "metas": {"py_modules": [module]}}
     executors = [
-        {"name": executor, "host": HOST, "timeout_ready": -1, "uses": uses}
+        {
+            "name": executor,
+            "host": HOST,
+            "timeout_ready": -1,
+            "replicas": 2 if name == TWO_REPLICAS else 1,
+            "uses": uses,
+        }
         for executor, uses in (("clip", clip), ("indexer", indexer))
         if uses
     ]

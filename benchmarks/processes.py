@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ class Server:
     """A server, with the processes it starts in a group of their own.
 
     ready: what it prints once it can be used. The constructor waits for that.
+    start_seconds: how long that took. peak: the most memory that its processes took together since
+        the start, or since it was set to 0, in bytes, looked at ten times a second.
 
     Raises:
         NotAvailableError: it ended instead, or took longer than START_SECONDS.
@@ -91,8 +94,12 @@ class Server:
                 env={**os.environ, **environment},
                 start_new_session=True,
             )
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+        started = time.monotonic()
         try:
             self._wait_for(ready)
+            self.start_seconds = time.monotonic() - started
         except BaseException:
             self.close()
             raise
@@ -107,11 +114,30 @@ class Server:
 
     def memory(self, using: Path | None = None) -> int:
         """Resident bytes of all its processes together, or of those with a file open in `using`."""
-        parent = psutil.Process(self._process.pid)
-        processes = [parent, *parent.children(recursive=True)]
+        processes = self._processes()
         if using is not None:
             processes = [each for each in processes if _uses(each, using)]
         return sum(each.memory_info().rss for each in processes)
+
+    def proportional_memory(self) -> int:
+        """Bytes of all its processes together; pages that some of them share count once."""
+        sizes = (_proportional(process) for process in self._processes())
+        return sum(sizes)
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its processes since they started."""
+        times = (process.cpu_times() for process in self._processes())
+        return sum(each.user + each.system for each in times)
+
+    def _processes(self) -> list[psutil.Process]:
+        parent = psutil.Process(self._process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def _watch(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while self._process.returncode is None:
+                self.peak = max(self.peak, self.proportional_memory())
+                time.sleep(0.1)
 
     def close(self) -> None:
         """Asks it to end, and kills what is left of its group after END_SECONDS."""
@@ -121,6 +147,15 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _proportional(process: psutil.Process) -> int:
+    """Its resident bytes, each page divided by the number of processes that share it."""
+    try:
+        size: int = process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+        return 0
+    return size
 
 
 def _uses(process: psutil.Process, folder: Path) -> bool:
