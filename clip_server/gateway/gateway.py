@@ -54,8 +54,9 @@ class ClipGateway(BaseServer, BaseGateway):
     max_queued_bytes: of requests in flight; beyond it, more are refused.
     auth_file: of the keys that callers need, in place of CLIP_AUTH_FILE.
     public_metrics: whether `/metrics` needs no key.
-    arguments: the keys of ConnectionBounds, and those of Jina.
+    page: whether browsers get a page at `/` of the HTTP port.
     max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
+    arguments: the keys of ConnectionBounds, and those of Jina.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ClipGateway(BaseServer, BaseGateway):
         max_queued_bytes: int = 1 << 30,
         auth_file: str | None = None,
         public_metrics: bool = False,
+        page: bool = True,
         max_wait: float = 1.0,
         **arguments: Any,
     ) -> None:
@@ -88,6 +90,7 @@ class ClipGateway(BaseServer, BaseGateway):
             _tls(args),
             Access(open_keyring(auth_file), public_metrics),
             Connections(bounds),
+            page,
         )
         self._opened: list[Listener] = []
         self._closed = asyncio.Event()

@@ -41,6 +41,7 @@ from clip_server.gateway.http_messages import (
 from clip_server.gateway.listener import GRACE_SECONDS, Listener
 from clip_server.gateway.metrics import CONTENT_TYPE
 from clip_server.gateway.observed_app import ObservedApp
+from clip_server.gateway.page import PageForBrowsers
 
 # The APIs of other servers.
 _DIALECTS: tuple[type[Dialect], ...] = (OpenAIApi, CohereApi, TeiApi, WeaviateApi, ImmichApi)
@@ -134,10 +135,11 @@ class HttpListener(Listener):
             max_discarded_bytes=self.options.max_request_bytes,
         )
         refusing = Middleware(EarlyRefusal)
+        page = [Middleware(PageForBrowsers)] if self.options.page else []
         app = Starlette(
             routes=[*pages, *dialects, *clip.routes()],
             # CORS first: browsers send no key with their preflight requests.
-            middleware=[*([cors] if self.options.cors else []), access, refusing],
+            middleware=[*([cors] if self.options.cors else []), *page, access, refusing],
             exception_handlers=error_handlers(_ENDPOINTS),
         )
         app.router.default = request_response(answer_other)

@@ -62,6 +62,7 @@ class ListenerOptions:
     tls: None: connections are not encrypted.
     access: who may call.
     connections: the open ones of all ports, and their bounds.
+    page: whether browsers get a page at `/`.
     """
 
     max_request_bytes: int
@@ -71,6 +72,7 @@ class ListenerOptions:
     tls: Tls | None = None
     access: Access = field(default_factory=Access)
     connections: Connections = field(default_factory=lambda: Connections(ConnectionBounds()))
+    page: bool = True
 
 
 @dataclass

@@ -348,10 +348,9 @@ def _check_access(gateway: Mapping[str, Any]) -> None:
     """Raises ConfigurationError if the keys that callers need cannot be read."""
     if "auth_file" in gateway and not isinstance(gateway["auth_file"], str):
         raise ConfigurationError(f"auth_file: {gateway['auth_file']!r} is not the path of a file")
-    if not isinstance(gateway.get("public_metrics", False), bool):
-        raise ConfigurationError(
-            f"public_metrics: {gateway['public_metrics']!r} is not true or false"
-        )
+    for switch in flow_keys.GATEWAY_SWITCHES:
+        if not isinstance(gateway.get(switch, False), bool):
+            raise ConfigurationError(f"{switch}: {gateway[switch]!r} is not true or false")
     if "uses" not in gateway:
         open_keyring(gateway.get("auth_file"))
 

@@ -25,7 +25,8 @@ _GATEWAY_LIMITS = (
     "max_connections_per_address",
 )
 _GATEWAY_SECONDS = ("max_wait", "header_timeout", "body_timeout", "max_connection_age")
-GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, *_GATEWAY_SECONDS, "auth_file", "public_metrics")
+GATEWAY_SWITCHES = ("public_metrics", "page")
+GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, *_GATEWAY_SECONDS, "auth_file", *GATEWAY_SWITCHES)
 TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
