@@ -29,6 +29,8 @@ def test_the_list_has_every_model(capsys: pytest.CaptureFixture[str]) -> None:
         "dimensions": 256,
         "context": 77,
         "image": 64,
+        "language": "en",
+        "cost": models[0]["cost"],
         "runtimes": ["torch", "onnx", "tensorrt"],
         "licence": "Apache-2.0",
         "cached": True,
@@ -44,16 +46,53 @@ def test_a_model_is_found_by_any_of_its_names(capsys: pytest.CaptureFixture[str]
     assert len(listed(capsys, "openai")) == 9
 
 
+def test_models_are_filtered_by_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    found = listed(capsys, "--runtime", "onnx", "--dimensions", "768", "--licence", "apache")
+    names = {each["name"] for each in found}
+    assert {"ViT-B-16-SigLIP2::webli", "ViT-B-16-SigLIP::webli"} <= names
+    assert all("onnx" in each["runtimes"] and each["dimensions"] == 768 for each in found)
+    assert {each["licence"] for each in found} == {"Apache-2.0"}
+    german = {each["name"] for each in listed(capsys, "--language", "de")}
+    assert {"ViT-B-16-SigLIP2::webli", "M-CLIP/LABSE-Vit-L-14"} <= german
+    assert not {"ViT-B-16-SigLIP::webli", "CN-CLIP/RN50", "ViT-B-32::openai"} & german
+    chinese = {each["name"] for each in listed(capsys, "--language", "zh")}
+    assert chinese == german | {each["name"] for each in listed(capsys, "cn-clip")}
+    assert command.main(["--dimensions", "7"]) == 1
+    assert "no model has all of these properties" in capsys.readouterr().err
+
+
+def test_a_model_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """As torch counts parameters, and its FlopCounterMode the multiply-accumulates."""
+    (model,) = listed(capsys, "ViT-L-14::openai")
+    cost = model["cost"]
+    assert cost["parameters"] == 427_616_513
+    assert cost["image_macs"] == pytest.approx(81_012_768_768, rel=1e-3)
+    assert cost["text_macs"] == pytest.approx(6_649_841_664, rel=1e-3)
+    assert cost["memory"]["fp32"] == 2 * cost["memory"]["fp16"] == 4 * cost["parameters"]
+    assert 0.25 < cost["memory"]["int8"] / cost["memory"]["fp32"] < 0.4
+    assert listed(capsys, "nllb-clip-base::")[0]["cost"] is None
+
+
 def test_the_list_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["RN50x4", "ViT-B-16-SigLIP::"]) == 1
     assert "no name contains 'RN50x4' and 'ViT-B-16-SigLIP::'" in capsys.readouterr().err
     assert command.main(["ViT-B-16-SigLIP::"]) == 0
     header, _, row = capsys.readouterr().out.splitlines()
-    columns = ["name", "dimensions", "context", "image", "runtimes", "licence", "cached"]
+    columns = ["name", "dimensions", "context", "image", "language", "parameters", "runtimes"]
+    columns += ["licence", "cached"]
     assert header.replace("|", " ").split() == columns
     served = ["torch,", "onnx,", "tensorrt"]
     *cells, cached = row.replace("|", " ").split()
-    assert cells == ["ViT-B-16-SigLIP::webli", "768", "64", "224", *served, "Apache-2.0"]
+    assert cells == [
+        "ViT-B-16-SigLIP::webli",
+        "768",
+        "64",
+        "224",
+        "en",
+        "203M",
+        *served,
+        "Apache-2.0",
+    ]
     assert cached in ("yes", "no")
 
 

@@ -16,15 +16,20 @@ from clip_server.models import weights, zoo
 from clip_server.runtimes import prepared
 from clip_server.towers import registry
 
-_COLUMNS = ("name", "dimensions", "context", "image", "runtimes", "licence", "cached")
+_COLUMNS = (
+    *("name", "dimensions", "context", "image", "language", "parameters", "runtimes"),
+    *("licence", "cached"),
+)
 
 
 @dataclass(frozen=True)
 class Listed:
     """A row of the list.
 
-    other_names: in JSON only.
     image: the side of an image, in pixels.
+    language: as `zoo.language` gives it.
+    cost: as `zoo.cost` gives it; None for models that only torch builds.
+    other_names: in JSON only, as is the rest of the cost.
     cached: whether its weights are on this machine.
     """
 
@@ -32,6 +37,8 @@ class Listed:
     dimensions: int
     context: int
     image: int
+    language: str
+    cost: zoo.Cost | None
     runtimes: tuple[str, ...]
     licence: str
     cached: bool
@@ -51,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = " and ".join(map(repr, options.filters))
         console.log(f"clip_server.models: no name contains {wanted}")
         return 1
-    listed = [_listed(zoo.resolve(name)) for name in names]
+    listed = [each for each in map(_listed, map(zoo.resolve, names)) if _is_wanted(each, options)]
+    if not listed:
+        console.log("clip_server.models: no model has all of these properties")
+        return 1
     if options.json:
         print(json.dumps([asdict(each) for each in listed], indent=2, ensure_ascii=False))
     else:
@@ -68,6 +78,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "filters", nargs="*", metavar="FILTER", help="list only names that contain all of these"
     )
+    parser.add_argument(
+        "--runtime",
+        choices=runtimes.names(),
+        help="only those that it serves from their checkpoint",
+    )
+    parser.add_argument(
+        "--dimensions", type=int, metavar="D", help="only those with embeddings of this length"
+    )
+    parser.add_argument(
+        "--licence", metavar="NAME", help="only those whose licence begins so, such as MIT"
+    )
+    parser.add_argument(
+        "--language", metavar="CODE", help="only those for a language, such as en, zh or de"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument(
         "--clear-cache",
@@ -83,6 +107,17 @@ def _fits(name: str, filters: Sequence[str]) -> bool:
     return all(any(wanted.lower() in each for each in spellings) for wanted in filters)
 
 
+def _is_wanted(each: Listed, options: argparse.Namespace) -> bool:
+    """Whether a model has the properties that the options ask for."""
+    language = (options.language or each.language).lower()
+    return (
+        options.runtime in (None, *each.runtimes)
+        and options.dimensions in (None, each.dimensions)
+        and each.licence.lower().startswith((options.licence or "").lower())
+        and each.language in (language, zoo.MULTILINGUAL)
+    )
+
+
 def _listed(card: ModelCard) -> Listed:
     built = registry.builds(card.config)
     served = [spec for spec in runtimes.RUNTIMES if spec.any_architecture or built]
@@ -91,6 +126,8 @@ def _listed(card: ModelCard) -> Listed:
         dimensions=card.dim,
         context=card.text.context_length,
         image=card.image.size,
+        language=zoo.language(card),
+        cost=zoo.cost(card),
         runtimes=tuple(runtimes.names(served)),
         licence=card.licence,
         cached=card.name == zoo.EMBEDDED or weights.cached(card) is not None,
@@ -108,6 +145,8 @@ def _cells(each: Listed) -> tuple[str, ...]:
         str(each.dimensions),
         str(each.context),
         str(each.image),
+        each.language,
+        f"{each.cost.parameters / 1e6:.0f}M" if each.cost else "-",
         ", ".join(each.runtimes),
         each.licence or "-",
         "yes" if each.cached else "no",

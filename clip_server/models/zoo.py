@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
-from clip_server.model_card import ImageSpec, ModelCard, TextSpec
+from clip_server.model_card import ImageSpec, ModelCard, Precision, TextSpec
 from clip_server.models import converted, hub, hugging_face, tokenizer_files, weights
 from clip_server.preprocess import tokenizer
 from clip_server.towers import registry
 
+# The language of models that know many.
+MULTILINGUAL = "multilingual"
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
 
@@ -25,8 +28,57 @@ EMBEDDED_PATH = Path(__file__).parent / "embedded"
 _QUICK_GELU = "-quickgelu"
 # The maximum in CLIP's training, which most models reach; a checkpoint has its own.
 _LOGIT_SCALE = 100.0
+# Hugging Face's tokenizers of models for English alone.
+_ENGLISH = ("bert-base-uncased", "roberta-base", "timm/ViT-B-16-SigLIP")
 # Parts of the names of Hugging Face's tokenizers that pad with 0; others pad with 1.
 _PADS_WITH_ZERO = ("mt5", "bert-base", "SigLIP2")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs to serve, computed from its configuration.
+
+    parameters: of both towers.
+    image_macs, text_macs: multiply-accumulates of one image, and of one text of the context length;
+        None for image towers that are not transformers.
+    memory: bytes of the weights, by precision.
+    """
+
+    parameters: int
+    image_macs: int | None
+    text_macs: int | None
+    memory: dict[Precision, int]
+
+
+def cost(card: ModelCard) -> Cost | None:
+    """What a model costs, without its weights; None if only torch builds it."""
+    if not registry.builds(card.config):
+        return None
+    shapes = registry.tensor_shapes(card.config)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    int8 = sum(_int8_bytes(name, shape) for name, shape in shapes.items())
+    return Cost(
+        parameters=count,
+        image_macs=registry.image_tower(card.config).macs(card.dim),
+        text_macs=registry.text_tower(card.config).macs(card.dim, card.text.context_length),
+        memory={"fp32": 4 * count, "fp16": 2 * count, "int8": int8},
+    )
+
+
+def _int8_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in int8: matrices in one byte each, tables of tokens in two, the rest as
+    it is."""
+    size = math.prod(shape)
+    if len(shape) != 2:
+        return 4 * size
+    return 2 * size if "embedding" in name else size
+
+
+def language(card: ModelCard) -> str:
+    """The language of a model's texts, as ISO 639-1 has it, or `MULTILINGUAL`."""
+    if card.text.vocabulary == "chinese-bert":
+        return "zh"
+    return "en" if card.text.tokenizer in (None, *_ENGLISH) else MULTILINGUAL
 
 
 def names() -> list[str]:

@@ -40,6 +40,12 @@ class AttentionPool:
         }
         return {self.prefix + name: shape for name, shape in shapes.items()}
 
+    def macs(self, length: int) -> int:
+        """Multiply-accumulates for `length` positions."""
+        hidden = int(self.width * self.mlp_ratio)
+        keys = 2 * length * self.width * (self.width + 1)
+        return keys + self.width**2 + 2 * self.width * hidden
+
     def build(self, graph: GraphBuilder, states: str, length: int) -> str:
         """States [B * L, W] to one of each image, [B, W]."""
         prefix = self.prefix

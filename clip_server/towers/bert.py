@@ -24,6 +24,7 @@ from clip_server.towers.tower import (
     TextTower,
     linear_shapes,
     norm_shapes,
+    transformer_macs,
 )
 
 if TYPE_CHECKING:
@@ -160,6 +161,10 @@ class BertText(TextTower):
             **linear_shapes(f"{block}output.dense", self.mlp_width, width),
             **norm_shapes(f"{block}output.LayerNorm", width),
         }
+
+    def macs(self, dim: int, length: int) -> int:
+        blocks = transformer_macs(self.width, self.mlp_width, self.layers, length)
+        return blocks + self.width * dim
 
     def build(self, graph: GraphBuilder, target: Target) -> str:
         del target  # the same graph for all

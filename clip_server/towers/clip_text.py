@@ -165,6 +165,9 @@ class ClipText(TextTower):
             **self.blocks.shapes(),
         }
 
+    def macs(self, dim: int, length: int) -> int:
+        return self.blocks.macs(length) + self.blocks.width * dim
+
     def build(self, graph: GraphBuilder, target: Target) -> str:
         packed = target == "onnxruntime" and self.trim == "causal"
         layout = (of_texts if packed else of_padded_texts)(graph, self.end)

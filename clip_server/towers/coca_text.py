@@ -41,6 +41,9 @@ class CocaText(ClipText):
         positions = {"positional_embedding": (self.context + 1, width)}
         return {**super().shapes(dim), **positions, "cls_emb": (width,)}
 
+    def macs(self, dim: int, length: int) -> int:
+        return super().macs(dim, length + 1)
+
     def build(self, graph: GraphBuilder, target: Target) -> str:
         del target  # the same graph for all
         length = self.context + 1

@@ -114,6 +114,11 @@ class TimmVisionTransformer(ImageTower):
         named = {_PREFIX + name: shape for name, shape in shapes.items()}
         return named | self.blocks.shapes() | pooling
 
+    def macs(self, dim: int) -> int:
+        patches = self.grid**2 * 3 * self.patch**2 * self.blocks.width
+        end = self.blocks.width * dim if self.pool is None else self.pool.macs(self._length)
+        return patches + self.blocks.macs(self._length) + end
+
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
         epsilon = self.blocks.epsilon
         patches = embed_patches(graph, image, target, f"{_PREFIX}patch_embed.proj", self.grid)

@@ -127,6 +127,11 @@ class ImageTower(Tower):
     def from_config(cls, config: Config) -> ImageTower | None:
         """The tower that a configuration describes, as in `Tower`."""
 
+    def macs(self, dim: int) -> int | None:
+        """Multiply-accumulates of one image; None if they are not counted."""
+        del dim
+        return None
+
     @abstractmethod
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
         """Adds the nodes from `pixels`, uint8 [B, 3, S, S], to embeddings [B, D].
@@ -163,12 +168,22 @@ class TextTower(Tower):
     def from_config(cls, config: Config) -> TextTower | None:
         """The tower that a configuration describes, as in `Tower`."""
 
+    def macs(self, dim: int, length: int) -> int | None:
+        """Multiply-accumulates of one text of `length` tokens; None if they are not counted."""
+        del dim, length
+        return None
+
     @abstractmethod
     def build(self, graph: GraphBuilder, target: Target) -> str:
         """Adds the nodes from `tokens`, int32 [B, L], to embeddings [B, D].
 
         Returns the name of the embeddings.
         """
+
+
+def transformer_macs(width: int, mlp_width: int, layers: int, length: int) -> int:
+    """Multiply-accumulates of the blocks of a transformer, for `length` positions."""
+    return layers * length * (4 * width**2 + 2 * width * mlp_width + 2 * length * width)
 
 
 def norm_shapes(name: str, width: int) -> Shapes:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from clip_server.errors import ConfigurationError
 from clip_server.towers.attention import Attention
 from clip_server.towers.layout import Layout
-from clip_server.towers.tower import EPSILON, Activation, Shapes, linear_shapes, norm_shapes
+from clip_server.towers.tower import (
+    EPSILON,
+    Activation,
+    Shapes,
+    linear_shapes,
+    norm_shapes,
+    transformer_macs,
+)
 
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
@@ -85,6 +92,11 @@ class Transformer:
             for index in range(self.layers)
             for name, shape in one.items()
         }
+
+    def macs(self, length: int) -> int:
+        """Multiply-accumulates for `length` positions."""
+        mlp_width = int(self.width * self.mlp_ratio)
+        return transformer_macs(self.width, mlp_width, self.layers, length)
 
     def build(
         self,

@@ -168,6 +168,13 @@ class VisionTransformer(ImageTower):
             shapes |= {f"attn.{part}_proj_weight": (dim, size) for part, size in inputs.items()}
         return {f"attn_pool.{name}": shape for name, shape in shapes.items()}
 
+    def macs(self, dim: int) -> int:
+        width, length = self.blocks.width, self.grid**2 + 1
+        patches = self.grid**2 * 3 * self.patch**2 * width
+        pooling = 2 * length * dim * (width + 1) + dim**2 if self.pool == "attention" else 0
+        projected = dim if self.pool == "attention" else width
+        return patches + self.blocks.macs(length) + pooling + projected * dim
+
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
         length = self.grid**2 + 1
         patches = embed_patches(graph, image, target, f"{_PREFIX}conv1", self.grid)
