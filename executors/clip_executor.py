@@ -51,8 +51,13 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
             items = count_items(request)
             if items is None:
                 return await executor.handle(request)
-            with timed(f"/{request.WhichOneof('body')}", items):
-                return await executor.handle(request)
+            endpoint = f"/{request.WhichOneof('body')}"
+            with timed(endpoint, items, request.traceparent) as trace:
+                response = await executor.handle(request)
+                kind = response.WhichOneof("body")
+                if trace and kind in ("encode", "rank"):
+                    trace.add_stages(getattr(response, kind).timings)
+                return response
 
         # Only the gateway connects here, and it limits what it forwards.
         self._handlers = clip_handlers(handle, StreamServer(handle, sys.maxsize))

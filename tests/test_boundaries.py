@@ -17,6 +17,7 @@ GROUND = [
     "clip_server.model_card",
     "clip_server.launch.process_setup",
     "clip_server.logs",
+    "clip_server.launch.tracing",
     "clip_server.commands.console",
 ]
 # A module may import its own room and those to the right of it, nothing else of ours.
@@ -28,6 +29,7 @@ ALLOWED = {
     "clip_server.model_card": [],
     "clip_server.launch.process_setup": [],
     "clip_server.logs": [],
+    "clip_server.launch.tracing": [],
     "clip_server.commands.console": [],
     "clip_server.keys": ["clip_server.errors", "clip_server.commands.console"],
     # Shared by the processes that Jina starts.
@@ -214,6 +216,7 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "open_clip_torch": "open_clip",
     "faiss_cpu": "faiss",
+    "opentelemetry_api": "opentelemetry",
 }
 
 

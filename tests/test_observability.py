@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import requests
 from conftest import ROOT, Server, Start, flow
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.sync.client import connect
@@ -109,6 +113,52 @@ def test_the_dashboard_reads_what_is_exported(used: Server) -> None:
             found = [sample for sample in samples if sample.name == name]
             assert found, f"{expression}: {name} is not exported"
             assert any(labels <= each.labels.keys() for each in found), expression
+
+
+def test_spans_of_client_gateway_and_executor_are_joined(start: Start) -> None:
+    received: list[Span] = []
+
+    def export(message: bytes, _: grpc.ServicerContext) -> bytes:
+        for resource in ExportTraceServiceRequest.FromString(message).resource_spans:
+            received.extend(span for scope in resource.scope_spans for span in scope.spans)
+        return b""
+
+    service = "opentelemetry.proto.collector.trace.v1.TraceService"
+    handlers = {"Export": grpc.unary_unary_rpc_method_handler(export)}
+    with ThreadPoolExecutor() as pool:
+        collector = grpc.server(pool)
+        collector.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(service, handlers)]
+        )
+        port = collector.add_insecure_port("127.0.0.1:0")
+        collector.start()
+        spec = flow()
+        spec["with"] |= {
+            "tracing": True,
+            "traces_exporter_host": "127.0.0.1",
+            "traces_exporter_port": port,
+        }
+        server = start(spec, OTEL_BSP_SCHEDULE_DELAY="100")
+        trace = "0af7651916cd43dd8448eb211c80319c"
+        headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+        url = f"{server.http}/encode"
+        assert requests.post(url, json={"data": ["a cat"]}, headers=headers, timeout=30).ok
+        deadline = time.monotonic() + 20
+        while len(received) < 6 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        server.stop()
+        collector.stop(None)
+    spans = {span.name: span for span in received}
+    names = [span.name for span in received if span.trace_id.hex() == trace]
+    assert sorted(names) == [
+        *("/encode", "/encode", "inference", "preprocess", "queue", "send /encode")
+    ]
+    parents = {span.span_id: span for span in received}
+    chain = [spans["inference"]]
+    while chain[-1].parent_span_id in parents:
+        chain.append(parents[chain[-1].parent_span_id])
+    assert [span.name for span in chain] == ["inference", "/encode", "send /encode", "/encode"]
+    assert chain[-1].parent_span_id.hex() == "b7ad6b7169203331"
 
 
 @pytest.mark.parametrize("given", ["order-66", ""])

@@ -103,7 +103,7 @@ class ClipGateway(BaseServer, BaseGateway):
         if topology is None:
             return
         metrics = GatewayMetrics()
-        observer = Observer(metrics, {*PATHS, *topology.endpoints()})
+        observer = Observer(metrics, {*PATHS, *topology.endpoints()}, self.tracer)
         jina = JinaRequestHandler(
             self._request_handler, topology, observer, self.runtime_args.prefetch
         )

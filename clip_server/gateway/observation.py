@@ -16,6 +16,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server import logs
 from clip_server.gateway.access import caller_name
 from clip_server.gateway.metrics import GatewayMetrics
+from clip_server.launch.tracing import span
 from clip_server.rpc.items import count_items
 from clip_server.rpc.multiplexing import Call
 
@@ -79,10 +80,13 @@ class Observer:
 
     metrics: where they are counted.
     endpoints: that are named in metrics.
+    tracer: of OpenTelemetry; None: requests are not traced.
     """
 
-    def __init__(self, metrics: GatewayMetrics, endpoints: Collection[str]) -> None:
-        self.metrics = metrics
+    def __init__(
+        self, metrics: GatewayMetrics, endpoints: Collection[str], tracer: Any = None
+    ) -> None:
+        self.metrics, self._tracer = metrics, tracer
         self._endpoints = frozenset(endpoints)
         self._logs_access = logs.has_access_log()
 
@@ -105,7 +109,8 @@ class Observer:
         tokens = _current.set(observed), logs.request_id.set(observed.request_id)
         started = time.perf_counter()
         try:
-            yield observed
+            with span(self._tracer, endpoint, observed.traceparent, **_attributes(observed)):
+                yield observed
         except asyncio.CancelledError:
             observed.code = "CANCELLED"
             raise
@@ -152,6 +157,10 @@ class Observer:
         first = "/" + endpoint[1:].partition("/")[0]
         known = (each for each in (endpoint, first) if each in self._endpoints)
         return next(known, _OTHER)
+
+
+def _attributes(observed: Observed) -> dict[str, str | int]:
+    return {"protocol": observed.caller.protocol, "request_id": observed.request_id}
 
 
 def note_request(request: pb.Request) -> None:

@@ -100,7 +100,10 @@ class ReplicaPool:
         items = count_items(request)
         if items is None:
             return await self._send(request)
-        with self._timed(f"/{request.WhichOneof('body')}", items):
+        endpoint = f"/{request.WhichOneof('body')}"
+        with self._timed(endpoint, items, "") as trace:
+            if trace:
+                request.traceparent = trace.traceparent
             return await self._send(request)
 
     async def _send(self, request: pb.Request) -> pb.Response:

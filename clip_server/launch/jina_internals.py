@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from clip_server.errors import RequestError
 from clip_server.launch import ports
+from clip_server.launch.tracing import Trace, span
 
 if TYPE_CHECKING:
     import grpc
 
-# Given an endpoint and its number of documents: the context of a call that is recorded.
-TimeCall: TypeAlias = Callable[[str, int], AbstractContextManager[Any]]
+# Given an endpoint, its number of documents and the traceparent of the caller: the context of a
+# call that is recorded.
+TimeCall: TypeAlias = Callable[[str, int, str], AbstractContextManager[Trace | None]]
 
 _ENVIRONMENT = {
     "JINA_LOG_LEVEL": "ERROR",
@@ -33,6 +35,8 @@ _ENVIRONMENT = {
     # At shutdown each process sends its last traces and metrics in four attempts, one after the
     # other: by default 10 s each where no collector answers.
     "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+    # Jina names the collector without a scheme, for which the exporter takes TLS.
+    "OTEL_EXPORTER_OTLP_INSECURE": "true",
     # By default Jina chooses executors' ports among those that systems give to outgoing
     # connections, one of which could take a port before the executor listens on it.
     "JINA_RANDOM_PORT_MIN": str(ports.CHOSEN_FROM.start),
@@ -371,7 +375,7 @@ def _is_no_refusal(record: logging.LogRecord) -> bool:
 # --- Metrics and traces, which Jina records only for calls by its own protocol ---
 
 
-def untimed(_endpoint: str, _documents: int) -> AbstractContextManager[Any]:
+def untimed(_endpoint: str, _documents: int, _traceparent: str) -> AbstractContextManager[None]:
     """Records nothing."""
     return nullcontext()
 
@@ -394,13 +398,13 @@ def gateway_timer(gateway: Any) -> TimeCall:
     labels = {"runtime_name": name}
 
     @contextmanager
-    def timed(endpoint: str, documents: int) -> Iterator[None]:
+    def timed(endpoint: str, documents: int, traceparent: str) -> Iterator[Trace | None]:
         with (
             MetricsTimer(receiving, None),
             MetricsTimer(sending, histogram, labels),
-            _span(tracer, endpoint, documents),
+            span(tracer, f"send {endpoint}", traceparent, documents=documents) as trace,
         ):
-            yield
+            yield trace
 
     return timed
 
@@ -415,7 +419,7 @@ def executor_timer(server: Any) -> TimeCall:
     class_name, name = type(executor).__name__, handler.args.name
 
     @contextmanager
-    def timed(endpoint: str, documents: int) -> Iterator[None]:
+    def timed(endpoint: str, documents: int, traceparent: str) -> Iterator[Trace | None]:
         process = executor._summary_method
         labels = {"executor": class_name, "executor_endpoint": endpoint, "runtime_name": name}
         with (
@@ -427,9 +431,9 @@ def executor_timer(server: Any) -> TimeCall:
                 executor._process_request_histogram,
                 labels,
             ),
-            _span(handler.tracer, endpoint, documents),
+            span(handler.tracer, endpoint, traceparent, documents=documents) as trace,
         ):
-            yield
+            yield trace
         request = SimpleNamespace(header=SimpleNamespace(exec_endpoint=endpoint))
         handler._record_docs_processed_monitoring([request], documents)
 
@@ -442,12 +446,3 @@ def time_stage(executor: Any, stage: str, call: Callable[..., Any]) -> Callable[
     # Without monitoring it is a context that does nothing.
     timed: Callable[..., Any] = timer(call) if callable(timer) else call
     return timed
-
-
-def _span(tracer: Any, endpoint: str, documents: int) -> AbstractContextManager[Any]:
-    if tracer is None:
-        return nullcontext()
-    span: AbstractContextManager[Any] = tracer.start_as_current_span(
-        endpoint, attributes={"documents": documents}
-    )
-    return span
