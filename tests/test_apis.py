@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Http, Server
+from conftest import ROOT, SAMPLES, Http, Server
 from numpy.typing import NDArray
 
 from clip_client import Client
@@ -324,6 +324,10 @@ def test_tei(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:
         assert refused.status_code == 400
         assert refused.json()["error_type"] == "Validation"
         assert why in refused.json()["error"]
+
+
+def test_the_contract_is_published(api: Http) -> None:
+    assert api.get("/clip.proto").text == (ROOT / "clip_client/proto/clip.proto").read_text("utf-8")
 
 
 def test_weaviate(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import MutableSequence
 from functools import partial
+from importlib import resources
 from typing import Any
 
 import uvicorn
@@ -15,9 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, request_response
 
+import clip_client.proto
 from clip_client.proto import clip_pb2 as pb
 from clip_server.gateway.access import HttpAccess
 from clip_server.gateway.apis import tei
@@ -116,6 +118,7 @@ class HttpListener(Listener):
             Route("/livez", self._live),
             Route("/readyz", self._ready),
             Route("/dry_run", self._dry_run),
+            Route("/clip.proto", self._proto),
             # As TEI, infinity and vLLM have it, and as Weaviate asks its vectorizer.
             Route("/health", self._ready),
             Route("/.well-known/live", self._empty),
@@ -157,6 +160,11 @@ class HttpListener(Listener):
             return json_response({"status": "ready"})
         why = "the server is shutting down" if self.router.is_draining else "no encoder answers"
         return json_error(503, "UNAVAILABLE", why)
+
+    async def _proto(self, _: Request) -> Response:
+        """The contract, from which clients in other languages are made."""
+        proto = resources.files(clip_client.proto).joinpath("clip.proto").read_text("utf-8")
+        return PlainTextResponse(proto)
 
     async def _empty(self, _: Request) -> Response:
         return Response(status_code=204)
