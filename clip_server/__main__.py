@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from clip_server import logs
 from clip_server.commands import console
 from clip_server.errors import ConfigurationError
 from clip_server.install import conflict
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bypass_proxies()
     try:
         options = _parse(arguments)
+        logs.choose(options.log_level, options.log_format, options.access_log)
         if advice := conflict():
             console.log(f"clip_server: {advice}")
         spec = flows.load(flows.read(options.flow))
@@ -72,6 +74,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="listen on these ports, whatever the flow says: one for each protocol, or one that "
         "is the first of consecutive ports; 0: any free port",
     )
+    parser.add_argument("--log-level", choices=logs.LEVELS, help="default: info")
+    parser.add_argument("--log-format", choices=logs.FORMATS, help="default: text")
+    parser.add_argument("--access-log", action="store_true", help="log a line for each request")
     options = parser.parse_args(arguments)
     # In `--port 8000 my.yml` the flow is not one more port.
     if options.port and options.flow is None and not options.port[-1].isdecimal():

@@ -35,6 +35,14 @@ def configure() -> None:
     root.setLevel(max(logging.getLevelName(level), logging.WARNING))
     for name in ("clip_server", "clip_client"):
         logging.getLogger(name).setLevel(level)
+    # It warns of each client that sends no HTTP.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+def choose(level: str | None, form: str | None, access: bool) -> None:
+    """Sets the environment of this process and its children; None, False: leaves it as it is."""
+    chosen = {"CLIP_LOG_LEVEL": level, "CLIP_LOG_FORMAT": form, "CLIP_ACCESS_LOG": access and "1"}
+    os.environ.update({name: str(value) for name, value in chosen.items() if value})
 
 
 def is_json() -> bool:
