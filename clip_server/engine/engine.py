@@ -391,7 +391,9 @@ class Engine:
             started = time.perf_counter()
             embeddings: NDArray[np.float32] = encode()
         except Exception:
-            log.exception("a batch of %d failed", len(batch))
+            log.exception(
+                "a batch of %d failed", len(batch), extra={"request_id": _request_ids(batch)}
+            )
             return None
         seconds = time.perf_counter() - started
         self._latency.record(batch, seconds)
@@ -440,6 +442,11 @@ class _LatencyEstimate:
 def _truncated(spec: TextSpec, max_length: int) -> TextSpec:
     """`spec` with a context of `max_length` tokens, if that is shorter; 0: as it is."""
     return replace(spec, context_length=min(max_length or spec.context_length, spec.context_length))
+
+
+def _request_ids(batch: Batch) -> str:
+    ids = {each.request_id: None for pending in batch for each in pending.requests()}
+    return ", ".join(filter(None, ids))
 
 
 def _is_bulk(pending: PendingItem) -> bool:

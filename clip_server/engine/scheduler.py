@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_server import logs
+
 # Tokens of padding that cost less than a batch of their own.
 _CHEAP_PADDING = 8
 # Texts whose token counts differ by less are queued as if they were equally long.
@@ -26,6 +28,7 @@ class PendingRequest:
 
     size: number of its items.
     minibatch_size: the largest batch that may be formed around one of its items.
+    request_id: its name in the log.
     embeddings: [size, D] float32; NaN until an item's is computed.
     errors: messages by index, for the items that failed.
     truncated: number of texts longer than the model's context.
@@ -37,11 +40,12 @@ class PendingRequest:
 
     __slots__ = (
         "_open", "_unprepared", "done", "embeddings", "errors", "minibatch_size", "number",
-        "prepared", "size", "started", "submitted", "tokens", "truncated",
+        "prepared", "request_id", "size", "started", "submitted", "tokens", "truncated",
     )  # fmt: skip
 
     def __init__(self, number: int, size: int, dim: int, minibatch_size: int) -> None:
         self.number, self.size, self.minibatch_size = number, size, minibatch_size
+        self.request_id = logs.request_id.get()
         self.embeddings = np.full((size, dim), np.nan, np.float32)
         self.errors: dict[int, str] = {}
         self.truncated = self.tokens = 0
