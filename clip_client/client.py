@@ -31,7 +31,8 @@ from clip_client.tls import Trust
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-CONNECT_TIMEOUT = 5.0
+# Long enough for a gateway that died to be restarted.
+CONNECT_TIMEOUT = 10.0
 # The value of the header, as clip-as-service reads it.
 _CREDENTIAL_VARIABLE = "CLIP_AUTH_TOKEN"
 

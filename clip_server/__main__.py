@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_uvloop()
         from clip_server.launch import server  # imports Jina, which is patched by now
 
-        return server.run(flows.prepare(flows.expand(spec), options.host, options.port), started)
+        spec = flows.expand(spec)
+        supervision = flows.supervision(spec)
+        return server.run(flows.prepare(spec, options.host, options.port), supervision, started)
     except ConfigurationError as error:
         console.log(f"clip_server: {error}")
         return 1
@@ -96,4 +99,8 @@ def _is_port(word: str) -> bool:
 
 if __name__ == "__main__":
     tolerate_closed_output()
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python itself would clean up for a second, and wait for a process that nothing can kill.
+    os._exit(status)

@@ -263,6 +263,9 @@ class BaseCLIPEncoder(ClipExecutor):
         except InvalidInputError as error:
             return ItemError(str(error))
 
+    def is_stuck(self, seconds: float) -> bool:
+        return self.engine.is_stuck(seconds)
+
     def close(self) -> None:
         """Ends the engine's threads."""
         self.engine.close()

@@ -9,7 +9,7 @@ from jina import Executor
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server import logs
-from clip_server.launch import jina_internals
+from clip_server.launch import heartbeats, jina_internals
 from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
 from clip_server.rpc.grpc_service import clip_handlers
 from clip_server.rpc.items import count_items
@@ -32,6 +32,11 @@ class ClipExecutor(Executor):
             die_with_parent()
             return_memory_when_idle()
 
+    def is_stuck(self, seconds: float) -> bool:
+        """Whether a piece of work, which may take so long, does not come to an end."""
+        del seconds
+        return False
+
     @staticmethod
     def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         """Selects the parameters of a flow's YAML from the arguments of `__init__`."""
@@ -45,7 +50,7 @@ class ClipExecutor(Executor):
 class _ClipCalls(grpc.aio.ServerInterceptor):
     """Answers the calls of clip.v1 on a server that has no handlers of its own for them."""
 
-    def __init__(self, executor: ClipExecutor, timed: jina_internals.TimeCall) -> None:
+    def __init__(self, executor: ClipExecutor, timed: jina_internals.TimeCall, port: int) -> None:
         async def handle(request: pb.Request) -> pb.Response:
             logs.request_id.set(request.request_id)
             items = count_items(request)
@@ -59,6 +64,7 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
                     trace.add_stages(getattr(response, kind).timings)
                 return response
 
+        heartbeats.beat_in_background(port, executor.is_stuck)
         # Only the gateway connects here, and it limits what it forwards.
         self._handlers = clip_handlers(handle, StreamServer(handle, sys.maxsize))
 

@@ -18,6 +18,7 @@ GROUND = [
     "clip_server.launch.process_setup",
     "clip_server.logs",
     "clip_server.launch.tracing",
+    "clip_server.launch.heartbeats",
     "clip_server.commands.console",
 ]
 # A module may import its own room and those to the right of it, nothing else of ours.
@@ -30,6 +31,7 @@ ALLOWED = {
     "clip_server.launch.process_setup": [],
     "clip_server.logs": [],
     "clip_server.launch.tracing": [],
+    "clip_server.launch.heartbeats": [],
     "clip_server.commands.console": [],
     "clip_server.keys": ["clip_server.errors", "clip_server.commands.console"],
     # Shared by the processes that Jina starts.

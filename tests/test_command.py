@@ -297,14 +297,6 @@ def test_replicas(start: Start) -> None:
     assert "was killed (SIGKILL), perhaps because memory ran out" in server.output()
 
 
-def test_the_only_encoder_dies(start: Start) -> None:
-    server = start(flow())
-    family = server.family()
-    next(p for p in family[1:] if not listens(p, server.ports)).kill()
-    assert server.process.wait(30) == 1
-    assert_gone(family, server.ports)
-
-
 @pytest.mark.parametrize("module", ["executors/clip_onnx.py", "clip_server.executors.clip_onnx"])
 def test_a_flow_of_clip_as_service(start: Start, module: str) -> None:
     """As its users wrote it; the port alone is gRPC's."""

@@ -68,6 +68,9 @@ SMALL_REQUEST = 4
 # handing work to its thread and back takes a third of a millisecond, in which a GPU would idle.
 MIN_SUBMISSION_SECONDS = 0.002
 MAX_QUEUED_ITEMS = 16_384
+# A device is stuck if a batch takes this many times as long as expected; the first batch of its
+# kind, of which nothing is known, may take this many times the least bound.
+STUCK_TIMES, UNKNOWN_TIMES = 20, 10
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,20 @@ class _DeviceSlot:
 
     def __init__(self) -> None:
         self.busy = self.bulk = False
+        self._started, self._expected_seconds = 0.0, 0.0
+
+    def begin(self, bulk: bool, expected_seconds: float) -> None:
+        """Notes that a submission starts. expected_seconds: infinite if nothing is known."""
+        self.busy, self.bulk = True, bulk
+        self._started, self._expected_seconds = time.monotonic(), expected_seconds
+
+    def is_stuck(self, seconds: float) -> bool:
+        """Whether the submission takes more than `seconds`, and far more than expected."""
+        if math.isinf(self._expected_seconds):
+            allowed = UNKNOWN_TIMES * seconds
+        else:
+            allowed = max(seconds, STUCK_TIMES * self._expected_seconds)
+        return self.busy and time.monotonic() - self._started > allowed
 
 
 class Engine:
@@ -211,6 +228,13 @@ class Engine:
     def oom_splits(self) -> int:
         """Number of batches that did not fit into the device's memory and were halved."""
         return sum(halving.splits for halving in self._halvings)
+
+    def is_stuck(self, seconds: float) -> bool:
+        """Whether the device does not come back from a batch. Any thread may ask.
+
+        seconds: that a batch may take at least; more, if its model is known to be slow.
+        """
+        return self._main_slot.is_stuck(seconds) or self._priority_slot.is_stuck(seconds)
 
     def close(self) -> None:
         """Stops the threads, after the work that they have started."""
@@ -367,8 +391,8 @@ class Engine:
         """Submits batches, each of texts or of images, to the device."""
         if not batches:
             return
-        slot.busy = True
-        slot.bulk = any(map(_is_bulk, itertools.chain.from_iterable(batches)))
+        bulk = any(map(_is_bulk, itertools.chain.from_iterable(batches)))
+        slot.begin(bulk, sum(map(self._latency.of, batches)))
         for batch in batches:
             self._count_batch(slot, batch)
 

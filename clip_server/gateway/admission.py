@@ -19,8 +19,6 @@ from clip_server.gateway.replicas import ReplicaPool
 
 # Between two looks at what the replicas have done: while they work, and while they are idle.
 _BUSY_SECONDS, _IDLE_SECONDS = 0.25, 1.0
-# An encoder all of whose replicas have been silent for this long cannot answer.
-_SILENT_SECONDS = 4.0
 # A replica that computes one batch after the other has at least this much to do. With less it may
 # be waiting for requests, so it is at least as fast as it seems.
 _LOADED_SECONDS = 0.5
@@ -63,12 +61,6 @@ class Backlog:
         self._in_flight: dict[int, Work] = {}  # by class of size
         self._rate = _Rate()
         self._busy_since = math.inf
-        self._last_answer = time.monotonic()
-
-    @property
-    def is_answering(self) -> bool:
-        """Whether any replica has answered lately, whether or not it is busy."""
-        return time.monotonic() - self._last_answer < _SILENT_SECONDS
 
     @contextmanager
     def hold(self, work: Work) -> Iterator[None]:
@@ -100,16 +92,11 @@ class Backlog:
             )
 
     async def watch(self) -> None:
-        """Measures the rate and whether the encoder answers, for ever."""
+        """Measures the rate, for ever."""
         before: tuple[float, Mapping[str, Mapping[str, float]]] = 0.0, {}
         while True:
-            asked = time.monotonic()
             counts = await self._pool.counts()
             now = time.monotonic()
-            if counts:
-                self._last_answer = now
-            elif now - asked < _BUSY_SECONDS:  # they are gone, not merely slow
-                self._last_answer = -math.inf
             if self._busy_since <= before[0]:
                 done = _work_between(before[1], counts)
                 is_loaded = self._rate.seconds(self._total()) > _LOADED_SECONDS

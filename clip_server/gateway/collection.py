@@ -42,7 +42,9 @@ class Collection:
             precision=comparable_precision(info.dtype),
             probes=probes.embeddings,
         )
-        for response in await self.indexer.send_to_each(pb.Request(open=request)):
+        # A replica that was restarted has to open it, too.
+        self.indexer.probe = pb.Request(open=request)
+        for response in await self.indexer.send_to_each(self.indexer.probe):
             if response.HasField("error"):
                 raise ConfigurationError(response.error.message)
 

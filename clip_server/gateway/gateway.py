@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from clip_server.gateway.documents import FlowDoc
 from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import PATHS, HttpListener
 from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.listener import Listener, ListenerOptions, Tls
 from clip_server.gateway.metrics import GatewayMetrics
 from clip_server.gateway.observation import Observer
@@ -31,7 +33,7 @@ from clip_server.gateway.router import Router
 from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.keys.keyring import open_keyring
-from clip_server.launch import jina_internals
+from clip_server.launch import heartbeats, jina_internals
 from clip_server.launch.process_setup import (
     die_with_parent,
     raise_descriptor_limit,
@@ -39,6 +41,9 @@ from clip_server.launch.process_setup import (
 )
 from clip_server.rpc.errors import error_response
 from clip_server.rpc.items import count_items
+
+# For connections to be closed when the grace period is over.
+_LEAST_CLOSING_SECONDS = 0.1
 
 LISTENERS: dict[str, type[Listener]] = {
     "grpc": GrpcListener,
@@ -56,6 +61,7 @@ class ClipGateway(BaseServer, BaseGateway):
     public_metrics: whether `/metrics` needs no key.
     page: whether browsers get a page at `/` of the HTTP port.
     max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
+    grace_seconds: requests in flight have so long to finish when the server is told to end.
     arguments: the keys of ConnectionBounds, and those of Jina.
     """
 
@@ -67,6 +73,7 @@ class ClipGateway(BaseServer, BaseGateway):
         public_metrics: bool = False,
         page: bool = True,
         max_wait: float = 1.0,
+        grace_seconds: float = 8.0,
         **arguments: Any,
     ) -> None:
         names = [each.name for each in fields(ConnectionBounds)]
@@ -82,6 +89,7 @@ class ClipGateway(BaseServer, BaseGateway):
         timed = jina_internals.gateway_timer(self)
         self._pools = replica_pools(json.loads(args.deployments_addresses), timeout, timed)
         self._max_queued_bytes, self._max_wait = max_queued_bytes, max_wait
+        self._grace_seconds = grace_seconds
         self._options = ListenerOptions(
             max_request_bytes,
             bool(args.cors),
@@ -93,22 +101,26 @@ class ClipGateway(BaseServer, BaseGateway):
             page,
         )
         self._opened: list[Listener] = []
+        self._background: list[asyncio.Task[None]] = []
         self._closed = asyncio.Event()
-        self._router: Router | None = None
-        self._watching: asyncio.Task[None] | None = None
 
     async def setup_server(self) -> None:
         """Opens the ports once the executors answer."""
+        self._background.append(asyncio.create_task(_beat(self.ports[0])))
         topology = await self._discover()
         if topology is None:
             return
         metrics = GatewayMetrics()
         observer = Observer(metrics, {*PATHS, *topology.endpoints()}, self.tracer)
+        self._lifecycle = Lifecycle(topology.can_answer)
         jina = JinaRequestHandler(
-            self._request_handler, topology, observer, self.runtime_args.prefetch
+            self._request_handler,
+            topology,
+            observer,
+            self._lifecycle,
+            self.runtime_args.prefetch,
         )
         router = Router(topology, jina, await open_collection(topology), self._max_queued_bytes)
-        self._router, self._watching = router, asyncio.create_task(router.watch())
 
         async def call(request: pb.Request) -> pb.Response:
             items = (count_items(request) or 0) + len(request.rank.candidates)
@@ -123,11 +135,20 @@ class ClipGateway(BaseServer, BaseGateway):
 
         for protocol, port in zip(self.protocols, self.ports, strict=True):
             listener = LISTENERS[str(protocol).lower()](
-                self.host, port, call, router, jina, observer, self._options
+                self.host,
+                port,
+                call,
+                router,
+                jina,
+                observer,
+                self._lifecycle,
+                self._options,
             )
             await listener.start()
             metrics.add_protocol(str(protocol).lower(), listener.count_connections)
             self._opened.append(listener)
+        watches = [router.watch(), *(pool.watch() for pool in self._pools)]
+        self._background += [asyncio.create_task(watch) for watch in watches]
 
     async def _discover(self) -> Topology | None:
         """The executors, once all of them answer; None: the start is cancelled."""
@@ -156,16 +177,25 @@ class ClipGateway(BaseServer, BaseGateway):
         """Lets requests in flight finish, and closes everything. Jina calls it twice."""
         if self._closed.is_set():
             return
-        if self._router is not None:
-            self._router.is_draining = True
         opened, self._opened = self._opened, []
-        await asyncio.gather(*(listener.stop() for listener in opened))
-        if self._watching is not None:
-            self._watching.cancel()
+        end = time.monotonic() + self._grace_seconds
+        if opened:
+            await self._lifecycle.drain(self._grace_seconds)
+        seconds = max(_LEAST_CLOSING_SECONDS, end - time.monotonic())
+        await asyncio.gather(*(listener.stop(seconds) for listener in opened))
+        for task in self._background:
+            task.cancel()
         await asyncio.gather(*(pool.close() for pool in self._pools))
         await self._request_handler.close()
         await super().shutdown()
         self._closed.set()
+
+
+async def _beat(port: int) -> None:
+    """Shows that the event loop turns, until cancelled."""
+    while True:
+        heartbeats.beat(port)
+        await asyncio.sleep(heartbeats.INTERVAL_SECONDS)
 
 
 def _tls(args: Any) -> Tls | None:

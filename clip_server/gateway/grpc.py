@@ -15,14 +15,14 @@ from grpc_reflection.v1alpha import reflection
 from clip_client.address import Address
 from clip_server.gateway.access import GrpcAccess
 from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
-from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
+from clip_server.gateway.listener import IN_FLIGHT, Listener
 from clip_server.gateway.metrics import count_grpc_connections
 from clip_server.gateway.observation import REQUEST_ID, TRACEPARENT, Caller, Observed, caller
 from clip_server.rpc.grpc_service import SERVICE, Context, clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
 
 # Between two looks at whether the server is ready.
-_HEALTH_SECONDS = 0.25
+_HEALTH_SECONDS = 0.1
 # Between two pings of a client, and how long one may take to answer: it may be busy.
 _KEEPALIVE_MS = 60_000
 
@@ -38,8 +38,10 @@ class GrpcListener(Listener):
             compression=self.options.grpc_compression,
         )
         bounds = self.options.connections.bounds
-        self._streams = StreamServer(self.observer.observing(self.call), IN_FLIGHT, bounds.draw_age)
-        clip = clip_handlers(self.call, self._streams, self._observe, self._begin)
+        self._streams = StreamServer(
+            self.observer.observing(self.count_call), IN_FLIGHT, bounds.draw_age
+        )
+        clip = clip_handlers(self.count_call, self._streams, self._observe, self._begin)
         jina = jina_handlers(self.jina, self._observe, self._begin)
         self._server.add_generic_rpc_handlers((clip, *jina))
         self._health = health.aio.HealthServicer()
@@ -55,7 +57,7 @@ class GrpcListener(Listener):
         """Says whether the server is ready, as `/readyz` does over HTTP, for ever."""
         said: bool | None = None
         while True:
-            if (is_ready := self.router.is_ready) is not said:
+            if (is_ready := not self.lifecycle.why_not_ready()) is not said:
                 said, response = is_ready, health_pb2.HealthCheckResponse
                 status = response.SERVING if is_ready else response.NOT_SERVING
                 for name in ("", SERVICE, *JINA_SERVICES.values()):
@@ -108,9 +110,7 @@ class GrpcListener(Listener):
         """The connections that are open."""
         return count_grpc_connections()
 
-    async def stop(self) -> None:
-        """Accepts nothing new, lets requests in flight finish, and closes the port."""
+    async def stop(self, seconds: float) -> None:
         self._following.cancel()
-        await self._health.enter_graceful_shutdown()
         self._streams.drain()
-        await self._server.stop(grace=GRACE_SECONDS)
+        await self._server.stop(grace=seconds)

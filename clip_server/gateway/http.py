@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableSequence
+from collections.abc import MutableMapping, MutableSequence
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, request_response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import clip_client.proto
 from clip_client.proto import clip_pb2 as pb
@@ -39,14 +40,18 @@ from clip_server.gateway.http_messages import (
     json_error,
     json_response,
     protobuf_response,
+    refuse,
 )
-from clip_server.gateway.listener import GRACE_SECONDS, Listener
+from clip_server.gateway.lifecycle import Lifecycle
+from clip_server.gateway.listener import Listener
 from clip_server.gateway.metrics import CONTENT_TYPE
 from clip_server.gateway.observed_app import ObservedApp
 from clip_server.gateway.page import PageForBrowsers
 
 # The APIs of other servers.
 _DIALECTS: tuple[type[Dialect], ...] = (OpenAIApi, CohereApi, TeiApi, WeaviateApi, ImmichApi)
+# Answered while the gateway is draining, too, and not counted.
+_PROBES = ("/livez", "/readyz", "/metrics")
 _ENDPOINTS = {
     "POST /v1/embeddings": '{"model": "...", "input": ["a cat"]}',
     "POST /encode": '{"data": [{"text": "a cat"}, {"uri": "data:image/png;base64,..."}]}',
@@ -71,7 +76,7 @@ class HttpListener(Listener):
         """Opens the port."""
         tls = self.options.tls
         config = uvicorn.Config(
-            ObservedApp(self._app(), self.observer),
+            ObservedApp(_DrainingApp(self._app(), self.lifecycle), self.observer),
             self.hosts,
             self.port,
             http=partial(BoundedHttpProtocol, self.options.connections),  # type: ignore[arg-type]
@@ -84,7 +89,6 @@ class HttpListener(Listener):
             ssl_keyfile=str(tls.key) if tls else None,
             ssl_certfile=str(tls.certificate) if tls else None,
             ssl_keyfile_password=tls.password if tls else None,
-            timeout_graceful_shutdown=int(GRACE_SECONDS),
         )
         self._server = uvicorn.Server(config)
         # The gateway's process has handlers of its own.
@@ -93,8 +97,9 @@ class HttpListener(Listener):
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(0.01)
 
-    async def stop(self) -> None:
-        """Accepts nothing new, lets requests in flight finish, and closes the port."""
+    async def stop(self, seconds: float) -> None:
+        # Read at the end only; any number of seconds will do.
+        self._server.config.timeout_graceful_shutdown = seconds  # type: ignore[assignment]
         self._server.should_exit = True
         await self._serving
 
@@ -156,10 +161,9 @@ class HttpListener(Listener):
 
     async def _ready(self, _: Request) -> Response:
         """A full server is ready: it refuses some requests, and answers others."""
-        if self.router.is_ready:
-            return json_response({"status": "ready"})
-        why = "the server is shutting down" if self.router.is_draining else "no encoder answers"
-        return json_error(503, "UNAVAILABLE", why)
+        if why := self.lifecycle.why_not_ready():
+            return json_error(503, "UNAVAILABLE", why)
+        return json_response({"status": "ready"})
 
     async def _proto(self, _: Request) -> Response:
         """The contract, from which clients in other languages are made."""
@@ -202,3 +206,25 @@ def _fields(message: Message) -> dict[str, Any]:
         else:
             fields[field.name] = _fields(value) if isinstance(value, Message) else value
     return fields
+
+
+class _DrainingApp:
+    """Counts the requests of an application, and refuses new ones once the gateway is draining."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self._app, self._lifecycle = app, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_close(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and self._lifecycle.is_draining:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        if scope["path"] in _PROBES:
+            await self._app(scope, receive, send_and_close)
+        elif refusal := self._lifecycle.refusal():
+            response = await refuse(Request(scope), refusal)
+            await response(scope, receive, send_and_close)
+        else:
+            with self._lifecycle.request():
+                await self._app(scope, receive, send_and_close)

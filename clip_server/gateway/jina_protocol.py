@@ -23,6 +23,7 @@ from clip_server.gateway.access import admitted
 from clip_server.gateway.admission import Work
 from clip_server.gateway.docarray_1 import Docarray1Request, Docarray1Response
 from clip_server.gateway.documents import FlowDoc
+from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.observation import Observer, current
 from clip_server.gateway.topology import Route, Topology
 from clip_server.rpc.errors import FAILED
@@ -52,6 +53,7 @@ class JinaRequestHandler:
     handler: Jina's own, which visits the executors in the order of the flow.
     topology: the executors.
     observer: observes the requests of streams; who calls `answer` or `send` observes that.
+    lifecycle: whether requests of Jina's clients are taken.
     prefetch: requests of one stream that may be in flight.
     """
 
@@ -60,9 +62,11 @@ class JinaRequestHandler:
         handler: GatewayRequestHandler,
         topology: Topology,
         observer: Observer,
+        lifecycle: Lifecycle,
         prefetch: int,
     ) -> None:
         self._handler, self._topology = handler, topology
+        self._lifecycle = lifecycle
         self._observer, self._prefetch = observer, prefetch
 
     async def answer(self, message: bytes) -> Response:
@@ -122,7 +126,7 @@ class JinaRequestHandler:
 
     async def _answered(self, request: DataRequest, items: int) -> DataRequest:
         try:
-            with admitted(items):
+            with admitted(items), self._lifecycle.request():
                 return await self.send(request)
         except RequestError as error:
             if observed := current():

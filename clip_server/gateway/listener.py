@@ -10,15 +10,17 @@ from typing import Any
 
 import grpc
 
+from clip_client.proto import clip_pb2 as pb
+from clip_server.errors import RequestError
 from clip_server.gateway.access import Access
 from clip_server.gateway.connections import ConnectionBounds, Connections
 from clip_server.gateway.jina_protocol import JinaRequestHandler
+from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.observation import Observer
 from clip_server.gateway.router import Router
+from clip_server.rpc.errors import error_response
 from clip_server.rpc.multiplexing import Call
 
-# Requests in flight have this long to finish when the server is told to end.
-GRACE_SECONDS = 8.0
 # Requests of one connection that may be in flight before more are read: many, since a request
 # that is not read cannot be refused.
 IN_FLIGHT = 1024
@@ -83,6 +85,7 @@ class Listener(ABC):
     router: the executors of the flow.
     jina: answers the requests of Jina's clients.
     observer: counts and logs requests.
+    lifecycle: whether requests are taken.
     """
 
     host: str
@@ -91,6 +94,7 @@ class Listener(ABC):
     router: Router
     jina: JinaRequestHandler
     observer: Observer
+    lifecycle: Lifecycle
     options: ListenerOptions
 
     @property
@@ -102,10 +106,21 @@ class Listener(ABC):
     async def start(self) -> None:
         """Opens the port."""
 
+    async def count_call(self, request: pb.Request) -> pb.Response:
+        """`call`, for requests of connections that the listener cannot count by itself."""
+        try:
+            with self.lifecycle.request():
+                return await self.call(request)
+        except RequestError as refusal:
+            return error_response(request.id, refusal)
+
     @abstractmethod
     def count_connections(self) -> int:
         """The connections that are open."""
 
     @abstractmethod
-    async def stop(self) -> None:
-        """Accepts nothing new, lets requests in flight finish, and closes the port."""
+    async def stop(self, seconds: float) -> None:
+        """Closes the port and, when responses are sent, its connections.
+
+        seconds: after which connections are closed whatever is in flight.
+        """

@@ -20,6 +20,7 @@ from clip_client.errors import ClientClosedError, ConnectionFailedError, ServerE
 from clip_client.proto import clip_pb2 as pb
 from clip_client.transports.grpc import open_transport
 from clip_server.errors import ConfigurationError, RequestError
+from clip_server.launch import heartbeats
 from clip_server.launch.jina_internals import TimeCall, untimed
 from clip_server.rpc.errors import FAILED
 from clip_server.rpc.items import count_items
@@ -28,19 +29,45 @@ from clip_server.rpc.metrics import read_text
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.05
+# Told to clients while no replica answers, as one that died takes some seconds to start.
+_RETRY_AFTER_SECONDS = 0.5
 _METRICS_SECONDS = 1.0
 # What a replica raises that does not answer.
 _SILENCE = (ClientClosedError, ConnectionFailedError, ServerError, asyncio.TimeoutError)
+# Between two looks at a replica, and how long one that exists may take to be found.
+_LOOK_SECONDS, _FIND_SECONDS = 0.5, 2.0
+# A replica that shows no sign of life for so long gets no requests while others answer.
+_SILENT_SECONDS = 2.0
 
 
 class _Replica:
-    """A kept stream to one replica, with the items in flight on it and when it was last used."""
+    """A kept stream to one replica, with the items in flight on it and when it was last used.
+
+    is_up: whether it has accepted the last connection.
+    is_silent: whether it shows no sign of life, as far as that is known.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = Address.parse(f"grpc://{address.split('://')[-1]}")
         self.transport = open_transport(self.address, {})
         self.in_flight_items = 0
         self.last_turn = 0
+        self.is_up, self.is_silent = True, False
+        self._pulse = heartbeats.Pulse(self.address.port)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether requests may be sent to it."""
+        return self.is_up and not self.is_silent
+
+    def listen(self) -> None:
+        """Notes whether it is silent; called regularly."""
+        self.is_silent = self._pulse.silence() > _SILENT_SECONDS
+
+    async def break_off(self) -> None:
+        """Makes the requests in flight fail, as if it had died; it drops those, if it wakes up."""
+        broken, self.transport = self.transport, open_transport(self.address, {})
+        await broken.close()
 
 
 class ReplicaPool:
@@ -63,6 +90,13 @@ class ReplicaPool:
         self._replicas = [_Replica(address) for address in addresses]
         self._timeout = timeout
         self._turns = itertools.count(1)
+        # Asks a replica whether it is there. An empty request is refused, which is an answer.
+        self.probe = pb.Request()
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether a replica can answer a request now: none is dead, starting or hanging."""
+        return any(replica.can_answer for replica in self._replicas)
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -77,10 +111,12 @@ class ReplicaPool:
         while not is_cancelled.is_set():
             for replica in self._replicas:
                 try:
-                    response = await replica.transport.send(pb.Request(info=pb.InfoRequest()))
+                    response = await asyncio.wait_for(
+                        replica.transport.send(pb.Request(info=pb.InfoRequest())), _FIND_SECONDS
+                    )
                     info = response.info
                     return info if info.dim or info.HasField("collection") else None
-                except ConnectionFailedError:
+                except (ConnectionFailedError, asyncio.TimeoutError):
                     continue  # not yet
                 except ServerError as error:
                     if error.code == "UNIMPLEMENTED":
@@ -108,13 +144,17 @@ class ReplicaPool:
 
     async def _send(self, request: pb.Request) -> pb.Response:
         items = len(request.encode.items) + len(request.rank.candidates) + 1
-        for replica in sorted(self._replicas, key=lambda r: (r.in_flight_items, r.last_turn)):
+        for replica in sorted(
+            self._replicas, key=lambda r: (not r.can_answer, r.in_flight_items, r.last_turn)
+        ):
             replica.in_flight_items += items
             replica.last_turn = next(self._turns)
             try:
                 return await asyncio.wait_for(replica.transport.send(request), self._timeout)
-            except (ClientClosedError, ConnectionFailedError):
-                continue  # it is gone: the next one may serve
+            except ClientClosedError:
+                continue  # it is silent: the next one may serve
+            except ConnectionFailedError:
+                replica.is_up = False  # and so may the next one here
             except asyncio.TimeoutError:
                 raise RequestError(
                     f"executor {self.name} did not answer in time", "DEADLINE_EXCEEDED"
@@ -125,8 +165,41 @@ class ReplicaPool:
             finally:
                 replica.in_flight_items -= items
         raise RequestError(
-            f"no replica of executor {self.name} is ready: try again in a moment", "UNAVAILABLE"
+            f"no replica of executor {self.name} is ready: try again in a moment",
+            "UNAVAILABLE",
+            retry_after=_RETRY_AFTER_SECONDS,
         )
+
+    async def watch(self) -> None:
+        """Follows the death, the silence and the return of each replica, until cancelled."""
+        await asyncio.gather(self._pass_over_silent(), *map(self._look_at, self._replicas))
+
+    async def _look_at(self, replica: _Replica) -> None:
+        while True:
+            probe = pb.Request()
+            probe.CopyFrom(self.probe)  # a transport numbers the message that it sends
+            try:
+                await replica.transport.send(probe)
+                replica.is_up = True
+            except ClientClosedError:
+                pass  # it is silent
+            except ConnectionFailedError:
+                replica.is_up = False
+            except ServerError:
+                replica.is_up = True  # an answer, though not of clip.v1
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _pass_over_silent(self) -> None:
+        """Lets requests on replicas that turn silent move to those that answer."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            for replica in self._replicas:
+                replica.listen()
+            if self.can_answer:
+                for replica in self._replicas:
+                    if replica.is_silent and replica.in_flight_items:
+                        log.warning("replica %s does not answer: passed over", replica.address)
+                        await replica.break_off()
 
     async def send_to_each(self, request: pb.Request) -> list[pb.Response]:
         """The responses of all replicas, once each of them answers."""

@@ -41,18 +41,11 @@ class Router:
     ) -> None:
         self._topology, self._jina = topology, jina
         self.collection = collection
-        self.is_draining = False
         self._max_queued_bytes = max_queued_bytes
         self._in_flight_bytes = 0
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request would be answered, at once or when it is its turn."""
-        encoders = self._topology.encoders
-        return not self.is_draining and any(each.backlog.is_answering for each in encoders)
-
     async def watch(self) -> None:
-        """Measures the encoders' rates, and whether they answer, for ever."""
+        """Measures the encoders' rates, for ever."""
         await asyncio.gather(*(each.backlog.watch() for each in self._topology.encoders))
 
     @property

@@ -122,6 +122,10 @@ class Topology:
             )
         return found
 
+    def can_answer(self) -> bool:
+        """Whether a replica of an encoder answers."""
+        return any(each.pool.can_answer for each in self.encoders)
+
     def binds(self, endpoint: str) -> bool:
         """Whether an executor answers `endpoint` by name, not only as any other."""
         return any(endpoint in each.endpoints for each in self.executors)

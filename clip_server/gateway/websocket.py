@@ -22,7 +22,7 @@ from clip_server.errors import RequestError
 from clip_server.gateway.access import check_handshake
 from clip_server.gateway.connections import Connections, refusal
 from clip_server.gateway.jina_protocol import is_error, serialize
-from clip_server.gateway.listener import GRACE_SECONDS, IN_FLIGHT, Listener
+from clip_server.gateway.listener import IN_FLIGHT, Listener
 from clip_server.gateway.observation import (
     REQUEST_ID,
     TRACEPARENT,
@@ -53,7 +53,7 @@ class WebSocketListener(Listener):
     async def start(self) -> None:
         """Opens the port."""
         bounds = self.options.connections.bounds
-        observed = self.observer.observing(self.call)
+        observed = self.observer.observing(self.count_call)
         self._streams = StreamServer(observed, IN_FLIGHT, bounds.draw_age)
         has_access = check_handshake(self.options.access)
 
@@ -119,12 +119,11 @@ class WebSocketListener(Listener):
         """The connections that are open."""
         return len(self._server.connections)
 
-    async def stop(self) -> None:
-        """Accepts nothing new, lets requests in flight finish, and closes the port."""
+    async def stop(self, seconds: float) -> None:
         self._streams.drain()
         self._server.close(close_connections=False)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._server.wait_closed(), GRACE_SECONDS)
+            await asyncio.wait_for(self._server.wait_closed(), seconds)
 
 
 class _CountedConnection(ServerConnection):

@@ -24,6 +24,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.keys.keyring import open_keyring
 from clip_server.launch import flow_keys, jina_internals, ports
 from clip_server.launch.flow_keys import TLS_PASSWORD, as_mapping, section
+from clip_server.launch.supervision import Supervision
 from clip_server.runtimes import RuntimeSpec, by_executor
 
 DEFAULT_FLOW = "torch-flow.yml"
@@ -179,6 +180,20 @@ def expand(spec: Mapping[str, Any]) -> dict[str, Any]:
     return jina_internals.expand_variables(spec)
 
 
+def supervision(spec: Mapping[str, Any]) -> Supervision:
+    """How the processes of a flow are supervised.
+
+    Raises:
+        ConfigurationError: a key is unknown, or a value is not allowed.
+    """
+    given = {
+        **section(spec.get("gateway"), flow_keys.GATEWAY, "gateway"),
+        **section(spec.get("with"), flow_keys.WITH, "with"),
+    }
+    names = (*flow_keys.SUPERVISION_PARAMETERS, "grace_seconds")
+    return Supervision(**{name: given[name] for name in names if name in given})
+
+
 def prepare(
     spec: Mapping[str, Any], host: str | None = None, port: Sequence[int] = ()
 ) -> dict[str, Any]:
@@ -198,6 +213,8 @@ def prepare(
             "write jtype: Flow and version: '1'"
         )
     options = section(prepared.get("with"), flow_keys.WITH, "with")
+    for key in flow_keys.SUPERVISION_PARAMETERS:  # see `supervision`
+        options.pop(key, None)
     gateway = {key: options.pop(key) for key in _GATEWAY_KEYS if key in options}
     gateway |= section(prepared.get("gateway"), flow_keys.GATEWAY, "gateway")
     gateway["host"] = _host(host or gateway.get("host") or ALL_INTERFACES[0])

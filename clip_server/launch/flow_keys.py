@@ -23,10 +23,13 @@ _GATEWAY_LIMITS = (
     "max_queued_bytes",
     "max_connections",
     "max_connections_per_address",
+    "grace_seconds",
 )
 _GATEWAY_SECONDS = ("max_wait", "header_timeout", "body_timeout", "max_connection_age")
 GATEWAY_SWITCHES = ("public_metrics", "page")
 GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, *_GATEWAY_SECONDS, "auth_file", *GATEWAY_SWITCHES)
+# Read by the command, which supervises the processes.
+SUPERVISION_PARAMETERS = ("max_restarts", "hang_seconds", "max_batch_seconds")
 TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
@@ -37,7 +40,13 @@ _OF_EXECUTORS_ONLY = {"replicas", "shards", "uses", "uses_with", "gpus"}
 _OF_GATEWAYS_ONLY = {"ssl_keyfile", "ssl_certfile", "cors", "uvicorn_kwargs"}
 _METAS = {"name", "description", "workspace", "py_modules"}
 # The least value of what Jina reads as a whole number but does not check.
-_LEAST = {"replicas": 1, "shards": 1, "prefetch": 0, **dict.fromkeys(_GATEWAY_LIMITS, 1)}
+_LEAST = {
+    "replicas": 1,
+    "shards": 1,
+    "prefetch": 0,
+    **dict.fromkeys((*_GATEWAY_LIMITS, *SUPERVISION_PARAMETERS), 1),
+    "max_restarts": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,12 @@ TOP = Section(
 )
 WITH = Section(
     "with:",
-    frozenset({*GATEWAY_PARAMETERS, TLS_PASSWORD, *_PREPARED, "args", "kwargs", *_CLOUD}),
+    frozenset(
+        {
+            *(*GATEWAY_PARAMETERS, *SUPERVISION_PARAMETERS, TLS_PASSWORD),
+            *(*_PREPARED, "args", "kwargs", *_CLOUD),
+        }
+    ),
     ("flow", "gateway", "client", "deployment"),
     frozenset(_OF_EXECUTORS_ONLY),
 )

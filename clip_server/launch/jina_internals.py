@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -236,12 +237,18 @@ def selects_gpus(devices: str) -> bool:
 class FlowProcess:
     """A process that Jina started: the gateway, or a replica of an executor.
 
-    Jina watches over none of them: one that dies is neither reported nor restarted.
+    Jina watches over none of them: one that dies is neither reported nor restarted, and one that
+    does not end is waited for without end.
     """
 
     def __init__(self, pod: Any) -> None:
         self._pod = pod
         self.name: str = pod.name
+        ports = pod.args.port
+        self.port: int = ports[0] if isinstance(ports, list) else ports
+        # None is Jina's -1.
+        timeout = pod.args.timeout_ready
+        self.ready_seconds: float = timeout / 1e3 if timeout > 0 else math.inf
 
     @property
     def exit_code(self) -> int | None:
@@ -250,24 +257,38 @@ class FlowProcess:
         return code
 
     @property
-    def is_expected_to_run(self) -> bool:
-        """Whether Jina still waits for its word, that it is ready or that it shut down."""
-        return not self._pod.is_shutdown.is_set()
+    def is_ready(self) -> bool:
+        """Whether it has started to serve."""
+        ready: bool = self._pod.is_ready.is_set()
+        return ready
 
-    def give_up(self) -> None:
-        """Ends Jina's wait for a process that died without a word: forever at startup, and
-        `timeout_ctrl` at shutdown."""
-        self._pod.is_shutdown.set()
+    def restart(self) -> None:
+        """Starts it again, at the same port. It must have ended."""
+        # A process of multiprocessing starts only once, and so do its events.
+        self._pod = type(self._pod)(self._pod.args)
+        self._pod.start()
+
+    def terminate(self) -> None:
+        """Sends it SIGTERM."""
+        self._pod.worker.terminate()
+
+    def kill(self) -> None:
+        """Sends it SIGKILL."""
+        self._pod.worker.kill()
 
 
 def flow_processes(flow: Any) -> dict[str, list[FlowProcess]]:
-    """The processes of a flow that was built, by the names of gateway and executors."""
+    """The processes of a flow that have been started, in groups of which one member suffices: the
+    gateway, the replicas of each executor, by their names."""
     found = {}
     for name, deployment in flow._deployment_nodes.items():
-        pods = [deployment.gateway_pod] if deployment.gateway_pod is not None else []
-        for shard in deployment.shards.values():
-            pods += shard._pods
-        found[name] = [FlowProcess(pod) for pod in pods]
+        replicas = [pod for shard in deployment.shards.values() for pod in shard._pods]
+        if deployment.gateway_pod is not None:
+            replicas.append(deployment.gateway_pod)
+        found[name] = [FlowProcess(pod) for pod in replicas]
+        for pod in (deployment.head_pod, deployment.uses_before_pod, deployment.uses_after_pod):
+            if pod is not None:
+                found[pod.name] = [FlowProcess(pod)]
     return found
 
 
@@ -287,19 +308,13 @@ def wrap_start(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None
     pods.AsyncNewLoopRuntime = wrap(pods.AsyncNewLoopRuntime)
 
 
-def wrap_wait(flow: Any, wrap: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
-    """Wraps the wait for a flow's processes to become ready, and silences what Jina logs of it:
-    that the flow was aborted, without the reason."""
-    flow.logger.logger.setLevel(logging.CRITICAL + 1)
-    flow._wait_until_all_ready = wrap(flow._wait_until_all_ready)
+def replace_wait(flow: Any, wait: Callable[[], None]) -> None:
+    """Replaces the wait for a flow's processes to become ready.
 
-
-def close_gateway(flow: Any) -> None:
-    """Drains and stops the gateway while executors can still answer its requests in flight.
-
-    Closing the flow stops executors first, or at the same time.
+    Jina asks them over gRPC, whose threads must not be in this process: a process forked later,
+    for one that died, could not use gRPC.
     """
-    flow._deployment_nodes["gateway"].close()
+    flow._wait_until_all_ready = wait
 
 
 # --- Inside the gateway and the executors ---
@@ -331,7 +346,7 @@ async def learn_endpoints(gateway: Any, document: type) -> dict[str, dict[str, A
 
 
 def intercept_calls(
-    executor_class: type, interceptor: Callable[[Any, TimeCall], grpc.aio.ServerInterceptor]
+    executor_class: type, interceptor: Callable[[Any, TimeCall, int], grpc.aio.ServerInterceptor]
 ) -> None:
     """Adds a gRPC interceptor to the servers of executors of a class.
 
@@ -339,7 +354,7 @@ def intercept_calls(
     as much, and has one answer for everything in it. Jina offers no way to add a service.
 
     executor_class: may be subclassed.
-    interceptor: called with the executor and a timer for its calls.
+    interceptor: called with the executor, a timer for its calls and the port of the server.
     """
     from jina.serve.runtimes.servers.grpc import GRPCServer
 
@@ -348,7 +363,7 @@ def intercept_calls(
     async def setup_with_interceptor(server: Any) -> None:
         executor = getattr(server._request_handler, "_executor", None)
         if isinstance(executor, executor_class):
-            ours = interceptor(executor, executor_timer(server))
+            ours = interceptor(executor, executor_timer(server), server.port)
             # Before that of tracing, which cannot wrap methods that write to the context.
             server.grpc_tracing_server_interceptors = [
                 ours,

@@ -1,26 +1,27 @@
-"""Runs a prepared flow: starts its processes, reports those that die, stops them in order."""
+"""Runs a prepared flow: starts its processes, has them supervised, stops them in order."""
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
-from clip_server.commands import console
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool, replica_pools
-from clip_server.launch import jina_internals
+from clip_server.launch import heartbeats, jina_internals
 from clip_server.launch.flow import ALL_INTERFACES, addresses, needs_key
-from clip_server.launch.jina_internals import FlowProcess
 from clip_server.launch.start_failures import StartFailures
+from clip_server.launch.supervision import Supervision, Supervisor, cause_of_death, end
 
-# Time for the processes to exit. One that was killed never confirms it.
-_SHUTDOWN_TIMEOUT_MS = 15_000
-_WATCH_SECONDS = 0.5
+_WATCH_SECONDS = 0.05
 _INFO_TIMEOUT_SECONDS = 10.0
+# For the processes of a flow that could not start to end by themselves.
+_ABORT_SECONDS = 1.0
 
 
 class _StopSignal:
@@ -28,11 +29,15 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self._received = threading.Event()
+        self._signals: list[int] = []
         self.is_ready = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
+        # A process that is only being forked has no other handler yet.
+        os.register_at_fork(after_in_child=_handle_signals_by_default)
 
-    def _receive(self, *_: object) -> None:
+    def _receive(self, number: int, _: object) -> None:
+        self._signals.append(number)
         self._received.set()
         if not self.is_ready:
             raise KeyboardInterrupt
@@ -41,10 +46,25 @@ class _StopSignal:
         """Whether a signal came, within so many seconds."""
         return self._received.wait(seconds)
 
+    def is_repeated(self) -> bool:
+        """Whether a second signal came."""
+        return len(self._signals) > 1
 
-def run(spec: dict[str, Any], started: float) -> int:
+    @property
+    def forced_status(self) -> int:
+        """The exit status of a command that was ended by its second signal."""
+        return 128 + self._signals[1]
+
+
+def _handle_signals_by_default() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
     """Serves a flow until SIGINT or SIGTERM. The exit status: 0 stopped as told, 1 the gateway
-    or every replica of an executor died, 130 interrupted while starting.
+    or every replica of an executor stays down, 128 and the number of the signal if it was
+    interrupted while starting, or by a second signal while stopping.
 
     started: when the command began, in seconds of `time.perf_counter`.
 
@@ -54,93 +74,58 @@ def run(spec: dict[str, Any], started: float) -> int:
     from jina import Flow
 
     stop = _StopSignal()
-    for executor in spec["executors"]:
-        executor.setdefault("timeout_ctrl", _SHUTDOWN_TIMEOUT_MS)
     failures = StartFailures()
     jina_internals.wrap_start(failures.watch)
     try:
         flow = Flow.load_config(spec)
     except (Exception, SystemExit) as error:
         raise ConfigurationError(f"the flow cannot be loaded: {_in_one_line(error)}") from None
-    jina_internals.wrap_wait(flow, lambda wait: _noticing_deaths(flow, failures, wait))
+    heartbeats.share(supervision.max_batch_seconds)
+    jina_internals.replace_wait(flow, lambda: _wait_until_ready(flow))
     try:
         flow.start()
     except KeyboardInterrupt:
-        flow.close()
+        _abort(flow)
         return 130
     except Exception as error:
-        flow.close()
+        _abort(flow)
         why = "; ".join(failures.reasons()) or _in_one_line(error)
         raise ConfigurationError(f"the server could not start: {why}") from None
     stop.is_ready = True
+    supervisor = Supervisor(jina_internals.flow_processes(flow), supervision)
     try:
         _print_banner(spec, flow, time.perf_counter() - started)
-        status = _watch(flow, stop)
+        status = supervisor.watch(stop.wait, failures)
         print("clip_server: shutting down: draining in-flight requests", flush=True)
     finally:
-        jina_internals.close_gateway(flow)
-        flow.close()
-    return status
+        supervisor.stop(stop.is_repeated)
+    return stop.forced_status if stop.is_repeated() else status
 
 
-def _noticing_deaths(
-    flow: Any, failures: StartFailures, wait: Callable[[], None]
-) -> Callable[[], None]:
-    """`wait` for the flow's processes to become ready, which ends if one of them dies."""
-
-    def notice(over: threading.Event) -> None:
-        while not over.wait(_WATCH_SECONDS):
-            for processes in jina_internals.flow_processes(flow).values():
-                for process in processes:
-                    if process.exit_code is not None and process.is_expected_to_run:
-                        failures.add(_cause_of_death(process))
-                        process.give_up()
-
-    def waiting() -> None:
-        over = threading.Event()
-        # Not before now: a process with several threads should not be forked.
-        watcher = threading.Thread(target=notice, args=(over,), daemon=True)
-        watcher.start()
-        try:
-            wait()
-        finally:
-            over.set()
-            watcher.join()
-
-    return waiting
+def _wait_until_ready(flow: Any) -> None:
+    """Waits for a flow's processes. Raises ConfigurationError if one dies or takes too long."""
+    started = time.monotonic()
+    waiting = [each for group in jina_internals.flow_processes(flow).values() for each in group]
+    while waiting := [each for each in waiting if not each.is_ready]:
+        dead = [cause_of_death(each) for each in waiting if each.exit_code is not None]
+        if dead:
+            raise ConfigurationError("; ".join(dead))
+        for each in waiting:
+            if time.monotonic() - started > each.ready_seconds:
+                raise ConfigurationError(
+                    f"{each.name} was not ready within {each.ready_seconds:g} s (timeout_ready)"
+                )
+        time.sleep(_WATCH_SECONDS)
 
 
-def _watch(flow: Any, stop: _StopSignal) -> int:
-    """Waits for a signal (0), or until the processes that are left cannot serve (1)."""
-    deployments = jina_internals.flow_processes(flow).values()
-    dead: set[str] = set()
-    stopped = False
-    while not stopped:
-        # Looks once more after the signal: Jina would wait for a process that has just died.
-        stopped = stop.wait(_WATCH_SECONDS)
-        for processes in deployments:
-            for process in processes:
-                if process.exit_code is not None and process.name not in dead:
-                    dead.add(process.name)
-                    process.give_up()
-                    console.log(f"clip_server: {_cause_of_death(process)}")
-            if processes and all(process.name in dead for process in processes):
-                return 1
-    return 0
-
-
-def _cause_of_death(process: FlowProcess) -> str:
-    code = process.exit_code
-    if code is None or code >= 0:
-        return f"{process.name} exited by itself (exit code {code})"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    memory = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
-    return f"{process.name} was killed ({name}){memory}"
+def _abort(flow: Any) -> None:
+    processes = [each for group in jina_internals.flow_processes(flow).values() for each in group]
+    end(processes, time.monotonic() + _ABORT_SECONDS)
 
 
 def _print_banner(spec: dict[str, Any], flow: Any, seconds: float) -> None:
     lines = [f"clip_server: ready in {seconds:.1f} s"]
-    lines += [*asyncio.run(_describe_executors(flow)), *addresses(spec)]
+    lines += [*_described(jina_internals.executor_addresses(flow)), *addresses(spec)]
     if spec["gateway"]["host"] in ALL_INTERFACES and not needs_key(spec):
         lines.append(
             "WARNING: listening on all network interfaces, and callers need no key; set "
@@ -149,13 +134,32 @@ def _print_banner(spec: dict[str, Any], flow: Any, seconds: float) -> None:
     print("\n  ".join(lines), flush=True)
 
 
-async def _describe_executors(flow: Any) -> list[str]:
-    """A line for each executor that encodes or holds a collection."""
-    pools = replica_pools(jina_internals.executor_addresses(flow), _INFO_TIMEOUT_SECONDS)
-    described = [await _describe(pool) for pool in pools]
-    for pool in pools:
-        await pool.close()
-    return [line for line in described if line]
+def _described(deployments: dict[str, Any]) -> list[str]:
+    """A line for each executor that encodes or holds a collection.
+
+    A process of its own asks them: one that uses gRPC, as this one would, cannot be forked again.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_send_descriptions, args=(deployments, sender))
+    process.start()
+    sender.close()
+    try:
+        lines: list[str] = receiver.recv()
+    except EOFError:  # it was killed
+        lines = []
+    process.join()
+    return lines
+
+
+def _send_descriptions(deployments: dict[str, Any], sender: Connection) -> None:
+    async def describe() -> list[str]:
+        pools = replica_pools(deployments, _INFO_TIMEOUT_SECONDS)
+        described = [await _describe(pool) for pool in pools]
+        for pool in pools:
+            await pool.close()
+        return [line for line in described if line]
+
+    sender.send(asyncio.run(describe()))
 
 
 async def _describe(pool: ReplicaPool) -> str:
