@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from clip_server.launch import server  # imports Jina, which is patched by now
 
         spec = flows.expand(spec)
+        flows.override_encoders(
+            spec, {"name": options.model, "device": options.device, "dtype": options.dtype}
+        )
         supervision = flows.supervision(spec)
         return server.run(flows.prepare(spec, options.host, options.port), supervision, started)
     except ConfigurationError as error:
@@ -59,7 +62,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Serves CLIP embeddings of texts and images.",
         epilog="The environment variable CLIP_MODEL=NAME sets the model of a built-in flow; "
         "CLIP_MODEL=embedded needs no download, and `python -m clip_server.models` lists the "
-        f"others. The default ports are {ports}.",
+        f"others. The default ports are {ports}. If CLIP_AUTH_TOKEN or CLIP_AUTH_FILE "
+        "is set, callers need a key: docs/security.md.",
     )
     parser.add_argument(
         "flow",
@@ -77,6 +81,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="listen on these ports, whatever the flow says: one for each protocol, or one that "
         "is the first of consecutive ports; 0: any free port",
     )
+    parser.add_argument("--model", metavar="NAME", help="serve this model, whatever the flow says")
+    parser.add_argument("--device", help="likewise: cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", help="likewise: fp32, fp16, bf16 or int8, as the runtime has it")
     parser.add_argument("--log-level", choices=logs.LEVELS, help="default: info")
     parser.add_argument("--log-format", choices=logs.FORMATS, help="default: text")
     parser.add_argument("--access-log", action="store_true", help="log a line for each request")

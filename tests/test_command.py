@@ -110,6 +110,21 @@ def test_what_is_wrong_is_said_at_once(refused: Refused, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "ViT-B/23"], "named 'ViT-B/23'"),
+        (["--model", "embedded", "--dtype", "fp17"], "fp17"),
+        (["--model", "embedded", "--device", "gpu-of-mine"], "gpu-of-mine"),
+    ],
+)
+def test_options_override_the_flow(
+    options: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["onnx-flow.yml", "--port", "0", *options]) == 1
+    assert message in capfd.readouterr().err
+
+
 def test_a_device_that_is_not_there() -> None:
     """Never silently another one."""
     spec = flow(device="cuda")

@@ -194,6 +194,26 @@ def supervision(spec: Mapping[str, Any]) -> Supervision:
     return Supervision(**{name: given[name] for name in names if name in given})
 
 
+def override_encoders(spec: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Sets parameters of a flow's encoders, whatever the flow says. Indexers keep theirs.
+
+    parameters: None leaves what the flow says.
+
+    Raises:
+        ConfigurationError: there are some, and the flow has no encoder with `uses: {jtype: ...}`.
+    """
+    given = {key: value for key, value in parameters.items() if value is not None}
+    encoders = [
+        uses
+        for executor in spec.get("executors") or spec["deployments"]
+        if isinstance(uses := executor.get("uses"), dict) and uses.get("jtype") == "CLIPEncoder"
+    ]
+    if given and not encoders:
+        raise ConfigurationError(f"{', '.join(given)}: the flow has no CLIPEncoder to set this for")
+    for uses in encoders:
+        uses["with"] = {**(uses.get("with") or {}), **given}
+
+
 def prepare(
     spec: Mapping[str, Any], host: str | None = None, port: Sequence[int] = ()
 ) -> dict[str, Any]:
