@@ -257,17 +257,19 @@ def _contents(size: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:
 
 
 def soak(peers: Peers, options: Options) -> Leg:
-    """The memory of all the server's processes under everything at once, for minutes."""
+    """Memory, descriptors and threads of the server's processes under everything at once, for
+    minutes."""
     started = peers.started(EMBEDDED)
     visitors = peers.visitors(EMBEDDED, seconds=60 * options.minutes)
     begun, looks = time.monotonic(), []
     while visitors.poll() is None:
-        looks.append(((time.monotonic() - begun) / 60, started.server.memory() / 2**20))
+        minute = (time.monotonic() - begun) / 60
+        looks.append((minute, started.server.memory() / 2**20, *started.server.usage()))
         if len(looks) % LOOKS == 1:
             print(f"  minute {looks[-1][0]:.1f}: {looks[-1][1]:.0f} MiB", flush=True)
         time.sleep(LOOK_SECONDS)
     answered = visitors.communicate()[0].strip()
-    minutes, memory = np.array(looks).T
+    minutes, memory, descriptors, threads = np.array(looks).T
     warm = minutes > WARM_UP_SHARE * options.minutes
     slope = np.polyfit(minutes[warm], memory[warm], 1)[0]
     rounds = {
@@ -276,7 +278,13 @@ def soak(peers: Peers, options: Options) -> Leg:
         "end MiB": [memory[-1]],
         "MiB a minute": [float(slope)],
     }
-    goals = [Goal("furthest from the median, after warm-up", "<=", FLAT, _unevenness(memory[warm]))]
+    goals = [
+        Goal(
+            f"{what}: furthest from the median, after warm-up", "<=", FLAT, _unevenness(each[warm])
+        )
+        for what, each in (("memory", memory), ("descriptors", descriptors), ("threads", threads))
+    ]
+    goals.append(Goal("tracebacks in the log", "<=", 0, started.server.errors()))
     notes = [f"{options.minutes:g} minutes. Answered: {answered}."]
     return Leg("memory", [Figures("all processes", rounds)], goals, notes)
 

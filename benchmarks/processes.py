@@ -139,6 +139,17 @@ class Server:
                 self.peak = max(self.peak, self.proportional_memory())
                 time.sleep(0.1)
 
+    def usage(self) -> tuple[int, int]:
+        """Open descriptors and threads of all its processes together."""
+        parent = psutil.Process(self._process.pid)
+        processes = [parent, *parent.children(recursive=True)]
+        descriptors = sum(each.num_fds() for each in processes)
+        return descriptors, sum(each.num_threads() for each in processes)
+
+    def errors(self) -> int:
+        """Tracebacks in its log."""
+        return self._log.read_text("utf-8", errors="replace").count("Traceback")
+
     def close(self) -> None:
         """Asks it to end, and kills what is left of its group after END_SECONDS."""
         self._process.terminate()
