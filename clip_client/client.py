@@ -68,6 +68,8 @@ class Client:
     ca_file: a file of certificates in PEM to trust, the server's own or its authority's, in place
         of the system's or those that SSL_CERT_FILE names.
     verify: False accepts any certificate, which allows man-in-the-middle attacks.
+    cert_file, key_file: the client's own certificate and its key in PEM, for servers that ask for
+        one; key_file may be left out where cert_file holds both.
     connect_timeout: seconds to wait for a server that has not answered this Client yet; one that
         has answered is waited for until the `timeout` of a call.
 
@@ -87,6 +89,8 @@ class Client:
         *,
         ca_file: str | os.PathLike[str] | None = None,
         verify: bool = True,
+        cert_file: str | os.PathLike[str] | None = None,
+        key_file: str | os.PathLike[str] | None = None,
         connect_timeout: float = CONNECT_TIMEOUT,
     ) -> None:
         check_seconds("connect_timeout", connect_timeout)
@@ -95,10 +99,15 @@ class Client:
             "credential": credential,
             "ca_file": ca_file,
             "verify": verify,
+            "cert_file": cert_file,
+            "key_file": key_file,
             "connect_timeout": connect_timeout,
         }
         self._connection = Connection(
-            Address.parse(server), _headers(credential), Trust(ca_file, verify), connect_timeout
+            Address.parse(server),
+            _headers(credential),
+            Trust(ca_file, verify, cert_file, key_file),
+            connect_timeout,
         )
 
     def __getstate__(self) -> dict[str, Any]:

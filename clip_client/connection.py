@@ -146,7 +146,11 @@ class Connection:
 
     async def _explained(self, error: Failure) -> Failure:
         """Replaces an error by a clearer one if TLS is the reason that no connection was made."""
-        if isinstance(error, ServerError) or not error.away or self._closed:
+        if isinstance(error, ServerError) or self._closed:
+            return error
+        # A client without the certificate that is asked for is connected first, and then cut off.
+        is_cut_off = error.broke and self.address.secure and not self._has_answered
+        if not (error.away or is_cut_off):
             return error
         if environment_proxy(str(self.address)):
             return error

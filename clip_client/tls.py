@@ -18,6 +18,11 @@ _PROBE_SECONDS = 5.0
 _EXPIRED, _NOT_YET_VALID = 10, 9
 _OTHER_NAME = {62, 64}  # of a host, of an IP address
 _VARIABLE = "SSL_CERT_FILE"
+# Alerts of a server that does not accept the client's certificate, as OpenSSL names them.
+_OWN_ALERTS = ("CERTIFICATE_REQUIRED", "UNKNOWN_CA", "UNKNOWN CA", "BAD_CERTIFICATE",
+               "BAD CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE EXPIRED",
+               "CERTIFICATE_UNKNOWN", "CERTIFICATE UNKNOWN")  # fmt: skip
+_REFUSAL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,15 @@ class Trust:
     """The certificates that a Client accepts.
 
     Those of the system or of the file that SSL_CERT_FILE names; those in `ca_file` instead, where
-    it is given; any certificate, where `verify` is False. Raises InvalidInputError.
+    it is given; any certificate, where `verify` is False. To servers that ask for one, it shows the
+    Client's own certificate in `cert_file`, whose key is in `key_file` or in the same file. Raises
+    InvalidInputError.
     """
 
     ca_file: str | os.PathLike[str] | None = None
     verify: bool = True
+    cert_file: str | os.PathLike[str] | None = None
+    key_file: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.verify, bool):
@@ -38,9 +47,18 @@ class Trust:
             )
         if self.ca_file is not None:
             _check("ca_file", self.ca_file)
+        if self.key_file is not None and self.cert_file is None:
+            raise InvalidInputError("key_file is the key of a certificate: pass cert_file, too")
+        _check_own(self.cert_file, self.key_file)
 
     def context(self) -> ssl.SSLContext:
         """The settings for a connection. Raises InvalidInputError for a wrong SSL_CERT_FILE."""
+        context = self._verifying()
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+    def _verifying(self) -> ssl.SSLContext:
         if not self.verify:
             return _unverified()
         if self.ca_file is None:
@@ -52,6 +70,12 @@ class Trust:
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         return context
+
+    def own_pair(self) -> tuple[bytes | None, bytes | None]:
+        """The Client's own key and certificate in PEM; None where it has none."""
+        if self.cert_file is None:
+            return None, None
+        return Path(self.key_file or self.cert_file).read_bytes(), Path(self.cert_file).read_bytes()
 
     def roots(self) -> bytes | None:
         """The same certificates in PEM; None for gRPC's own."""
@@ -90,9 +114,16 @@ async def explain(address: Address, trust: Trust) -> ConnectionFailedError | Non
     """
     scheme = address.scheme[:-1] if address.secure else address.scheme
     try:
-        await _shake_hands(address, trust.context() if address.secure else _unverified())
+        context = trust.context() if address.secure else _unverified()
+        if address.scheme.startswith("grpc"):
+            context.set_alpn_protocols(["h2"])  # without it, gRPC's servers break off
+        await _shake_hands(address, context)
     except ssl.SSLCertVerificationError as error:
         return ConnectionFailedError(f"{address}: {_about_certificate(error)}")
+    except _OwnCertificateError:
+        if address.secure:
+            return ConnectionFailedError(f"{address}: {_about_own_certificate(trust)}")
+        return _speaks_tls(address)
     except (ssl.SSLError, ConnectionResetError):
         if address.secure:
             plain = ConnectionFailedError(
@@ -105,19 +136,47 @@ async def explain(address: Address, trust: Trust) -> ConnectionFailedError | Non
         pass
     else:
         if not address.secure:
-            return ConnectionFailedError(
-                f"{address}: the server speaks TLS at this port, so the address is "
-                f"{scheme}s://{address.target}{address.path}"
-            )
+            return _speaks_tls(address)
     return None
+
+
+def _speaks_tls(address: Address) -> ConnectionFailedError:
+    return ConnectionFailedError(
+        f"{address}: the server speaks TLS at this port, so the address is "
+        f"{address.scheme}s://{address.target}{address.path}"
+    )
 
 
 async def _shake_hands(address: Address, context: ssl.SSLContext) -> None:
     opening = asyncio.open_connection(address.host, address.port, ssl=context)
-    _, writer = await asyncio.wait_for(opening, _PROBE_SECONDS)
+    reader, writer = await asyncio.wait_for(opening, _PROBE_SECONDS)
+    try:
+        # A server that refuses the client's certificate says so after the handshake; gRPC's breaks
+        # off without a word.
+        if not await asyncio.wait_for(reader.read(1), _REFUSAL_SECONDS):
+            raise _OwnCertificateError
+    except asyncio.TimeoutError:
+        pass
+    except ssl.SSLError as error:
+        if any(alert in str(error).upper() for alert in _OWN_ALERTS):
+            raise _OwnCertificateError from None
+        raise
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
+
+
+class _OwnCertificateError(Exception):
+    """The server does not accept the client's certificate, or its lack."""
+
+
+def _about_own_certificate(trust: Trust) -> str:
+    if trust.cert_file is None:
+        return (
+            "the server asks for a certificate of the client: pass Client(..., "
+            "cert_file='client.pem', key_file='client-key.pem')"
+        )
+    return "the server does not accept the certificate in cert_file: is it of the right authority?"
 
 
 def _about_certificate(error: ssl.SSLCertVerificationError) -> str:
@@ -150,6 +209,23 @@ def _environment_file() -> str | None:
     if file:
         _check(_VARIABLE, file)
     return file
+
+
+def _check_own(
+    cert_file: str | os.PathLike[str] | None, key_file: str | os.PathLike[str] | None
+) -> None:
+    """Raises InvalidInputError unless the files hold a certificate and its key, or are None."""
+    if cert_file is None:
+        return
+    try:
+        # Without a password: gRPC takes no key that has one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert_file, key_file, "")
+    except (OSError, TypeError, ValueError) as error:
+        files = " and ".join(os.fspath(file) for file in (cert_file, key_file) if file)
+        raise InvalidInputError(
+            f"cert_file and key_file: {files} are not a certificate and its key in PEM, without a "
+            f"password ({error})"
+        ) from None
 
 
 def _check(name: str, file: str | os.PathLike[str]) -> None:

@@ -77,7 +77,8 @@ async def _open_channel(address: Address, proxy: str | None, trust: Trust) -> gr
         except OSError as error:
             raise address.unreachable(f"its certificate could not be fetched: {error}") from None
         options.append(("grpc.ssl_target_name_override", name))
-    return grpc.aio.secure_channel(address.target, grpc.ssl_channel_credentials(roots), options)
+    credentials = grpc.ssl_channel_credentials(roots, *trust.own_pair())
+    return grpc.aio.secure_channel(address.target, credentials, options)
 
 
 def _refuse_after_fork() -> None:

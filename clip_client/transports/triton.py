@@ -88,7 +88,11 @@ class TritonTransport:
         address = self._address
         place = f"{address.target}{address.path}"
         if self._is_grpc:
-            roots = grpc.ssl_channel_credentials(trust.roots()) if address.secure else None
+            roots = (
+                grpc.ssl_channel_credentials(trust.roots(), *trust.own_pair())
+                if address.secure
+                else None
+            )
             return self._library.InferenceServerClient(place, creds=roots)
         return self._library.InferenceServerClient(
             place,

@@ -25,11 +25,12 @@ from clip_server.gateway.grpc import GrpcListener
 from clip_server.gateway.http import PATHS, HttpListener
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.lifecycle import Lifecycle
-from clip_server.gateway.listener import Listener, ListenerOptions, Tls
+from clip_server.gateway.listener import Listener, ListenerOptions
 from clip_server.gateway.metrics import GatewayMetrics
 from clip_server.gateway.observation import Observer
 from clip_server.gateway.replicas import replica_pools
 from clip_server.gateway.router import Router
+from clip_server.gateway.tls import Tls, TlsFiles
 from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.keys.keyring import open_keyring
@@ -60,6 +61,7 @@ class ClipGateway(BaseServer, BaseGateway):
     auth_file: of the keys that callers need, in place of CLIP_AUTH_FILE.
     public_metrics: whether `/metrics` needs no key.
     page: whether browsers get a page at `/` of the HTTP port.
+    ssl_ca_certs: the authorities of clients, which then need a certificate.
     max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
     grace_seconds: requests in flight have so long to finish when the server is told to end.
     arguments: the keys of ConnectionBounds, and those of Jina.
@@ -72,6 +74,7 @@ class ClipGateway(BaseServer, BaseGateway):
         auth_file: str | None = None,
         public_metrics: bool = False,
         page: bool = True,
+        ssl_ca_certs: str | None = None,
         max_wait: float = 1.0,
         grace_seconds: float = 8.0,
         **arguments: Any,
@@ -95,7 +98,7 @@ class ClipGateway(BaseServer, BaseGateway):
             bool(args.cors),
             args.grpc_server_options or {},
             grpc.Compression[args.compression or "NoCompression"],
-            _tls(args),
+            _tls(args, ssl_ca_certs),
             Access(open_keyring(auth_file), public_metrics),
             Connections(bounds),
             page,
@@ -198,11 +201,18 @@ async def _beat(port: int) -> None:
         await asyncio.sleep(heartbeats.INTERVAL_SECONDS)
 
 
-def _tls(args: Any) -> Tls | None:
+def _tls(args: Any, client_ca: str | None) -> Tls | None:
     key, certificate = args.ssl_keyfile, args.ssl_certfile
     if not key and not certificate:
         return None
     if not (key and certificate):
         raise ConfigurationError("TLS needs both ssl_keyfile and ssl_certfile under gateway:")
     password = (args.uvicorn_kwargs or {}).get("ssl_keyfile_password")
-    return Tls(Path(key), Path(certificate), password and str(password))
+    return Tls(
+        TlsFiles(
+            Path(key),
+            Path(certificate),
+            password and str(password),
+            Path(client_ca) if client_ca else None,
+        )
+    )

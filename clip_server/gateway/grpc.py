@@ -89,8 +89,7 @@ class GrpcListener(Listener):
         if tls is None:
             self._server.add_insecure_port(address)
         else:
-            pair = (tls.decrypted_key(), tls.certificate.read_bytes())
-            self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            self._server.add_secure_port(address, tls.grpc_credentials())
 
     def _begin(self, context: Context) -> None:
         """Notes who makes the calls of this task."""

@@ -74,7 +74,6 @@ class HttpListener(Listener):
 
     async def start(self) -> None:
         """Opens the port."""
-        tls = self.options.tls
         config = uvicorn.Config(
             ObservedApp(_DrainingApp(self._app(), self.lifecycle), self.observer),
             self.hosts,
@@ -86,10 +85,10 @@ class HttpListener(Listener):
             lifespan="off",
             ws="none",
             server_header=False,
-            ssl_keyfile=str(tls.key) if tls else None,
-            ssl_certfile=str(tls.certificate) if tls else None,
-            ssl_keyfile_password=tls.password if tls else None,
         )
+        config.load()
+        if self.options.tls:
+            config.ssl = self.options.tls.context()
         self._server = uvicorn.Server(config)
         # The gateway's process has handlers of its own.
         self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]

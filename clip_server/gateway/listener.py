@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,39 +17,13 @@ from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.observation import Observer
 from clip_server.gateway.router import Router
+from clip_server.gateway.tls import Tls
 from clip_server.rpc.errors import error_response
 from clip_server.rpc.multiplexing import Call
 
 # Requests of one connection that may be in flight before more are read: many, since a request
 # that is not read cannot be refused.
 IN_FLIGHT = 1024
-
-
-@dataclass(frozen=True)
-class Tls:
-    """PEM files of a server's key and its chain of certificates.
-
-    password: of the key; None: it is not encrypted.
-    """
-
-    key: Path
-    certificate: Path
-    password: str | None = None
-
-    def decrypted_key(self) -> bytes:
-        """The key as PEM without password, which is the only kind that gRPC takes."""
-        pem = self.key.read_bytes()
-        if self.password is None:
-            return pem
-        from cryptography.hazmat.primitives import serialization
-
-        key = serialization.load_pem_private_key(pem, self.password.encode())
-        decrypted: bytes = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        return decrypted
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -63,15 +62,12 @@ class WebSocketListener(Listener):
                 return connection.respond(503, refusal(connection.beyond_limit))
             return has_access(connection, request)
 
-        context, tls = None, self.options.tls
-        if tls is not None:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(tls.certificate, tls.key, tls.password)
+        tls = self.options.tls
         self._server = await serve(
             self._serve,
             self.hosts,
             self.port,
-            ssl=context,
+            ssl=tls.context() if tls else None,
             process_request=check,
             create_connection=partial(_CountedConnection, self.options.connections),  # type: ignore[arg-type]
             open_timeout=bounds.header_timeout or None,

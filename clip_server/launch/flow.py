@@ -23,7 +23,7 @@ from clip_server.commands import console
 from clip_server.errors import ConfigurationError
 from clip_server.keys.keyring import open_keyring
 from clip_server.launch import flow_keys, jina_internals, ports
-from clip_server.launch.flow_keys import TLS_PASSWORD, as_mapping, section
+from clip_server.launch.flow_keys import TLS_CLIENT_CA, TLS_PASSWORD, as_mapping, section
 from clip_server.launch.supervision import Supervision
 from clip_server.runtimes import RuntimeSpec, by_executor
 
@@ -355,7 +355,8 @@ def _prepare_tls(gateway: dict[str, Any]) -> None:
     files = {key: str(gateway.get(key) or "") for key in ("ssl_keyfile", "ssl_certfile")}
     uvicorn = as_mapping(gateway.get("uvicorn_kwargs"), "uvicorn_kwargs")
     password = str(gateway.pop(TLS_PASSWORD, None) or uvicorn.get(TLS_PASSWORD) or "")
-    if not any(files.values()):
+    client_ca = gateway.get(TLS_CLIENT_CA)
+    if not any((*files.values(), client_ca)):
         return
     for key, name in files.items():
         if not name:
@@ -379,6 +380,16 @@ def _prepare_tls(gateway: dict[str, Any]) -> None:
             f"ssl_keyfile and ssl_certfile: {files['ssl_keyfile']} and {files['ssl_certfile']} "
             f"are not a key and its certificate, as PEM{wrong} ({error})"
         ) from None
+    if client_ca:
+        _check_client_ca(str(client_ca))
+
+
+def _check_client_ca(file: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(file)
+    except OSError as error:
+        why = "holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigurationError(f"{TLS_CLIENT_CA}: {file}: {why}") from None
 
 
 def _check_access(gateway: Mapping[str, Any]) -> None:

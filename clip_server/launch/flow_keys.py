@@ -17,6 +17,7 @@ from typing import Any
 from clip_server.errors import ConfigurationError
 from clip_server.launch import jina_internals
 
+TLS_PASSWORD, TLS_CLIENT_CA = "ssl_keyfile_password", "ssl_ca_certs"
 # Read by our gateway; everything else under `gateway:` is Jina's.
 _GATEWAY_LIMITS = (
     "max_request_bytes",
@@ -27,10 +28,15 @@ _GATEWAY_LIMITS = (
 )
 _GATEWAY_SECONDS = ("max_wait", "header_timeout", "body_timeout", "max_connection_age")
 GATEWAY_SWITCHES = ("public_metrics", "page")
-GATEWAY_PARAMETERS = (*_GATEWAY_LIMITS, *_GATEWAY_SECONDS, "auth_file", *GATEWAY_SWITCHES)
+GATEWAY_PARAMETERS = (
+    *_GATEWAY_LIMITS,
+    *_GATEWAY_SECONDS,
+    "auth_file",
+    TLS_CLIENT_CA,
+    *GATEWAY_SWITCHES,
+)
 # Read by the command, which supervises the processes.
 SUPERVISION_PARAMETERS = ("max_restarts", "hang_seconds", "max_batch_seconds")
-TLS_PASSWORD = "ssl_keyfile_password"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
 # Understood by Jina's cloud, ignored here.
