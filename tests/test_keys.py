@@ -154,7 +154,7 @@ def test_forms_of_a_key(server: Server, key: str) -> None:
 
 
 def test_every_http_route_is_closed(server: Server) -> None:
-    listener = HttpListener("", 0, None, None, None, None, ListenerOptions(1))  # type: ignore[arg-type]
+    listener = HttpListener("", 0, None, None, None, None, None, ListenerOptions(1))  # type: ignore[arg-type]
     routes = {(getattr(each, "path", "/x"), method)
               for each in listener._app().routes
               for method in (getattr(each, "methods", None) or {"GET"})}  # fmt: skip
