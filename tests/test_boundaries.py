@@ -81,6 +81,8 @@ ALLOWED = {
                              "clip_server.models", "clip_server.preprocess",
                              "clip_server.rpc.probes", "clip_server.runtimes",
                              "clip_server.search.relevance"],
+    "clip_server.compare": ["clip_client", *GROUND, "clip_server.commands",
+                            "clip_server.evaluate.encoders", "clip_server.models"],
     "clip_server.gallery": ["clip_client", *GROUND, "clip_server.commands",
                             "clip_server.evaluate.encoders", "clip_server.rpc",
                             "clip_server.runtimes", "clip_server.search"],

@@ -63,8 +63,8 @@ class EngineEncoder:
 class ServerEncoder:
     """A running server. Raises ClipError where it does not answer."""
 
-    def __init__(self, address: str) -> None:
-        self._client = Client(address)
+    def __init__(self, address: str, credential: str | None = None) -> None:
+        self._client = Client(address, credential)
         info = self._client.info()
         self.name, self.model = f"server {info.runtime} {info.dtype}", info.model
         self.device, self.dim = info.device, info.dim
