@@ -31,20 +31,23 @@ def note_work(backlog: Backlog, work: Work) -> None:
 class EarlyRefusal:
     """ASGI middleware that refuses a request if the last one like it would be refused.
 
-    Requests are alike if they go to the same path, and their bodies are about as long.
+    Requests are alike if they go to the same path, and their bodies are about as long and encoded
+    alike.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._seen: dict[tuple[str, int], tuple[Backlog, Work]] = {}
+        self._seen: dict[tuple[str, int, bytes], tuple[Backlog, Work]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
-        length = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
         if not length.isdigit():
             await self._app(scope, receive, send)
             return
-        kind = scope["path"], int(length).bit_length()
+        encoding = headers.get(b"content-encoding", b"")
+        kind = scope["path"], int(length).bit_length(), encoding
         try:
             if kind in self._seen:
                 backlog, work = self._seen[kind]

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from clip_client.address import Address
 from clip_server.gateway.access import GrpcAccess
+from clip_server.gateway.compression import NO_GRPC_INFLATION, GrpcInflation
 from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
 from clip_server.gateway.listener import IN_FLIGHT, Listener
 from clip_server.gateway.metrics import count_grpc_connections
@@ -34,8 +35,11 @@ class GrpcListener(Listener):
         """Opens the port."""
         self._server = grpc.aio.server(
             options=list(self._server_options().items()),
-            interceptors=[GrpcAccess(self.options.access)],
-            compression=self.options.grpc_compression,
+            interceptors=[
+                GrpcAccess(self.options.access),
+                GrpcInflation(self.options.max_request_bytes),
+            ],
+            compression=self.options.compression,
         )
         bounds = self.options.connections.bounds
         self._streams = StreamServer(
@@ -74,6 +78,7 @@ class GrpcListener(Listener):
         return {
             "grpc.max_send_message_length": -1,
             "grpc.max_receive_message_length": self.options.max_request_bytes,
+            **NO_GRPC_INFLATION,
             "grpc.http2.max_ping_strikes": 0,  # an idle client may ping as often as it likes
             "grpc.keepalive_time_ms": _KEEPALIVE_MS,
             "grpc.keepalive_timeout_ms": _KEEPALIVE_MS,

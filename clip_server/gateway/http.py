@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, request_response
@@ -31,6 +32,7 @@ from clip_server.gateway.apis.immich import ImmichApi
 from clip_server.gateway.apis.openai import OpenAIApi
 from clip_server.gateway.apis.tei import TeiApi
 from clip_server.gateway.apis.weaviate import WeaviateApi
+from clip_server.gateway.compression import LEVEL, SMALLEST_RESPONSE
 from clip_server.gateway.connections import BoundedHttpProtocol
 from clip_server.gateway.early_refusal import EarlyRefusal
 from clip_server.gateway.http_messages import (
@@ -142,11 +144,20 @@ class HttpListener(Listener):
             max_discarded_bytes=self.options.max_request_bytes,
         )
         refusing = Middleware(EarlyRefusal)
+        compressing = Middleware(
+            GZipMiddleware, minimum_size=SMALLEST_RESPONSE, compresslevel=LEVEL
+        )
         page = [Middleware(PageForBrowsers)] if self.options.page else []
         app = Starlette(
             routes=[*pages, *dialects, *clip.routes()],
-            # CORS first: browsers send no key with their preflight requests.
-            middleware=[*([cors] if self.options.cors else []), *page, access, refusing],
+            # CORS before keys: browsers send none with their preflight requests.
+            middleware=[
+                *([compressing] if self.options.compresses else []),
+                *([cors] if self.options.cors else []),
+                *page,
+                access,
+                refusing,
+            ],
             exception_handlers=error_handlers(_ENDPOINTS),
         )
         app.router.default = request_response(answer_other)

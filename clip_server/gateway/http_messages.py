@@ -15,6 +15,13 @@ from starlette.responses import Response
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
+from clip_server.gateway.compression import (
+    TooLargeError,
+    UnknownEncodingError,
+    inflate,
+    too_large,
+    window_bits,
+)
 from clip_server.gateway.topology import UnansweredError, UnservedModelError
 from clip_server.rpc.errors import FAILED, error_response, request_error
 from clip_server.rpc.multiplexing import Call
@@ -31,6 +38,7 @@ _STATUS = {
 }
 # The status of a body over the limit, for which trying again later does not help.
 _TOO_LARGE = 413
+_UNKNOWN_ENCODING = 415
 # The status of a request whose client is gone: it is not sent anywhere.
 _CLIENT_GONE = 499
 
@@ -39,6 +47,7 @@ _CODES = {
     404: "NOT_FOUND",
     405: "METHOD_NOT_ALLOWED",
     _TOO_LARGE: "RESOURCE_EXHAUSTED",
+    _UNKNOWN_ENCODING: "INVALID_ARGUMENT",
     _CLIENT_GONE: "CANCELLED",
 }
 # Makes the content of an error from its status, code and message.
@@ -47,22 +56,18 @@ _Answer = TypeVar("_Answer")
 _Message = TypeVar("_Message", bound=Message)
 
 
-class BodyTooLargeError(RequestError):
-    """A body over the limit."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "RESOURCE_EXHAUSTED")
-
-
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request.
+    """The body of a request, inflated if it is compressed.
 
-    most: bytes that it may have.
+    most: bytes that it may have, before and after.
 
     Raises:
-        BodyTooLargeError: it has more.
+        TooLargeError: it has more.
+        UnknownEncodingError: it is compressed in a way that the server does not know.
+        RequestError: it is damaged.
         ClientDisconnect: the client went away before its end.
     """
+    bits = window_bits(",".join(request.headers.getlist("content-encoding")))
     chunks: list[bytes] = []
     size = int(request.headers.get("content-length") or 0)
     if size <= most:
@@ -73,11 +78,9 @@ async def read_body(request: Request, most: int) -> bytes:
             if size > most:
                 break
     if size > most:
-        raise BodyTooLargeError(
-            f"the body has more than {most / 2**20:.0f} MiB, the most the server takes: "
-            "send fewer items a request, as the client does by itself"
-        )
-    return b"".join(chunks)
+        raise too_large(most)
+    body = b"".join(chunks)
+    return body if bits is None or not body else await inflate(body, bits, most)
 
 
 def parse_object(body: bytes, example: str = '{"data": [{"text": "a cat"}]}') -> dict[str, Any]:
@@ -207,8 +210,10 @@ async def refuse(request: Request, error: Exception) -> Response:
     """The response to a request that raised a RequestError."""
     assert isinstance(error, RequestError)
     status, code, dialect = _STATUS.get(error.code, 500), error.code, _dialect_of(request)
-    if isinstance(error, BodyTooLargeError):
+    if isinstance(error, TooLargeError):
         status = _TOO_LARGE
+    elif isinstance(error, UnknownEncodingError):
+        status = _UNKNOWN_ENCODING
     elif isinstance(error, UnansweredError) or (
         isinstance(error, UnservedModelError) and dialect is not own_error
     ):

@@ -33,7 +33,7 @@ class ListenerOptions:
     max_request_bytes: of one message or HTTP body.
     cors: whether pages of other origins may read HTTP responses.
     grpc_options: of the gRPC server, which override ours.
-    grpc_compression: of gRPC responses, for clients that accept it.
+    compression: of responses, for clients that accept it.
     tls: None: connections are not encrypted.
     access: who may call.
     connections: the open ones of all ports, and their bounds.
@@ -43,11 +43,16 @@ class ListenerOptions:
     max_request_bytes: int
     cors: bool = False
     grpc_options: Mapping[str, Any] = field(default_factory=dict)
-    grpc_compression: grpc.Compression = grpc.Compression.NoCompression
+    compression: grpc.Compression = grpc.Compression.NoCompression
     tls: Tls | None = None
     access: Access = field(default_factory=Access)
     connections: Connections = field(default_factory=lambda: Connections(ConnectionBounds()))
     page: bool = True
+
+    @property
+    def compresses(self) -> bool:
+        """Whether responses are compressed."""
+        return self.compression is not grpc.Compression.NoCompression
 
 
 @dataclass

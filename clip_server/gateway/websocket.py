@@ -19,6 +19,7 @@ from websockets.typing import Subprotocol
 
 from clip_server.errors import RequestError
 from clip_server.gateway.access import check_handshake
+from clip_server.gateway.compression import BoundedDeflateFactory
 from clip_server.gateway.connections import Connections, refusal
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import IN_FLIGHT, Listener
@@ -74,7 +75,10 @@ class WebSocketListener(Listener):
             ping_timeout=_PING_TIMEOUT,
             select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
             max_size=self.options.max_request_bytes,
-            compression=None,  # images and floats do not compress; trying costs CPU time
+            compression=None,  # the library's own: bounded by the size of a message only
+            extensions=[
+                BoundedDeflateFactory(self.options.max_request_bytes, self.options.compresses)
+            ],
         )
 
     async def _serve(self, connection: ServerConnection) -> None:
