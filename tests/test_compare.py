@@ -20,6 +20,8 @@ from clip_server.compare import probes
 from clip_server.compare.__main__ import main
 from clip_server.compare.agreement import Verdict, agreement, verdict
 from clip_server.compare.servers import APIS
+from clip_server.models import zoo
+from clip_server.preprocess.image import ImageTransform
 
 # The JSON of an answer, and its status.
 Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]
@@ -210,6 +212,13 @@ def test_what_cannot_be_compared_is_said_in_one_line(
             (line,) = output.err.splitlines()
             assert line.startswith("clip_server.compare: ")
             assert expected in line
+
+
+def test_an_image_is_so_large_that_exact_decoding_matters() -> None:
+    """Else a difference between the servers' decoding would stay hidden."""
+    spec = zoo.resolve("embedded").image
+    image = probes.images()[-1]
+    assert (ImageTransform(spec)(image) != ImageTransform(spec, exact=True)(image)).any()
 
 
 @pytest.mark.parametrize(

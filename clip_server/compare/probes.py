@@ -34,8 +34,9 @@ TEXTS = (
     # Longer than most models read, so that truncation is compared too.
     "a long description of a room with " + "a chair, a table, a lamp, a window, " * 20,
 )
-# Widths and heights: square, wide, tall, and smaller than what most models read.
-_SIZES = ((224, 224), (640, 480), (480, 640), (900, 300), (120, 160), (336, 336))
+# Widths and heights: square, wide, tall, smaller than what most models read, and so large that a
+# server may decode a JPEG at a smaller scale.
+_SIZES = ((224, 224), (640, 480), (480, 640), (900, 300), (120, 160), (1920, 1440))
 # Per size: encoded images of either form.
 _FORMATS = ("PNG", "JPEG")
 # A PNG's first bytes and nothing else: only a server that reads it as a text embeds it.
