@@ -1,4 +1,4 @@
-"""The page at `/` of the HTTP port, in headless Chromium."""
+"""The pages of the HTTP port, in headless Chromium."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from browser import Page, chromium, open_page
 from conftest import SAMPLES, Http, Server, Start, flow
 
@@ -157,3 +158,24 @@ def test_no_page(start: Start) -> None:
     with Http(server.http) as http:
         assert "POST /encode" in http.get("/", headers=HTML).json()["endpoints"]
     server.stop()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_reference_shows_every_operation(page: Page, onnx_server: Server) -> None:
+    document = requests.get(f"{onnx_server.http}/openapi.json", timeout=60).json()
+    operations = [f"{method.upper()} {path}" for path, methods in document["paths"].items()
+                  for method in methods]  # fmt: skip
+    page.open(f"{onnx_server.http}/docs")
+    page.wait_for("document.querySelector('#status').hidden")
+    shown = "[...document.querySelectorAll('summary > code')].map((each) => each.innerText)"
+    assert sorted(page.evaluate(shown)) == sorted(operations)
+    dangling = (
+        "[...document.querySelectorAll('a')].map((each) => each.getAttribute('href'))"
+        ".filter((each) => each.startsWith('#') && !document.querySelector(each))"
+    )
+    assert page.evaluate(dangling) == []
+    curl = "document.querySelector('pre[aria-label=\"POST /encode, curl\"]').textContent"
+    ran = subprocess.run(["sh", "-c", page.evaluate(curl)], capture_output=True, check=True)
+    assert "embedding" in json.loads(ran.stdout)["data"][0]
+    assert page.complaints == []

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import clip_client.proto
 from clip_client.proto import clip_pb2 as pb
+from clip_server.gateway import openapi
 from clip_server.gateway.access import HttpAccess
 from clip_server.gateway.apis import tei
 from clip_server.gateway.apis.clip import ClipApi
@@ -48,7 +49,7 @@ from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.listener import Listener
 from clip_server.gateway.metrics import CONTENT_TYPE
 from clip_server.gateway.observed_app import ObservedApp
-from clip_server.gateway.page import PageForBrowsers
+from clip_server.gateway.page import PageForBrowsers, reference
 
 # The APIs of other servers.
 _DIALECTS: tuple[type[Dialect], ...] = (OpenAIApi, CohereApi, TeiApi, WeaviateApi, ImmichApi)
@@ -62,13 +63,14 @@ _ENDPOINTS = {
     "POST /search": '{"data": [{"text": "a cat"}], "parameters": {"limit": 10}}',
     "POST /delete": '{"ids": ["1"]}',
     "POST /count": '{"parameters": {"target": "images"}}',
+    "GET /openapi.json": "all endpoints, as an OpenAPI 3.1 document",
     "GET /info": "the model and the limits",
     "GET /metrics": "what the encoders have done, for Prometheus",
     "GET /livez": "whether the process runs",
     "GET /readyz": "whether it answers requests",
 }
 
-PATHS = {"/dry_run", "/post", *(endpoint.split()[1] for endpoint in _ENDPOINTS)}
+PATHS = {"/docs", "/dry_run", "/post", *(endpoint.split()[1] for endpoint in _ENDPOINTS)}
 
 
 class HttpListener(Listener):
@@ -125,6 +127,8 @@ class HttpListener(Listener):
             Route("/readyz", self._ready),
             Route("/dry_run", self._dry_run),
             Route("/clip.proto", self._proto),
+            Route("/openapi.json", self._openapi),
+            *([Route("/docs", self._reference)] if self.options.page else []),
             # As TEI, infinity and vLLM have it, and as Weaviate asks its vectorizer.
             Route("/health", self._ready),
             Route("/.well-known/live", self._empty),
@@ -179,6 +183,12 @@ class HttpListener(Listener):
         """The contract, from which clients in other languages are made."""
         proto = resources.files(clip_client.proto).joinpath("clip.proto").read_text("utf-8")
         return PlainTextResponse(proto)
+
+    async def _openapi(self, _: Request) -> Response:
+        return json_response(openapi.document())
+
+    async def _reference(self, _: Request) -> Response:
+        return reference()
 
     async def _empty(self, _: Request) -> Response:
         return Response(status_code=204)

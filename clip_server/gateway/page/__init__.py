@@ -1,4 +1,5 @@
-"""The page that browsers get at `/`, to try the server: one response without outside assets."""
+"""The pages for browsers, each one response without outside assets: at `/` the one to try the
+server, and the reference of its API."""
 
 from __future__ import annotations
 
@@ -22,14 +23,19 @@ class PageForBrowsers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_root = scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
         if is_root and "text/html" in Headers(scope=scope).get("accept", ""):
-            await _response()(scope, receive, send)
+            await _response("index.html", "page.js")(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
 
-def _response() -> Response:
-    """The page; it may run its own script and ask this server, and nothing else."""
-    content, policy = _built()
+def reference() -> Response:
+    """The page that shows the OpenAPI document."""
+    return _response("reference.html", "reference.js")
+
+
+def _response(html: str, script: str) -> Response:
+    """A page; it may run its own script and ask this server, and nothing else."""
+    content, policy = _built(html, script)
     headers = {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
@@ -41,11 +47,11 @@ def _response() -> Response:
 
 
 @cache
-def _built() -> tuple[str, str]:
+def _built(html_name: str, script_name: str) -> tuple[str, str]:
     """The HTML with its style and script, and the policy that allows these alone."""
     folder = resources.files(__name__)
     html, style, script = (
-        folder.joinpath(name).read_text("utf-8") for name in ("index.html", "page.css", "page.js")
+        folder.joinpath(name).read_text("utf-8") for name in (html_name, "page.css", script_name)
     )
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
