@@ -19,7 +19,6 @@ from clip_client import Client, ItemsError
 from clip_server.compare import probes
 from clip_server.compare.__main__ import main
 from clip_server.compare.agreement import Verdict, agreement, verdict
-from clip_server.compare.servers import APIS
 from clip_server.models import zoo
 from clip_server.preprocess.image import ImageTransform
 
@@ -112,7 +111,8 @@ def compare(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return status, report
 
 
-@pytest.mark.parametrize("api", [None, *(each.name for each in APIS)])
+# TEI's is the first that is tried.
+@pytest.mark.parametrize("api", [None, "openai", "clip"])
 def test_our_own_server_is_kept_by_every_api(
     onnx_server: Server, tmp_path: Path, api: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

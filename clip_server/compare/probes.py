@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from io import BytesIO
 
 from PIL import Image, ImageDraw, ImageFilter
@@ -43,10 +44,11 @@ _FORMATS = ("PNG", "JPEG")
 BROKEN_IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(16)
 
 
-def images() -> list[bytes]:
+@cache
+def images() -> tuple[bytes, ...]:
     """Encoded images: coloured shapes on smooth backgrounds, in PNG and JPEG."""
     rng = random.Random(0)
-    return [_image(rng, size, form) for size in _SIZES for form in _FORMATS]
+    return tuple(_image(rng, size, form) for size in _SIZES for form in _FORMATS)
 
 
 def _image(rng: random.Random, size: tuple[int, int], form: str) -> bytes:
