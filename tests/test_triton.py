@@ -17,6 +17,7 @@ from conftest import saved
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
+from test_tokenizer_hugging_face import t5 as write_tokenizer
 from triton_server import Installed, Triton
 
 from clip_client import Client, ConnectionFailedError, ItemsError, ServerError, TruncationWarning
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.slow
 SEEDED = {
     "ViT-B-32": "ViT-B-32::openai",
     "RN50": "RN50::openai",
+    "SigLIP": "ViT-B-16-SigLIP::webli",
+    "CoCa": "coca_ViT-B-32::laion2b_s13b_b90k",
     "Chinese-CLIP": "CN-CLIP/ViT-B-16",
 }
 TEXTS = ["a cat", "a photo of two dogs on a beach", "x", "一只猫坐在沙发上", "naïve café"]
@@ -110,6 +113,8 @@ def test_embeddings_of_other_families_are_ours(
     checkpoint.mkdir()
     save_file(tensors, checkpoint / weights.CHECKPOINT)
     seeded.describe(checkpoint, config)
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        write_tokenizer(checkpoint)
     repository = tmp_path / "repository"
     del tensors
     command = [str(checkpoint), "--to", "triton", "--towers", "python", "--out", str(repository)]
