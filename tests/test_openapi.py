@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -138,3 +141,22 @@ def test_the_page_of_the_document(http: Http) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert "://" not in page.text
+
+
+@pytest.mark.slow
+def test_generated_requests_are_answered_as_described(
+    search_server: Server, tmp_path: Path
+) -> None:
+    # In an environment of its own: its dependencies are not those of the server.
+    binaries = tmp_path / "venv" / "bin"
+    subprocess.run([sys.executable, "-m", "venv", binaries.parent], check=True)
+    subprocess.run(
+        [binaries / "python", "-m", "pip", "install", "-q", "schemathesis>=4,<5"], check=True
+    )
+    checks = ("not_a_server_error", "status_code_conformance", "response_schema_conformance")
+    command = [binaries / "schemathesis", "run", f"{search_server.http}/openapi.json",
+               "--max-examples=6", "--phases=examples,fuzzing", f"--checks={','.join(checks)}",
+               "--seed=1", "--suppress-health-check=all", "--continue-on-failure"]  # fmt: skip
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert re.search(r"Operations:\s+(\d+) selected / \1 total", ran.stdout)
