@@ -33,8 +33,3 @@ class NullEncoder(BaseCLIPEncoder):
     def build_runtime(cls, parameters: EncoderParameters, threads: int) -> NullRuntime:
         del threads
         return NullRuntime(parameters.name)
-
-    @classmethod
-    def fingerprint(cls, parameters: EncoderParameters) -> str:
-        del parameters
-        return "none"

@@ -92,10 +92,14 @@ class BaseCLIPEncoder(ClipExecutor):
 
     @classmethod
     def fingerprint(cls, parameters: EncoderParameters) -> str:
-        """The fingerprint of the weights that are served."""
+        """The fingerprint of the weights that are served; empty for an executor of one's own that
+        loads none."""
         model = parameters.name, parameters.model_path
         towers = cls._runtime_spec().find_towers(zoo.own_path(*model))
-        return fingerprint(towers.values() if towers else [zoo.checkpoint(*model)])
+        if towers:
+            return fingerprint(towers.values())
+        weights = zoo.find_checkpoint(*model)
+        return fingerprint([weights]) if weights else ""
 
     @classmethod
     def prepare(cls, given: Mapping[str, Any]) -> None:

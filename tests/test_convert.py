@@ -97,8 +97,8 @@ def test_an_exported_family(sources: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["convnext", "eva", "siglip", "mobileclip", "coca"])
-def test_every_family_in_every_precision(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["convnext", "eva", "mobileclip"])
+def test_every_exported_family_in_every_precision(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("open_clip")
     import test_models_parity as families

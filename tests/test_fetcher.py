@@ -285,7 +285,12 @@ def fetch(policy: dict[str, Any], *uris: str) -> list[bytes | ItemError]:
     async def run() -> list[bytes | ItemError]:
         return list((await Fetcher(UriPolicy.parse(policy), 1 << 20).fetch(uris)).values())
 
-    return asyncio.run(run())
+    # uvloop, which importing Jina makes the default, does not look names up in Python.
+    loop = asyncio.SelectorEventLoop()
+    try:
+        return loop.run_until_complete(run())
+    finally:
+        loop.close()
 
 
 def test_names_are_checked_where_they_lead(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,12 @@ def own_path(name: str, model_path: str | Path | None) -> Path | None:
     return _split_path(name, model_path)[1]
 
 
+def find_checkpoint(name: str, model_path: str | Path | None = None) -> Path | None:
+    """The file with a model's weights, as `checkpoint`; None if it would have to be downloaded."""
+    card, path = resolve(name, model_path), _weights_path(name, model_path)
+    return weights.local(path) if path is not None else weights.cached(card)
+
+
 def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     """The file with a model's weights. It is downloaded if necessary, and so are the files of its
     tokenizer, and of its image tower if that is another model's.
@@ -131,10 +137,7 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     Raises:
         UnknownModelError, WeightsError: as `resolve` and `weights.find`.
     """
-    card = resolve(name, model_path)
-    _, path = _split_path(name, model_path)
-    if path is None and card.name == EMBEDDED:
-        path = EMBEDDED_PATH
+    card, path = resolve(name, model_path), _weights_path(name, model_path)
     if path is not None:
         converted.refuse(path)
     file = weights.find(card, path)
@@ -323,6 +326,12 @@ def _is_architecture(name: str) -> bool:
 
 def _is_ambiguous(name: str) -> bool:
     return _is_architecture(name) and name not in _zoo()["checkpoints"]
+
+
+def _weights_path(name: str, model_path: str | Path | None) -> Path | None:
+    """The path of weights that are not on the hub: a person's own, or the embedded model's."""
+    own = own_path(name, model_path)
+    return EMBEDDED_PATH if own is None and resolve(name).name == EMBEDDED else own
 
 
 def _split_path(name: str, model_path: str | Path | None) -> tuple[str, Path | None]:
