@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -36,7 +37,8 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
-START_SECONDS = 90
+# Generous: other processes may keep the machine busy.
+PATIENCE_SECONDS = 90
 HAS_TORCH = find_spec("torch") is not None and find_spec("open_clip") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="the torch extra is not installed")
 
@@ -63,6 +65,20 @@ def _is_free(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def eventually(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
+    """Whether a condition holds within some seconds: what processes do shows a little later."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holds()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def saved(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -188,12 +204,14 @@ class Server:
         return self.log.read_text("utf-8", errors="replace")
 
     def wait_until_ready(self) -> None:
-        """Returns when the server says so; fails with what it said instead."""
-        deadline = time.monotonic() + START_SECONDS
-        while "clip_server: ready" not in self.output():
-            assert self.process.poll() is None, f"the server ended:\n{self.output()}"
-            assert time.monotonic() < deadline, f"not ready in time:\n{self.output()}"
-            time.sleep(0.05)
+        self.wait_for_output("clip_server: ready")
+
+    def wait_for_output(self, text: str) -> None:
+        """Waits until the server has printed a text. Fails with what it printed instead."""
+        assert eventually(lambda: text in self.output() or self.process.poll() is not None), (
+            f"not printed in time: {text}\n{self.output()}"
+        )
+        assert text in self.output(), f"the server ended:\n{self.output()}"
 
     def family(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import START_SECONDS, flow
+from conftest import PATIENCE_SECONDS, flow
 
 from clip_client import Client
 from clip_client.errors import ConnectionFailedError
@@ -63,7 +63,7 @@ def test_a_server_without_output(tmp_path: Path) -> None:
     assert process.stdout is not None
     try:
         assert process.stdout.read() == b""  # as closed
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         with Client(address) as client:
             while True:
                 try:
