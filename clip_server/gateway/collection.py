@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from clip_client.data_uri import has_scheme, read_data_uri
 from clip_client.proto import clip_pb2 as pb
@@ -145,16 +146,11 @@ async def open_collection(topology: Topology) -> Collection | None:
 
 def _without_content(item: pb.Item) -> pb.Item:
     """The source that a collection stores with an item: its text, but not its image."""
-    content: str | bytes = item.text or item.image
-    if item.uri:
-        try:
-            content = read_data_uri(item.uri)
-        except ValueError:
-            content = b""  # the encoder says what is wrong with it
+    content = _content(item)
     source = item.source or ("" if has_scheme(item.uri) else item.uri)
     kept = pb.Item(id=item.id or source or content_id(content), source=source)
     kept.tags.CopyFrom(item.tags)
-    if isinstance(content, str) and (item.HasField("text") or content):
+    if _is_text(content):
         kept.text = content
     else:
         kept.image = b""
@@ -163,7 +159,23 @@ def _without_content(item: pb.Item) -> pb.Item:
 
 def _query(item: pb.Item) -> pb.Item:
     """What an indexer takes of a query: its modality, unknown if only its embedding is given."""
-    return _without_content(item) if item.WhichOneof("content") else pb.Item()
+    if item.WhichOneof("content") is None:
+        return pb.Item()
+    return pb.Item(text="") if _is_text(_content(item)) else pb.Item(image=b"")
+
+
+def _content(item: pb.Item) -> str | bytes:
+    """The text or the image in an item; b"" where there is none, or it cannot be read."""
+    if not item.uri:
+        return item.text or item.image
+    try:
+        return read_data_uri(item.uri)
+    except ValueError:
+        return b""  # the encoder says what is wrong with it
+
+
+def _is_text(content: str | bytes) -> TypeGuard[str]:
+    return isinstance(content, str) and content != ""
 
 
 def _joint(encoding: pb.Timings, searching: pb.Timings) -> pb.Timings:

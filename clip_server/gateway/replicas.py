@@ -64,6 +64,12 @@ class _Replica:
         """Notes whether it is silent; called regularly."""
         self.is_silent = self._pulse.silence() > _SILENT_SECONDS
 
+    async def send_copy(self, request: pb.Request) -> pb.Response:
+        """The response to a message that is sent more than once: a transport numbers it."""
+        own = pb.Request()
+        own.CopyFrom(request)
+        return await self.transport.send(own)
+
     async def break_off(self) -> None:
         """Makes the requests in flight fail, as if it had died; it drops those, if it wakes up."""
         broken, self.transport = self.transport, open_transport(self.address, {})
@@ -176,10 +182,8 @@ class ReplicaPool:
 
     async def _look_at(self, replica: _Replica) -> None:
         while True:
-            probe = pb.Request()
-            probe.CopyFrom(self.probe)  # a transport numbers the message that it sends
             try:
-                await replica.transport.send(probe)
+                await replica.send_copy(self.probe)
                 replica.is_up = True
             except ClientClosedError:
                 pass  # it is silent
@@ -206,11 +210,8 @@ class ReplicaPool:
 
         async def ask(replica: _Replica) -> pb.Response:
             while True:
-                # A transport numbers the message that it sends.
-                own = pb.Request()
-                own.CopyFrom(request)
                 try:
-                    return await replica.transport.send(own)
+                    return await replica.send_copy(request)
                 except ConnectionFailedError:
                     await asyncio.sleep(_RETRY_SECONDS)  # not yet
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from clip_client.documents import parse_access_paths
 from clip_client.errors import InvalidInputError
@@ -84,6 +85,17 @@ def read_mapping(
     return values
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a finite number."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
+def is_whole(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a whole number; over Jina even those are floats."""
+    return is_number(value) and value % 1 == 0
+
+
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {shown(value)}, which is neither true nor false")
@@ -91,9 +103,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def _size(name: str, value: Any) -> int:
-    # Over Jina every number is a float.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or value % 1 != 0 or not 0 <= value < _MOST_MINIBATCH:
+    if not is_whole(value) or not 0 <= value < _MOST_MINIBATCH:
         raise RequestError(
             f"{name} is {shown(value)}, which is not a whole number from 1, or 0 for the "
             "server's own setting"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.rpc.request_parameters import read_mapping, shown
+from clip_server.rpc.request_parameters import is_number, is_whole, read_mapping, shown
 
 TARGETS = {"both": pb.BOTH, "texts": pb.TEXTS, "images": pb.IMAGES}
 _ALIASES = {"return_k": "limit", "top_k": "limit", "score_thres": "score_threshold"}
@@ -51,8 +50,7 @@ class SearchParameters:
 
 
 def _limit(name: str, value: Any) -> int:
-    # Over Jina every number is a float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < 1:
+    if not is_whole(value) or value < 1:
         raise RequestError(f"{name} is {shown(value)}, which is not a whole number from 1")
     return min(int(value), 2**31)
 
@@ -76,7 +74,7 @@ def _target(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise RequestError(f"{name} is {shown(value)}, which is not a number")
     return float(value)
 
