@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import psutil
 import pytest
 import requests
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +38,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip-server-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
+SLOW_EXECUTOR = str(ROOT / "tests" / "slow_executor.py")
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
 # Generous: other processes may keep the machine busy.
 PATIENCE_SECONDS = 90
@@ -212,6 +215,16 @@ class Server:
             f"not printed in time: {text}\n{self.output()}"
         )
         assert text in self.output(), f"the server ended:\n{self.output()}"
+
+    def metrics(self) -> Counter[str]:
+        """Its metrics, summed over their labels, by name without `clip_` and `_total`."""
+        answer = requests.get(f"{self.http}/metrics", timeout=PATIENCE_SECONDS)
+        assert answer.headers["content-type"].startswith("text/plain")
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(answer.text):
+            for sample in family.samples:
+                found[sample.name.removeprefix("clip_").removesuffix("_total")] += sample.value
+        return found
 
     def family(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)

@@ -20,13 +20,21 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import Server, Start, flow, free_ports, needs_ipv6
+from conftest import (
+    PATIENCE_SECONDS,
+    SLOW_EXECUTOR,
+    Server,
+    Start,
+    eventually,
+    flow,
+    free_ports,
+    is_alive,
+    needs_ipv6,
+)
 
 from clip_client import Client
 from clip_client.errors import ClipError
 from clip_server.__main__ import main
-
-GONE_SECONDS = 10
 
 
 def run(
@@ -38,7 +46,7 @@ def run(
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         cwd=cwd,
         env={**os.environ, **environment},
         check=False,
@@ -77,17 +85,13 @@ def listens(process: psutil.Process, ports: list[int]) -> bool:
 
 
 def assert_gone(family: list[psutil.Process], ports: list[int]) -> None:
-    deadline = time.monotonic() + GONE_SECONDS
-    _, alive = psutil.wait_procs(family, timeout=GONE_SECONDS)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
-    while any(map(is_listening, ports)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert eventually(lambda: not any(map(is_listening, ports)))
 
 
 def test_no_hub_reachable(tmp_path: Path) -> None:
     """The hub is a port nobody listens on; the cache is empty."""
-    started = time.monotonic()
     done = run(
         *("onnx-flow.yml", "--port", "0"),
         HF_ENDPOINT=f"http://127.0.0.1:{free_ports(1)[0]}",
@@ -95,7 +99,6 @@ def test_no_hub_reachable(tmp_path: Path) -> None:
         CLIP_MODEL="ViT-B-32::openai",
     )
     assert done.returncode == 1
-    assert time.monotonic() - started < 30
     for word in ("open_clip_model.safetensors", "127.0.0.1", str(tmp_path), "embedded"):
         assert word in done.stderr
     assert "Traceback" not in done.stderr
@@ -217,7 +220,9 @@ def press_ctrl_c(server: Server) -> None:
 @pytest.mark.parametrize("end", [tell, press_ctrl_c])
 def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], None]) -> None:
     """Over each transport; and a client that never stops sending keeps nothing alive."""
-    server = start(flow())
+    spec = flow()
+    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
+    server = start(spec)
     family = server.family()
     results: list[int] = []
 
@@ -238,11 +243,11 @@ def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], No
     threads.append(threading.Thread(target=endless, args=[restless]))
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
+    assert eventually(lambda: server.metrics()["in_flight_items"] >= 3 * 600)
     end(server)
     for thread in threads:
-        thread.join(30)
-    assert server.process.wait(GONE_SECONDS) == 0
+        thread.join()
+    assert server.process.wait(PATIENCE_SECONDS) == 0
     assert_gone(family, server.ports)
     assert results == [600] * 3
     assert "Traceback" not in server.output()
@@ -263,7 +268,7 @@ def test_ended_while_starting(start: Start) -> None:
     time.sleep(2.5)
     family = server.family()
     server.process.send_signal(signal.SIGTERM)
-    server.process.wait(GONE_SECONDS)
+    server.process.wait(PATIENCE_SECONDS)
     assert_gone(family, server.ports)
 
 
@@ -300,13 +305,12 @@ def test_replicas(start: Start) -> None:
         expected = client.encode(["a cat"])
         victim = next(p for p in server.family()[1:] if not listens(p, server.ports))
         victim.kill()
-        while victim.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        assert eventually(lambda: not is_alive(victim))
         for _ in range(10):
             assert (client.encode(["a cat"]) == expected).all()
     family = server.family()
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(GONE_SECONDS) == 0
+    assert server.process.wait(PATIENCE_SECONDS) == 0
     assert_gone(family, server.ports)
     assert "clip/rep-" in server.output()
     assert "was killed (SIGKILL), perhaps because memory ran out" in server.output()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -17,7 +18,8 @@ from clip_client import Client
 from clip_server.errors import ConfigurationError
 from clip_server.launch.flow import prepare
 
-TIMEOUT, AGE, MOST = 0.5, 1.0, 20
+# No connection may be too old before MOST are open, on a busy machine either.
+TIMEOUT, AGE, MOST = 0.5, 3.0, 20
 BODY = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
 
 
@@ -76,29 +78,29 @@ def test_too_many_connections_of_one_address(strict: Server) -> None:
 
 
 def test_old_connections_are_closed_between_requests(strict: Server) -> None:
-    with connect(strict.websocket, proxy=None) as link:
+    with requests.Session() as session, connect(strict.websocket, proxy=None) as link:
+        session.headers["connection"] = "keep-alive"
+        assert "connection" not in session.get(f"{strict.http}/livez").headers
         with pytest.raises(ConnectionClosed) as raised:
             link.recv(30)
         assert raised.value.rcvd is not None
         assert raised.value.rcvd.code == 1001
-    with requests.Session() as session:
-        session.headers["connection"] = "keep-alive"
-        assert "connection" not in session.get(f"{strict.http}/livez").headers
-        time.sleep(1.2 * AGE)
+        time.sleep(0.3 * AGE)  # each reaches an age of its own, up to a tenth more or less
         # The connection may be the same: uvicorn keeps an idle one for five seconds.
         assert session.get(f"{strict.http}/livez").headers["connection"] == "close"
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
-def test_the_client_loses_nothing_when_its_connection_is_closed(
-    strict: Server, protocol: str
-) -> None:
-    with Client(getattr(strict, protocol)) as client:
-        expected = client.encode(["a cat"])
-        end = time.monotonic() + 2.5 * AGE
-        while time.monotonic() < end:
-            found = client.encode(["a cat"] * 64, batch_size=4)
-            np.testing.assert_allclose(found, np.repeat(expected, 64, 0), atol=1e-4)
+def test_the_client_loses_nothing_when_its_connection_is_closed(strict: Server) -> None:
+    def encode_until_old(address: str) -> None:
+        with Client(address) as client:
+            expected = client.encode(["a cat"])
+            end = time.monotonic() + 1.5 * AGE
+            while time.monotonic() < end:
+                found = client.encode(["a cat"] * 64, batch_size=4)
+                np.testing.assert_allclose(found, np.repeat(expected, 64, 0), atol=1e-4)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(encode_until_old, strict.addresses))
 
 
 @pytest.mark.parametrize("value", ["soon", -1, True])

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Server, Start, flow
+from conftest import SAMPLES, Server, Start, eventually, flow
 
 from clip_client import Client, ServerError
 from clip_client.proto import clip_pb2 as pb
@@ -291,5 +291,6 @@ def test_calls_one_after_the_other_go_round(two_encoders: Server) -> None:
             headers={"content-type": "application/x-protobuf"},
         )
         assert answer.status_code == 200
+    assert eventually(lambda: sum(requests_by_replica()) == sum(before) + 6)
     after = requests_by_replica()
     assert sorted(b - a for a, b in zip(before, after, strict=True)) == [0, 3, 3]

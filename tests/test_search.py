@@ -190,8 +190,7 @@ def test_the_collection_stays_and_keeps_to_its_model(start: Start, tmp_path: Pat
     server = start(spec)
     index_all(Http(server.http))
     assert len(search(Http(server.http), "a cat")) == 2
-    for process in server.family():
-        process.send_signal(signal.SIGKILL)
+    os.killpg(server.process.pid, signal.SIGKILL)
     server.process.wait()
     other = start(search_flow(folder, {"dtype": "int8"}), wait=False)
     assert other.process.wait(60) == 1
