@@ -21,7 +21,7 @@ from clip_client.errors import DeadlineExceededError
 from clip_client.proto import clip_pb2 as pb
 
 BATCH, SECONDS = 4, 0.05  # of the slow executor
-FULL = 200  # items
+FULL, FULL_BYTES = 200, 100_000  # items, and bytes in the gateway
 MOST_BEGUN = 80  # of 160, which take 2 s, where they are given up early
 
 _numbers = itertools.count()
@@ -29,8 +29,9 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def slow(start: Start) -> Server:
-    spec = flow(minibatch_size=BATCH, max_queued_items=FULL)
-    spec["with"]["max_wait"] = 0  # as many items as fit, however long they wait
+    spec = flow(minibatch_size=BATCH, max_queued_items=FULL, cache_bytes=1 << 20)
+    # As many items as fit, however long they wait.
+    spec["with"] |= {"max_wait": 0, "max_queued_bytes": FULL_BYTES}
     spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
     return start(spec)
 
@@ -86,13 +87,17 @@ def test_a_full_server_refuses_and_says_when_to_try_again(slow: Server) -> None:
         assert slow.metrics()["refused_requests"] == 2
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
-def test_the_client_comes_again(slow: Server, protocol: str) -> None:
+def test_the_client_comes_again(slow: Server) -> None:
     refused = slow.metrics()["refused_requests"]
-    with Client(getattr(slow, protocol)) as client, ThreadPoolExecutor() as pool:
-        calls = [pool.submit(client.encode, texts(FULL // 2), batch_size=FULL) for _ in range(4)]
-        assert all(np.isfinite(call.result()).all() for call in calls)
-    assert slow.metrics()["refused_requests"] > refused
+    clients = [Client(address) for address in slow.addresses]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(clients[0].encode, texts(FULL - 20), batch_size=FULL)
+        assert eventually(lambda: slow.metrics()["in_flight_items"] > 0)
+        calls = [pool.submit(each.encode, texts(30), batch_size=FULL) for each in clients]
+        assert all(np.isfinite(call.result()).all() for call in (first, *calls))
+    for client in clients:
+        client.close()
+    assert slow.metrics()["refused_requests"] >= refused + len(clients)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "websocket"])
@@ -184,19 +189,15 @@ def test_an_interactive_request_passes_a_bulk_one(slow: Server) -> None:
         assert waited < (time.monotonic() - bulk_started) / 2
 
 
-def test_cache_and_duplicates_show_in_metrics(start: Start) -> None:
-    spec = flow(cache_bytes=1 << 20, minibatch_size=BATCH)
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
-    server = start(spec)
-    with Client(server.grpc) as client:
+def test_cache_and_duplicates_show_in_metrics(slow: Server) -> None:
+    before = slow.metrics()
+    with Client(slow.grpc) as client:
         client.encode(["one", "two", "two"])
         client.encode(["one", "two", "three"])
-    found = server.metrics()
-    assert (found["cache_hits"], found["cache_misses"]) == (2, 4)
+    counted = {"cache_hits": 2, "cache_misses": 4, "deduplicated_items": 1, "texts": 3}
+    found = slow.metrics()
+    assert {name: found[name] - before[name] for name in counted} == counted
     assert found["cache_bytes"] > 0
-    assert found["deduplicated_items"] == 1
-    assert found["texts"] == 3
-    server.stop()
 
 
 def assert_refused(server: Server, protocol: str, count: int) -> None:
@@ -229,11 +230,11 @@ def assert_refused(server: Server, protocol: str, count: int) -> None:
 
 def test_what_would_wait_too_long_is_refused_and_the_server_stays_ready(prompt: Server) -> None:
     with Client(prompt.grpc) as client, ThreadPoolExecutor() as pool, Http(prompt.http) as http:
-        # Takes 4 s: more than max_wait, which an idle server does not mind.
-        bulk = pool.submit(client.encode, texts(320), batch_size=320)
+        # Takes 3 s: more than max_wait, which an idle server does not mind.
+        bulk = pool.submit(client.encode, texts(240), batch_size=240)
         assert eventually(lambda: not is_idle(prompt))
         for protocol in ("grpc", "http", "websocket"):
-            assert_refused(prompt, protocol, 300)
+            assert_refused(prompt, protocol, 200)
         # A small request passes the large one, so it does not wait.
         assert http.post("/encode", json={"data": texts(1)}).status_code == 200
         assert http.get("/readyz").status_code == 200
@@ -244,16 +245,18 @@ def test_what_would_wait_too_long_is_refused_and_the_server_stays_ready(prompt: 
 def test_the_client_comes_again_until_it_is_its_turn(prompt: Server) -> None:
     clients = [Client(address) for address in prompt.addresses]
     with ThreadPoolExecutor() as pool:
-        calls = [pool.submit(each.encode, texts(80), batch_size=16) for each in clients]
+        calls = [pool.submit(each.encode, texts(64), batch_size=16) for each in clients]
         assert all(np.isfinite(call.result()).all() for call in calls)
+    for client in clients:
+        client.close()
 
 
 def test_a_request_that_would_be_refused_is_not_read(prompt: Server) -> None:
-    body = json.dumps({"data": texts(300)}).encode()
+    body = json.dumps({"data": texts(130)}).encode()
     head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
     with Client(prompt.grpc) as client, ThreadPoolExecutor() as pool, Http(prompt.http) as http:
         assert http.post("/encode", data=body).status_code == 200
-        bulk = pool.submit(client.encode, texts(400), batch_size=400)
+        bulk = pool.submit(client.encode, texts(250), batch_size=250)
         assert eventually(lambda: not is_idle(prompt))
         with socket.create_connection(("127.0.0.1", prompt.ports[1]), 10) as connection:
             connection.sendall(head)  # and no body
@@ -261,18 +264,13 @@ def test_a_request_that_would_be_refused_is_not_read(prompt: Server) -> None:
         assert np.isfinite(bulk.result()).all()
 
 
-def test_a_gateway_that_holds_too_many_bytes_refuses(start: Start) -> None:
-    spec = flow(minibatch_size=BATCH)
-    spec["with"] |= {"max_queued_bytes": 100_000, "max_wait": 0}
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
-    server = start(spec)
-    with ThreadPoolExecutor() as pool, Http(server.http) as http:
+def test_a_gateway_that_holds_too_many_bytes_refuses(slow: Server) -> None:
+    with ThreadPoolExecutor() as pool, Http(slow.http) as http:
         large = {"data": [{"text": text + " word" * 300} for text in texts(100)]}
         # An idle server takes it.
         first = pool.submit(http.post, "/encode", json=large)
-        assert eventually(lambda: not is_idle(server))
+        assert eventually(lambda: not is_idle(slow))
         refused = http.post("/encode", json=large)
         assert refused.status_code == 429
         assert "MiB" in refused.json()["error"]["message"]
         assert first.result().status_code == 200
-    server.stop()
