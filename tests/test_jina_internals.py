@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,51 +35,96 @@ def unpatched(code: str, seconds: float = 60, **environment: str) -> str:
     return done.stdout
 
 
-def test_it_creates_folders_in_the_home_directory(tmp_path: Path) -> None:
-    unpatched("", HOME=str(tmp_path))
-    assert list(tmp_path.iterdir())
-
-
-@needs_torch
-def test_it_imports_torch() -> None:
-    assert "True" in unpatched("import sys; print('torch' in sys.modules)")
-
-
-@needs_ipv6
-def test_its_search_for_free_ports_fails_on_ipv6() -> None:
-    code = (
+# What each fault is, the code that shows it, and what is in its output.
+FAULTS = {
+    "it imports torch": ("import sys; print('torch' in sys.modules)", "True"),
+    "its search for free ports fails on IPv6": (
         "from jina.helper import is_port_free\n"
         "try: is_port_free('::1', 12345)\n"
-        "except OSError: print('failed')"
-    )
-    assert "failed" in unpatched(code)
-
-
-def test_it_asks_the_internet_for_this_machines_address() -> None:
-    code = (
+        "except OSError: print('failed')",
+        "failed",
+    ),
+    "its document without annotations refers to itself": (
+        "from jina.serve.executors import LegacyDocumentJina\n"
+        "print(LegacyDocumentJina.__fields__['chunks'].outer_type_)",
+        "LegacyDocument",
+    ),
+    "its parser ends the process": (
+        "from jina.parsers import set_deployment_parser\n"
+        "try: set_deployment_parser().parse_args(['--replicas', 'two'])\n"
+        "except SystemExit: print('ended')",
+        "ended",
+    ),
+    # It cannot hold the image.
+    "its gateway makes a class of each schema": (
+        "from docarray import BaseDoc\n"
+        "from jina.serve.runtimes.gateway.graph import topology_graph\n"
+        "class Image(BaseDoc):\n"
+        "    blob: bytes\n"
+        "made = topology_graph.create_base_doc_from_schema(Image.schema(), 'Image', {})\n"
+        "print(made.__fields__['blob'].type_.__name__)",
+        "str",
+    ),
+    # The gateway learns neither whose fault it is nor, from its message, what was wrong.
+    "it hides why documents cannot be read": (
+        "from docarray import BaseDoc, DocList\n"
+        "from docarray.base_doc import AnyDoc\n"
+        "from jina.types.request.data import DataRequest\n"
+        "class Parent(BaseDoc):\n"
+        "    text: str\n"
+        "request = DataRequest()\n"
+        "request.data.docs = DocList[AnyDoc]([AnyDoc(text=b'\\xff')])\n"
+        "request.document_array_cls = DocList[Parent]\n"
+        "try:\n"
+        "    request.docs\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)",
+        "ValidationError",
+    ),
+    "it asks the internet for this machine's address": (
         "import urllib.request\n"
         "from jina.orchestrate.orchestrator import get_public_ip\n"
         "urllib.request.urlopen = lambda request, **_: print(request.full_url)\n"
-        "get_public_ip()"
-    )
-    assert unpatched(code).count("https://") >= 1
+        "get_public_ip()",
+        "https://",
+    ),
+}
+MARKS = {
+    "it imports torch": needs_torch,
+    "its search for free ports fails on IPv6": needs_ipv6,
+}
 
 
-def test_its_document_without_annotations_refers_to_itself() -> None:
-    code = (
-        "from jina.serve.executors import LegacyDocumentJina\n"
-        "print(LegacyDocumentJina.__fields__['chunks'].outer_type_)"
-    )
-    assert "LegacyDocument" in unpatched(code)
+@dataclass
+class Shown:
+    """The outputs of all faults, by name, and the home directory in which they were shown."""
+
+    home: Path
+    outputs: dict[str, str]
 
 
-def test_its_parser_ends_the_process() -> None:
-    code = (
-        "from jina.parsers import set_deployment_parser\n"
-        "try: set_deployment_parser().parse_args(['--replicas', 'two'])\n"
-        "except SystemExit: print('ended')"
-    )
-    assert "ended" in unpatched(code)
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """In one process: to import Jina takes seconds."""
+    home = tmp_path_factory.mktemp("home")
+    code = "\n".join(f"print({f'# {name}'!r})\n{code}" for name, (code, _) in FAULTS.items())
+    sections = (part.partition("\n") for part in unpatched(code, HOME=str(home)).split("# ")[1:])
+    return Shown(home, {name: output for name, _, output in sections})
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=MARKS.get(name, ()), id=name) for name in FAULTS]
+)
+def test_a_fault(shown: Shown, fault: str) -> None:
+    _, expected = FAULTS[fault]
+    assert expected in shown.outputs[fault]
+
+
+def test_it_creates_folders_in_the_home_directory(shown: Shown) -> None:
+    assert list(shown.home.iterdir())
+
+
+def test_its_options_are_checked_before_its_parser_ends_the_process() -> None:
     with pytest.raises(ValueError, match="replicas"):
         jina_internals.check_option(jina_internals.parser("deployment"), "replicas", "two")
 
@@ -142,35 +188,3 @@ def test_the_addresses_of_replicas() -> None:
     assert jina_internals.flow_processes(flow).keys() == {"gateway", "a", "b"}
     addresses = jina_internals.executor_addresses(flow)
     assert {name: len(each) for name, each in addresses.items()} == {"a": 2, "b": 1}
-
-
-def test_its_gateway_makes_a_class_of_each_schema() -> None:
-    code = (
-        "from docarray import BaseDoc\n"
-        "from jina.serve.runtimes.gateway.graph import topology_graph\n"
-        "class Image(BaseDoc):\n"
-        "    blob: bytes\n"
-        "made = topology_graph.create_base_doc_from_schema(Image.schema(), 'Image', {})\n"
-        "print(made.__fields__['blob'].type_.__name__)"
-    )
-    # It cannot hold the image.
-    assert unpatched(code).strip() == "str"
-
-
-def test_it_hides_why_documents_cannot_be_read() -> None:
-    code = (
-        "from docarray import BaseDoc, DocList\n"
-        "from docarray.base_doc import AnyDoc\n"
-        "from jina.types.request.data import DataRequest\n"
-        "class Parent(BaseDoc):\n"
-        "    text: str\n"
-        "request = DataRequest()\n"
-        "request.data.docs = DocList[AnyDoc]([AnyDoc(text=b'\\xff')])\n"
-        "request.document_array_cls = DocList[Parent]\n"
-        "try:\n"
-        "    request.docs\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__)"
-    )
-    # The gateway learns neither whose fault it is nor, from its message, what was wrong.
-    assert unpatched(code).strip() == "ValidationError"
