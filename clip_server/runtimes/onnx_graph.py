@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec, ModelCard, TextSpec
 from clip_server.runtimes.loading import normalized
+from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.runtimes.samples import samples
 
 _DTYPES = {
@@ -39,6 +40,9 @@ _POOLED = "pooler_output"
 # The largest difference, as a share of the largest value, that rounding makes between the same
 # texts with and without padding.
 _ROUNDING = 1e-4
+
+# In the messages of onnxruntime's arena and of CUDA.
+_OUT_OF_MEMORY = ("Failed to allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -98,7 +102,13 @@ class Graph:
         return (parts[0] if len(parts) == 1 else np.concatenate(parts))[:count]
 
     def _run(self, feeds: Feeds, size: int) -> NDArray[np.float32]:
-        (output,) = self._session.run([self._output], self._prepared(feeds, size))
+        prepared = self._prepared(feeds, size)
+        try:
+            (output,) = self._session.run([self._output], prepared)
+        except Exception as error:  # onnxruntime's errors have no class of their own
+            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                raise OutOfMemoryError(str(error)) from None
+            raise
         embeddings: NDArray[np.float32] = output.astype(np.float32, copy=False)
         return embeddings
 
