@@ -106,7 +106,7 @@ def test_odd_bodies_are_refused_with_the_reason(
     before = len(server.output())
     counts: Counter[int] = Counter()
     with Http(server.http) as http:
-        for body in odd_bodies(seed, count=500):
+        for body in odd_bodies(seed, count=200):
             answer = http.post(
                 body.route, data=body.content, headers={"content-type": body.content_type}
             )
@@ -119,7 +119,7 @@ def test_odd_bodies_are_refused_with_the_reason(
             assert said, body
         assert "embedding" in http.post("/encode", json={"data": ["a cat"]}).json()["data"][0]
     # Some are good enough to be answered; none has failed in the gateway.
-    assert counts[200] > 30
+    assert counts[200] > 10
     assert "Exception in ASGI" not in server.output()[before:]
 
 

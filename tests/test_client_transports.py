@@ -169,7 +169,7 @@ def test_tls(scheme: str, certificate: tuple[Path, Path], monkeypatch: pytest.Mo
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
         with Client(secure) as client:
             assert len(client.encode(["a"])) == 1
-        plain = Client(server.address)
+        plain = Client(server.address, connect_timeout=0.5)
         with plain, pytest.raises(ConnectionFailedError, match=f"speaks TLS .* is {secure}"):
             plain.encode(["a"])
 

@@ -36,6 +36,8 @@ from clip_client import Client
 from clip_client.errors import ClipError
 from clip_server.__main__ import main
 
+LARGE = 300  # items of a request, which take half a second
+
 
 def run(
     *arguments: str, stdin: str | None = None, cwd: Path | None = None, **environment: str
@@ -176,12 +178,32 @@ def test_clip_as_service_installed_beside_it(tmp_path: Path) -> None:
     assert "pip uninstall clip-client clip-server, then install this server again" in said
 
 
-def test_without_torch(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    server = start(flow("onnx"), PYTHONPATH=str(tmp_path))
-    with Client(server.grpc) as client:
-        assert client.encode(["a cat"]).shape == (1, 256)
-    server.stop()
+@pytest.fixture(scope="module")
+def unusual(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server without torch, on any free ports, whose environment names the model, a home
+    directory that cannot be, and proxies that do not answer."""
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    dead = f"http://127.0.0.1:{free_ports(1)[0]}"
+    names = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+    proxies = {spelling: dead for name in names for spelling in (name, name.upper())}
+    return start(
+        flow("onnx", ports=[0, 0, 0], name="${{ ENV.CLIP_MODEL }}"),
+        PYTHONPATH=str(modules),
+        CLIP_MODEL="embedded",
+        HOME="/proc/none",
+        **proxies,
+    )
+
+
+def test_an_unusual_server_serves_at_the_addresses_that_it_prints(unusual: Server) -> None:
+    addresses = re.findall(r"(?:grpc|http|ws)://\S+", unusual.output())
+    assert len(addresses) == 3
+    for address in addresses:
+        with Client(address) as client:
+            assert client.encode(["a cat"]).shape == (1, 256)
+    assert "emoji-small::embedded" in unusual.output()  # as the encoder says
+    assert "Traceback" not in unusual.output()
 
 
 def test_the_banner(onnx_server: Server) -> None:
@@ -217,7 +239,7 @@ def press_ctrl_c(server: Server) -> None:
     os.killpg(server.process.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("end", [tell, press_ctrl_c])
+@pytest.mark.parametrize("end", [pytest.param(tell, marks=pytest.mark.slow), press_ctrl_c])
 def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], None]) -> None:
     """Over each transport; and a client that never stops sending keeps nothing alive."""
     spec = flow()
@@ -227,13 +249,13 @@ def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], No
     results: list[int] = []
 
     def large(client: Client) -> None:
-        texts = [f"text {i}" for i in range(600)]
-        results.append(len(client.encode(texts, batch_size=600)))
+        texts = [f"text {i}" for i in range(LARGE)]
+        results.append(len(client.encode(texts, batch_size=LARGE)))
 
     def endless(client: Client) -> None:
         with contextlib.suppress(ClipError):
             while True:
-                client.encode(["again"], timeout=3)  # after the end, too
+                client.encode(["again"], timeout=1)  # after the end, too
 
     clients = [Client(address) for address in server.addresses]
     for client in clients:
@@ -243,13 +265,13 @@ def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], No
     threads.append(threading.Thread(target=endless, args=[restless]))
     for thread in threads:
         thread.start()
-    assert eventually(lambda: server.metrics()["in_flight_items"] >= 3 * 600)
+    assert eventually(lambda: server.metrics()["in_flight_items"] >= 3 * LARGE)
     end(server)
     for thread in threads:
         thread.join()
     assert server.process.wait(PATIENCE_SECONDS) == 0
     assert_gone(family, server.ports)
-    assert results == [600] * 3
+    assert results == [LARGE] * 3
     assert "Traceback" not in server.output()
     for client in [*clients, restless]:
         client.close()
@@ -276,7 +298,7 @@ def test_ended_while_starting(start: Start) -> None:
     ("end", "says"),
     [
         ("os.kill(os.getpid(), 9)", "was killed (SIGKILL), perhaps because memory ran out"),
-        ("os._exit(3)", "exited by itself (exit code 3)"),
+        pytest.param("os._exit(3)", "exited by itself (exit code 3)", marks=pytest.mark.slow),
     ],
     ids=["killed", "exited"],
 )
@@ -316,7 +338,13 @@ def test_replicas(start: Start) -> None:
     assert "was killed (SIGKILL), perhaps because memory ran out" in server.output()
 
 
-@pytest.mark.parametrize("module", ["executors/clip_onnx.py", "clip_server.executors.clip_onnx"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "executors/clip_onnx.py",
+        pytest.param("clip_server.executors.clip_onnx", marks=pytest.mark.slow),
+    ],
+)
 def test_a_flow_of_clip_as_service(start: Start, module: str) -> None:
     """As its users wrote it; the port alone is gRPC's."""
     port = free_ports(1)[0]
@@ -345,33 +373,16 @@ executors:
     server.stop()
 
 
-def test_the_model_by_environment(start: Start) -> None:
+def test_built_in_flows_name_the_model_by_the_environment() -> None:
     from importlib import resources
 
     for name in ("onnx-flow.yml", "torch-flow.yml"):
         spec = yaml.safe_load(resources.files("clip_server.flows").joinpath(name).read_text())
         assert spec["executors"][0]["uses"]["with"]["name"] == "${{ ENV.CLIP_MODEL }}"
-    spec = flow()
-    spec["executors"][0]["uses"]["with"]["name"] = "${{ ENV.CLIP_MODEL }}"
-    server = start(spec, CLIP_MODEL="embedded")
-    assert "emoji-small::embedded" in server.output()
-    server.stop()
-
-
-def test_an_environment_that_leads_nowhere(start: Start) -> None:
-    """Proxies that do not answer, and a home directory that cannot be."""
-    dead = f"http://127.0.0.1:{free_ports(1)[0]}"
-    names = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
-    proxies = {spelling: dead for name in names for spelling in (name, name.upper())}
-    server = start(flow(), HOME="/proc/none", **proxies)
-    assert "emoji-small::embedded" in server.output()  # as the encoder says
-    assert "Traceback" not in server.output()
-    with Client(server.grpc) as client:
-        assert client.encode(["a cat"]).shape == (1, 256)
-    server.stop()
 
 
 @needs_ipv6
+@pytest.mark.slow
 def test_ipv6_alone(start: Start) -> None:
     spec = flow()
     spec["with"]["host"] = "::1"

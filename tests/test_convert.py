@@ -40,9 +40,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a seeded checkpoint of a configuration."""
     pytest.importorskip("open_clip")
 
+    folders: dict[str, Path] = {}
+
     def saved(config: dict[str, Any]) -> Path:
-        folder = tmp_path_factory.mktemp("source")
-        return seeded.save(seeded.open_clip_model(config), folder, config)
+        described = repr(config)
+        if described not in folders:
+            folder = tmp_path_factory.mktemp("source")
+            folders[described] = seeded.save(seeded.open_clip_model(config), folder, config)
+        return folders[described]
 
     return saved
 
@@ -66,8 +71,17 @@ def assert_equal(found: Any, source: Path, precision: Precision) -> None:
             assert of_texts.suffices(precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *(("vision transformer", precision) for precision in PRECISIONS),
+        ("residual network", "fp32"),
+        *(
+            pytest.param("residual network", each, marks=pytest.mark.slow)
+            for each in PRECISIONS[1:]
+        ),
+    ],
+)
 def test_a_folder_needs_nothing_else(
     name: str, precision: Precision, sources: Any, tmp_path: Path
 ) -> None:
@@ -81,6 +95,7 @@ def test_a_folder_needs_nothing_else(
         OnnxRuntime.load("any name", model_path=out, precision="bf16")
 
 
+@pytest.mark.slow
 def test_an_exported_family(sources: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     source = sources(EXPORTED)
@@ -121,7 +136,7 @@ def test_every_exported_family_in_every_precision(name: str, tmp_path: Path) -> 
 
 
 @needs_torch
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_torchscript(precision: Precision, sources: Any, tmp_path: Path) -> None:
     from clip_server.runtimes.torch import TorchRuntime
 
@@ -133,6 +148,7 @@ def test_torchscript(precision: Precision, sources: Any, tmp_path: Path) -> None
     assert_equal(runtime, source, precision)
 
 
+@pytest.mark.slow
 def test_a_server_of_a_converted_model(start: Start, tmp_path: Path) -> None:
     assert main(["embedded", "--precision", "int8", "--out", str(tmp_path)]) == 0
     server = start(flow("onnx", model_path=str(tmp_path), name="any name"))

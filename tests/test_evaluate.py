@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from conftest import SAMPLES, Server, needs_torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from clip_client import Client
 from clip_server import runtimes
 from clip_server.convert.writers import writer
-from clip_server.evaluate import data
+from clip_server.evaluate import data, encoders
 from clip_server.evaluate.__main__ import main
 from clip_server.evaluate.data import DataError
 from clip_server.models import converted, weights, zoo
@@ -410,6 +412,7 @@ def test_what_cannot_be_done_is_said(
     (tmp_path / "bad.jsonl").write_text("cat.png, a cat\n")
     (tmp_path / "lost.jsonl").write_text('{"image": "lost.png", "caption": "a cat"}\n')
     (tmp_path / "classes").write_text("dog\n")
+    monkeypatch.setattr(encoders, "Client", partial(Client, connect_timeout=0.2))
     # A server is asked alone, unless runtimes are named too.
     assert main([*arguments, *(() if "--server" in arguments else ONNX)]) == 1
     assert re.search(message, capsys.readouterr().err)

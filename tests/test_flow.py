@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable
 from io import StringIO
@@ -12,9 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Start, flow, free_ports
+from conftest import flow, free_ports
 
-from clip_client import Client
 from clip_server.__main__ import main
 from clip_server.errors import ConfigurationError
 from clip_server.executors.parameters import EncoderParameters
@@ -389,17 +387,6 @@ def test_the_command_line(refused: Refused, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     for word in (*flows.built_in(), "clip_server.models", *map(str, flows.DEFAULT_PORTS.values())):
         assert word in said
-
-
-def test_port_0_is_any_free_port(start: Start) -> None:
-    """The addresses are those that the server prints."""
-    server = start(flow(ports=[0, 0, 0]))
-    addresses = re.findall(r"(?:grpc|http|ws)://\S+", server.output())
-    assert len(addresses) == 3
-    for address in addresses:
-        with Client(address) as client:
-            assert client.encode(["a cat"]).shape == (1, 256)
-    server.stop()
 
 
 @pytest.mark.parametrize("folder", ["project", "elsewhere"])

@@ -159,6 +159,7 @@ def test_other_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert found[0][0] == "shard.tar/0001"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config")
 def test_reindex_by_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("build") == 0

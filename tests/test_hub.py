@@ -228,6 +228,7 @@ def test_an_unreachable_hub_is_an_error_that_says_where_it_looked(tmp_path: Path
         assert part in message
 
 
+@pytest.mark.slow
 def test_a_silent_hub_is_given_up_within_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         message = fetch("ViT-B/32", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -288,6 +289,7 @@ def test_a_later_start_goes_on_where_a_killed_one_was(
     assert [wanted is None for wanted in hub.wanted] == [changed]
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_for_good_says_so(hub: Hub, tmp_path: Path) -> None:
     hub.breaks = [HALF] + [0] * 20
     message = fetch("ViT-B/32", tmp_path, hub.url)

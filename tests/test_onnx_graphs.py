@@ -177,6 +177,7 @@ def test_embeddings_equal_those_of_the_exported_model(
     assert runtime.precision == ("fp16" if half else "fp32")
 
 
+@pytest.mark.slow
 @needs_torch
 def test_a_flow_of_clip_as_service_serves_a_folder_of_graphs(
     model: Any, start: Start, tmp_path: Path

@@ -16,8 +16,6 @@ from conftest import PATIENCE_SECONDS, flow
 from clip_client import Client
 from clip_client.errors import ConnectionFailedError
 
-END_SECONDS = 8
-
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
     """A line of shell, in which $PYTHON is the Python of the tests."""
@@ -52,7 +50,7 @@ def test_the_reader_of_the_servers_output_goes(tmp_path: Path) -> None:
         with Client(address) as client:
             assert client.encode(["a cat"]).shape == (1, 256)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(END_SECONDS) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     finally:
         process.kill()
         process.wait()
@@ -75,7 +73,7 @@ def test_a_server_without_output(tmp_path: Path) -> None:
                     time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         # 130 where the command, which cannot say that it is ready, was not quite so.
-        assert process.wait(END_SECONDS) in (0, 130)
+        assert process.wait(PATIENCE_SECONDS) in (0, 130)
     finally:
         process.stdout.close()
         process.kill()
@@ -83,7 +81,11 @@ def test_a_server_without_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["models", "benchmark --runtime onnx --batch-sizes 1 --repeat 1"]
+    "command",
+    [
+        "models",
+        pytest.param("benchmark --runtime onnx --batch-sizes 1 --repeat 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_command(command: str) -> None:
     for rest in ("| true", ">&- 2>&-", "> /dev/full"):

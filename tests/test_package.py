@@ -65,6 +65,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return client, server
 
 
+@pytest.mark.slow
 def test_what_the_wheels_hold(wheels: tuple[Path, Path]) -> None:
     client, server = (set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels)
     assert {"clip_client/py.typed", "clip_client/proto/clip.proto"} <= client
@@ -85,6 +86,7 @@ def test_what_the_wheels_hold(wheels: tuple[Path, Path]) -> None:
     assert wheels[0].stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_the_server_requires_the_client_of_its_version(wheels: tuple[Path, Path]) -> None:
     client, server = wheels
     version = client.name.split("-")[1]

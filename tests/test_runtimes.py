@@ -100,7 +100,7 @@ def test_openais_residual_network_equals_open_clip(tmp_path: Path) -> None:
         (seeded.SMALL_VIT, False),
         (seeded.SMALL_GELU, False),
         (seeded.SMALL_RESNET, False),
-        (seeded.SMALL_VIT, True),
+        pytest.param(seeded.SMALL_VIT, True, marks=pytest.mark.slow),
         pytest.param(seeded.SMALL_GELU, True, marks=pytest.mark.slow),
         pytest.param(seeded.SMALL_RESNET, True, marks=pytest.mark.slow),
     ],

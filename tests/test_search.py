@@ -177,6 +177,7 @@ def test_a_jina_client(search_server: Server) -> None:
         client.post("/search", queries, parameters={"filter": {"a": {"$x": 1}}}, **kinds)
 
 
+@pytest.mark.slow
 def test_the_collection_stays_and_keeps_to_its_model(start: Start, tmp_path: Path) -> None:
     """The flow of clip-as-service's documentation; SIGKILL; another model; the flow as ours."""
     folder = tmp_path / "workspace"

@@ -139,6 +139,7 @@ def test_tokens_are_those_the_model_read(two_models: Server, model: str) -> None
             assert pb.EncodeResponse.FromString(answer.content).tokens == tokens
 
 
+@pytest.mark.slow
 def test_an_alias_that_is_another_executors_name_keeps_the_flow_from_starting(start: Start) -> None:
     spec = flow("onnx", aliases=["other"])
     spec["executors"].append({**flow("onnx")["executors"][0], "name": "other"})

@@ -120,13 +120,21 @@ def assert_equal(found: Any, expected: Any, least: float) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision transformer",
+        pytest.param("residual network", marks=pytest.mark.slow),
+        pytest.param("Chinese BERT", marks=pytest.mark.slow),
+    ],
+)
 def test_engines_of_every_family(name: str, tmp_path: Path) -> None:
     assert_builds(*load_checkpoint("", saved(tmp_path, CONFIGS[name])), "fp16")
 
 
+@pytest.mark.slow
 @needs_library
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_engines_of_the_embedded_model(precision: Precision) -> None:
     assert_builds(*load_checkpoint("embedded"), precision)
 
@@ -442,6 +450,7 @@ def test_halving_ends_at_one() -> None:
 # --- several GPUs
 
 
+@pytest.mark.slow
 def test_replicas_take_the_gpus_in_turn(start: Start) -> None:
     """Of four GPUs the second and the third, by three replicas, each of which says its own."""
     spec = flow.load(flow.read("gpus-flow.yml"))

@@ -47,6 +47,7 @@ def test_the_password_of_a_key(tmp_path: Path) -> None:
         prepared(ssl_keyfile_password="wrong")
 
 
+@pytest.mark.slow
 @needs_openssl
 def test_tls(start: Start, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"

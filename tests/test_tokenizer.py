@@ -70,10 +70,11 @@ def fuzzed_word(rng: random.Random, ranges: list[tuple[int, int]]) -> str:
     return "".join(letter for letter in letters if unicodedata.category(letter) != "Cn")
 
 
-def test_equals_open_clip_on_a_fuzzed_corpus() -> None:
+@pytest.mark.parametrize("count", [1000, pytest.param(6000, marks=pytest.mark.slow)])
+def test_equals_open_clip_on_a_fuzzed_corpus(count: int) -> None:
     open_clip = pytest.importorskip("open_clip")
     ours, theirs = tokenizer_for(SPEC), open_clip.tokenizer.SimpleTokenizer()
-    texts = ["", " ", *SNIPPETS, *corpus(6000)]
+    texts = ["", " ", *SNIPPETS, *corpus(count)]
     expected = theirs(texts).numpy()
     for text, row in zip(texts, expected, strict=True):
         found = ours.encode(text)
@@ -195,7 +196,10 @@ def test_a_long_text_equals_open_clip_though_only_its_beginning_is_read(name: st
     assert not any(expected[len(ids) :])
 
 
-def test_wherever_a_text_is_parted_its_ids_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_wherever_a_text_is_parted_its_ids_equal_open_clip(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Long texts are read in parts; here the parts are small, so that many end in odd places."""
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setattr("clip_server.preprocess.tokenizer._SHORT", 256)
@@ -205,9 +209,9 @@ def test_wherever_a_text_is_parted_its_ids_equal_open_clip(monkeypatch: pytest.M
     parts = [*SNIPPETS, "ab", "a", "\u732b", "\U0001f602", "\n", " ", "!", "1", "<", "&", "\u0301"]
     texts = [
         "".join(rng.choice(parts) * rng.choice([1, 3, 40]) for _ in range(rng.randint(2, 30)))
-        for _ in range(400)
+        for _ in range(count)
     ]
-    texts += ["\n".join(corpus(5, seed)) for seed in range(100)]
+    texts += ["\n".join(corpus(5, seed)) for seed in range(count // 4)]
     tokenizer = tokenizer_for(SPEC)
     for text, row in zip(texts, open_clip.tokenize(texts).tolist(), strict=True):
         ids = tokenizer.encode(text).tolist()

@@ -86,6 +86,7 @@ def test_the_servers_own_metrics_are_there_too(monitored: Monitored) -> None:
     assert "clip_texts_total" in text
 
 
+@pytest.mark.slow
 def test_a_flow_with_tracing_becomes_ready(start: Start) -> None:
     """Nobody answers where the traces go, which must not hold up the server."""
     (port,) = free_ports(1)
