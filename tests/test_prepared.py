@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from clip_server.errors import ConfigurationError
 from clip_server.models import zoo
 from clip_server.models.__main__ import main
 from clip_server.runtimes import prepared
@@ -160,3 +161,75 @@ def test_replicas_that_start_together_make_it_once() -> None:
     started = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
     assert [process.wait() for process in started] == [0, 0]
     assert len(list(prepared.folder().rglob(prepared.MANIFEST))) == 1
+
+
+@pytest.fixture
+def prepared_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of any size are prepared in a process of their own, as large ones are."""
+    monkeypatch.setattr("clip_server.runtimes.onnx_towers._LARGE", 0)
+
+
+@pytest.mark.usefixtures("prepared_apart")
+def test_a_process_of_its_own_prepares_the_same() -> None:
+    expected = embedding()
+    found = {file.name: file.read_bytes() for file in prepared.folder().rglob("*.data")}
+    assert len(found) == 2
+    np.testing.assert_array_equal(embedding(), expected)
+
+
+def broken_python(folder: Path, end: str) -> str:
+    """A Python that ends at once."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{end}\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.usefixtures("prepared_apart")
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("kill -SEGV $$", "preparing it ended by SIGSEGV"),
+        ("echo MemoryError >&2; exit 1", "preparing it failed: MemoryError"),
+        ("echo 'other embeddings' >&2; exit 73", "other embeddings"),
+    ],
+)
+def test_where_preparing_fails_it_is_served_without_the_cache(
+    end: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sys, "executable", broken_python(tmp_path, end))
+    with caplog.at_level(logging.WARNING):
+        assert np.isfinite(embedding()).all()
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert reason in warning
+    assert not list(prepared.folder().rglob("*.onnx"))
+
+
+@pytest.mark.usefixtures("prepared_apart")
+def test_preparing_that_is_killed_names_the_memory_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", broken_python(tmp_path, "kill -KILL $$"))
+    with pytest.raises(ConfigurationError, match=r"needs about \d+ MiB, and [\d,]+ MiB are"):
+        embedding()
+
+
+def test_a_limit_that_is_too_small_is_an_error_before_the_model_is_loaded() -> None:
+    program = (
+        "import resource\n"
+        "from pathlib import Path\n"
+        "from clip_server.runtimes import onnx_towers\n"
+        "from clip_server.runtimes.onnx import OnnxRuntime\n"
+        "used = 4096 * int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (90 << 20),) * 2)\n"
+        "OnnxRuntime.load('embedded', device='cpu', threads=1)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert "embedded does not fit into memory: it needs about " in last
+    assert "MiB are available (ulimit -v of" in last

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 import zipfile
 from abc import ABC, abstractmethod
@@ -67,10 +66,9 @@ class CheckpointTensors(Tensors):
     files: that hold them.
     """
 
-    def __init__(self, loaders: Mapping[str, Loader], *checkpoints: _Checkpoint) -> None:
+    def __init__(self, loaders: Mapping[str, Loader], *files: Path) -> None:
         self._loaders = dict(loaders)
-        self._checkpoints = checkpoints
-        self.files = [checkpoint.path for checkpoint in checkpoints]
+        self.files = files
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._loaders[name]()
@@ -84,15 +82,7 @@ class CheckpointTensors(Tensors):
     def replaced(self, others: CheckpointTensors, prefixes: tuple[str, ...]) -> CheckpointTensors:
         """These tensors, with those of another checkpoint whose names begin with a prefix."""
         taken = {name: load for name, load in others._loaders.items() if name.startswith(prefixes)}
-        return CheckpointTensors(self._loaders | taken, *self._checkpoints, *others._checkpoints)
-
-    def release(self) -> None:
-        """Unmaps the files, as soon as no array of them is used; a later look-up maps them again.
-
-        Pages that are mapped count as memory of this process.
-        """
-        for checkpoint in self._checkpoints:
-            checkpoint.release()
+        return CheckpointTensors(self._loaders | taken, *self.files, *others.files)
 
 
 def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
@@ -174,7 +164,7 @@ def read(path: Path) -> CheckpointTensors:
     """
     file = _open(path)
     loaders = to_open_clip_keys({name: partial(file.tensor, name) for name in file.names})
-    return CheckpointTensors(loaders, file)
+    return CheckpointTensors(loaders, path)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -276,10 +266,6 @@ class _Checkpoint(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    @abstractmethod
-    def release(self) -> None:
-        """Unmaps the file; see `CheckpointTensors.release`."""
-
 
 class _Safetensors(_Checkpoint):
     def __init__(self, path: Path) -> None:
@@ -290,7 +276,6 @@ class _Safetensors(_Checkpoint):
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             self._header: dict[str, Any] = json.loads(file.read(length))
         self._begin = _LENGTH_BYTES + length
-        self._content: mmap.mmap | None = None
 
     def tensor(self, name: str) -> NDArray[Any]:
         stored = self.names[name]
@@ -300,24 +285,14 @@ class _Safetensors(_Checkpoint):
         if found["dtype"] not in _MAPPED or begin == end:
             tensor = self._file.get_tensor(stored)
             return tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
-        dtype = np.dtype(_MAPPED[found["dtype"]])
-        count, offset = (end - begin) // dtype.itemsize, self._begin + begin
-        mapped = np.frombuffer(self._mapped(), dtype, count, offset)
-        tensor = mapped.reshape(found["shape"])
-        return tensor
+        # Each by itself, so that its pages leave this process with the array. Replicas share them;
+        # a page that is written to becomes a private copy.
+        dtype, shape = _MAPPED[found["dtype"]], tuple(found["shape"])
+        mapped = np.memmap(self.path, dtype, "c", self._begin + begin, shape)
+        return mapped.view(np.ndarray)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._header[self.names[name]]["shape"])
-
-    def release(self) -> None:
-        self._content = None
-
-    def _mapped(self) -> mmap.mmap:
-        """The file. Replicas share its pages; a page that is written to becomes a private copy."""
-        if self._content is None:
-            with self.path.open("rb") as file:
-                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._content
 
 
 class _Pickle(_Checkpoint):
@@ -333,9 +308,6 @@ class _Pickle(_Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[self.names[name]].shape)
-
-    def release(self) -> None:
-        """Nothing: torch keeps the file mapped as long as its tensors exist."""
 
 
 def _open(path: Path) -> _Checkpoint:

@@ -15,7 +15,6 @@ from clip_server.errors import ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import converted, zoo
 from clip_server.models.converted import TOWERS, Tower
-from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx_graph import ImageGraph, TextGraph
 from clip_server.runtimes.onnx_sessions import Sessions
 
@@ -71,8 +70,9 @@ class OnnxRuntime:
             raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
         from clip_server.runtimes.onnx_towers import Towers
 
-        card, tensors = load_checkpoint(name, model_path)
-        visual, textual = Towers(card, tensors, built_in, sessions).open()
+        towers = Towers(name, model_path, built_in, sessions)
+        visual, textual = towers.open()
+        card = towers.card
         image, text = ImageGraph(visual, card.image), TextGraph(textual, card.text)
         return cls(card, image, text, sessions.device, built_in)
 

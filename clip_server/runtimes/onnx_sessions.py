@@ -28,7 +28,7 @@ class Sessions:
     def __init__(self, device: str | None, threads: int | None, precision: str = "fp32") -> None:
         device = _device_for_int8(device) if precision == "int8" else device
         self._ort = _onnxruntime()
-        self._threads = threads or _cores()
+        self.threads = threads or _cores()
         self.device = _device(self._ort, device)
 
     def open(
@@ -70,7 +70,7 @@ class Sessions:
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _LOG_FATAL
         # Threads that spin while waiting would compete with preprocessing for cores.

@@ -1,14 +1,17 @@
 """Towers of a checkpoint as graphs of onnxruntime.
 
 On a CPU they come from the cache of prepared models, where their weights have the layout that
-onnxruntime computes with, and are mapped. Otherwise they are built, and their weights handed over
-as arrays that are mapped from the checkpoint where nothing has to be converted.
+onnxruntime computes with, and are mapped. A process of its own prepares them, so that the memory
+which that takes is not the server's. Otherwise they are built, and their weights handed over as
+arrays that are mapped from the checkpoint where nothing has to be converted.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
-from clip_server.model_card import ModelCard, Precision
-from clip_server.models import weights
+from clip_server.launch.process_setup import die_with_parent
+from clip_server.model_card import Precision
+from clip_server.models import weights, zoo
 from clip_server.models.converted import TOWERS, Tower
-from clip_server.runtimes import prepared
+from clip_server.runtimes import memory, prepared
+from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx_graph import Graph
 from clip_server.runtimes.onnx_sessions import NOT_INSTALLED, Sessions
 from clip_server.runtimes.samples import samples
@@ -37,38 +42,46 @@ except ImportError as missing:
 
 log = logging.getLogger(__name__)
 
-# The most that preparing takes on the disk, in checkpoints: a tower as built, and in both layouts,
-# as onnxruntime writes it and as it is kept.
-_DISK_FACTOR = 5
+# The most that preparing takes on the disk, in weights of the model: as built, and in the two
+# layouts that onnxruntime writes.
+_DISK_FACTOR = 3
 # The largest difference, as a share of the largest value, between a tower and the same prepared.
 _ROUNDING = 1e-4
+# Weights of this many bytes and more are prepared in a process of its own, which takes a second to
+# start.
+_LARGE = 128 << 20
+# The exit status of that process: the model cannot be served like this; the cache cannot keep it.
+_REFUSED, _NOT_CACHED = 78, 73
 
 
 class Towers:
     """Opens the towers of a checkpoint.
 
-    card, tensors: of the checkpoint. precision: that the graphs are built in.
+    name, model_path: as in `load_checkpoint`. precision: that the graphs are built in.
+    card: of the checkpoint.
+
+    Raises:
+        UnknownModelError, WeightsError: as `load_checkpoint`.
+        ConfigurationError: only torch can build the towers, or the memory is too small.
     """
 
     def __init__(
-        self,
-        card: ModelCard,
-        tensors: weights.CheckpointTensors,
-        precision: Precision,
-        sessions: Sessions,
+        self, name: str, model_path: str | Path | None, precision: Precision, sessions: Sessions
     ) -> None:
-        self._card, self._tensors, self._precision = card, tensors, precision
-        self._sessions = sessions
-        self._origin = f"a graph of {card.name}"
+        self._source = name, str(model_path or "")
+        self.card, self._tensors = load_checkpoint(name, model_path)
+        self._precision, self._sessions = precision, sessions
+        self._origin = f"a graph of {self.card.name}"
+        weights.check(self._tensors, registry.tensor_shapes(self.card.config))
+        cost = zoo.cost(self.card)
+        self._bytes = cost.memory[precision] if cost else 0
 
     def open(self) -> Iterator[Graph]:
-        """The image and the text tower.
-
-        Raises:
-            WeightsError, ConfigurationError: the checkpoint is of another architecture, or one
-                that only torch can build.
-        """
-        folder = self._cached() if self._sessions.device == "cpu" else None
+        """The image and the text tower."""
+        on_cpu = self._sessions.device == "cpu"
+        if on_cpu:
+            memory.check(self.card.name, self._bytes)
+        folder = self._cached() if on_cpu else None
         for tower in TOWERS:
             if folder is None:
                 yield self._open_built(tower)
@@ -77,17 +90,17 @@ class Towers:
 
     def _cached(self) -> Path | None:
         """The folder with the prepared towers; None, after a warning, if they cannot be kept."""
-        card = self._card
+        card = self.card
         settings = {
             "precision": self._precision,
             "config": card.config,
             "image": card.image,
             "onnxruntime": self._sessions.version(),
         }
-        files = self._tensors.files
-        needed = _DISK_FACTOR * sum(file.stat().st_size for file in files)
+        make = self.prepare if self._bytes < _LARGE else self._prepare_apart
+        needed = _DISK_FACTOR * self._bytes
         try:
-            return prepared.find_or_make(card.name, files, settings, self._prepare, needed)
+            return prepared.find_or_make(card.name, self._tensors.files, settings, make, needed)
         except prepared.CacheError as error:
             log.warning(
                 "%s is prepared in memory, by every replica at every start, because it cannot be "
@@ -97,42 +110,67 @@ class Towers:
             )
             return None
 
-    def _prepare(self, folder: Path) -> None:
-        """Writes both towers as `open_prepared` takes them."""
+    def _prepare_apart(self, folder: Path) -> None:
+        """Does what `prepare` does in another process."""
+        arguments = [*self._source, self._precision, str(self._sessions.threads), str(folder)]
+        process = subprocess.run(
+            [sys.executable, "-m", __name__, *arguments],
+            # Python finds there what it finds here.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        status, lines = process.returncode, process.stderr.strip().splitlines()
+        message = lines[-1] if lines else "it gave no reason"
+        if status == -signal.SIGKILL:
+            name, figures = self.card.name, memory.describe(self._bytes)
+            raise ConfigurationError(f"{name} was killed while it was prepared: {figures}")
+        if status == _REFUSED:
+            raise ConfigurationError(message)
+        if status == _NOT_CACHED:
+            raise prepared.CacheError(message)
+        if status < 0:
+            raise prepared.CacheError(f"preparing it ended by {signal.Signals(-status).name}")
+        if status:
+            raise prepared.CacheError(f"preparing it failed: {message}")
+
+    def prepare(self, folder: Path) -> None:
+        """Writes both towers as `open_prepared` takes them.
+
+        Raises:
+            CacheError: the disk is full, or the prepared towers compute something else.
+        """
         for tower in TOWERS:
             self._prepare_tower(tower, folder)
 
     def _prepare_tower(self, tower: Tower, folder: Path) -> None:
-        built, saved, kept = (folder / f"{name}.onnx" for name in ("built", "saved", tower))
+        built, kept = (folder / f"{name}.onnx" for name in ("built", tower))
         with built.with_name(f"{built.name}.data").open("wb") as data:
             model = self._build(tower, onnx_file.DataFile(data))
         built.write_bytes(model.SerializeToString())
-        self._tensors.release()
-        batch = samples(self._card, tower)[:1]
+        del model
+        batch = samples(self.card, tower)[:1]
         try:
-            expected = _run(self._sessions.prepare(built, saved, self._origin), batch)
-            onnx_file.align(saved, kept)
+            expected = _run(self._sessions.prepare(built, kept, self._origin), batch)
+            onnx_file.align(kept)
             found = _run(self._sessions.open_prepared(kept, self._origin), batch)
         except ConfigurationError as error:  # of a disk that is full, too
             raise prepared.CacheError(str(error)) from error
         if not np.abs(found - expected).max() <= _ROUNDING * np.abs(expected).max():
             raise prepared.CacheError("the prepared model computes other embeddings")
-        for file in (built, saved):
-            file.unlink()
-            file.with_name(f"{file.name}.data").unlink(missing_ok=True)
-        _return_freed_memory()
+        built.unlink()
+        built.with_name(f"{built.name}.data").unlink()
 
     def _open_built(self, tower: Tower) -> Graph:
         store = onnx_file.ArrayStore()
         model = self._build(tower, store).SerializeToString()
-        opened = self._sessions.open(model, self._origin, store.arrays)
-        store.arrays.clear()
-        self._tensors.release()
-        return opened
+        return self._sessions.open(model, self._origin, store.arrays)
 
     def _build(self, tower: Tower, store: Store) -> onnx.ModelProto:
-        card, tensors = self._card, self._tensors
-        weights.check(tensors, registry.tensor_shapes(card.config))
+        card, tensors = self.card, self._tensors
         build: Callable[..., onnx.ModelProto] = (
             partial(graph.build_visual, image=card.image)
             if tower == "image"
@@ -141,12 +179,31 @@ class Towers:
         return build(card.config, tensors, precision=self._precision, store=store)
 
 
-def _return_freed_memory() -> None:
-    """Gives back to the system what laying out weights took, before the next tower (glibc only)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def _run(opened: Graph, batch: NDArray[Any]) -> NDArray[np.float32]:
     (name,) = opened.inputs
     return opened.run({name: batch})
+
+
+def _prepare_for_parent(
+    name: str, model_path: str, precision: Precision, threads: str, folder: str
+) -> int:
+    """The process that `Towers` starts: its exit status. The reason is on stderr."""
+    die_with_parent()
+    try:
+        sessions = Sessions("cpu", int(threads), precision)
+        Towers(name, model_path or None, precision, sessions).prepare(Path(folder))
+    except ConfigurationError as error:
+        print(_one_line(error), file=sys.stderr)
+        return _REFUSED
+    except (prepared.CacheError, OSError) as error:
+        print(_one_line(error), file=sys.stderr)
+        return _NOT_CACHED
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(_prepare_for_parent(*sys.argv[1:]))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
+from clip_server.runtimes import memory
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.towers import registry
@@ -98,6 +99,8 @@ class TorchRuntime:
             return cls(card, visual, textual, str(place), precision)
         precision = _precision(precision, place)
         card, tensors = load_checkpoint(name, model_path)
+        if place.type == "cpu":
+            memory.check(card.name, sum(file.stat().st_size for file in tensors.files))
         visual, textual = (tower.to(place) for tower in towers(card, tensors, precision))
         if jit:
             visual, textual = _traced(card, visual, textual, place)

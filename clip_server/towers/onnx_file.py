@@ -7,6 +7,7 @@ are never in memory twice.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -120,32 +121,36 @@ def packed(model: onnx.ModelProto) -> Iterator[Path | bytes]:
         yield path
 
 
-def align(source: Path, target: Path) -> None:
-    """Copies a model that onnxruntime saved with packed weights, aligned in `TARGET.data`.
+def align(path: Path) -> None:
+    """Aligns the weights of a model that onnxruntime saved with packed ones, in `PATH.data`.
 
-    onnxruntime aligns large ones only, and ends with a segmentation fault on some of the others.
+    onnxruntime aligns large ones only, and ends with a segmentation fault on some of the others,
+    which are copied to the end of the file.
     """
-    model = onnx.load(source, load_external_data=False)
-    old, new = (file.with_name(f"{file.name}.data") for file in (source, target))
-    with old.open("rb") as content, new.open("wb") as file:
-        data = DataFile(file)
+    model = onnx.load(path, load_external_data=False)
+    with path.with_name(f"{path.name}.data").open("r+b") as content:
+        data = DataFile(content)
 
-        def move(offset: str, length: str) -> str:
+        def aligned(offset: str, length: str) -> str:
+            if int(offset) % _ALIGNMENT == 0:
+                return offset
             content.seek(int(offset))
-            return str(data.append(memoryview(content.read(int(length)))))
+            copied = memoryview(content.read(int(length)))
+            content.seek(0, os.SEEK_END)
+            return str(data.append(copied))
 
         for tensor in model.graph.initializer:
-            entries = {entry.key: entry for entry in tensor.external_data}
             if tensor.data_location != TensorProto.EXTERNAL:
                 continue
-            entries["location"].value = new.name
-            entries["offset"].value = move(entries["offset"].value, entries["length"].value)
+            entries = {entry.key: entry for entry in tensor.external_data}
+            offset = entries["offset"]
+            offset.value = aligned(offset.value, entries["length"].value)
             for entry in (each for key, each in entries.items() if key.startswith(_PACKED)):
                 key, *blobs = entry.value.split("|")
                 parts = [blob.split(";") for blob in blobs]
-                moved = [";".join([move(*part[:2]), *part[1:]]) for part in parts]
+                moved = [";".join([aligned(*part[:2]), *part[1:]]) for part in parts]
                 entry.value = "|".join([key, *moved])
-    target.write_bytes(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
 
 
 def digest(model: onnx.ModelProto) -> str:
