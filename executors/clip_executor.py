@@ -10,7 +10,11 @@ from jina import Executor
 from clip_client.proto import clip_pb2 as pb
 from clip_server import logs
 from clip_server.launch import heartbeats, jina_internals
-from clip_server.launch.process_setup import die_with_parent, return_memory_when_idle
+from clip_server.launch.process_setup import (
+    die_with_parent,
+    return_memory_when_idle,
+    spare_garbage_collector,
+)
 from clip_server.rpc.grpc_service import clip_handlers
 from clip_server.rpc.items import count_items
 from clip_server.rpc.multiplexing import StreamServer
@@ -67,6 +71,7 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
         heartbeats.beat_in_background(port, executor.is_stuck)
         # Only the gateway connects here, and it limits what it forwards.
         self._handlers = clip_handlers(handle, StreamServer(handle, sys.maxsize))
+        spare_garbage_collector()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Returns the handler of a call."""

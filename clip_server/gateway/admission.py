@@ -99,7 +99,7 @@ class Backlog:
             now = time.monotonic()
             if self._busy_since <= before[0]:
                 done = _work_between(before[1], counts)
-                is_loaded = self._rate.seconds(self._total()) > _LOADED_SECONDS
+                is_loaded = self._expected_wait() > _LOADED_SECONDS
                 self._rate.measure(done, now - before[0], is_loaded)
             before = now, counts
             await asyncio.sleep(_BUSY_SECONDS if self._busy_since < math.inf else _IDLE_SECONDS)
@@ -114,16 +114,16 @@ class Backlog:
         elif self._busy_since == math.inf:
             self._busy_since = time.monotonic()
 
-    def _total(self, most: float = math.inf) -> Work:
-        """The work in flight, of requests of at most a class of size."""
-        held = [work for each, work in self._in_flight.items() if each <= most]
-        return Work(sum(each.texts for each in held), sum(each.images for each in held))
-
-    def _expected_wait(self, size_class: int) -> float:
+    def _expected_wait(self, size_class: float = math.inf) -> float:
         """Seconds until the turn of a request: half of the batches are of the smallest requests,
         the others of the oldest."""
-        ahead = self._rate.seconds(self._total(size_class))
-        return min(2 * ahead, self._rate.seconds(self._total()))
+        total = ahead = 0.0
+        for each, work in self._in_flight.items():
+            seconds = self._rate.seconds(work)
+            total += seconds
+            if each <= size_class:
+                ahead += seconds
+        return min(2 * ahead, total)
 
 
 class _Rate:

@@ -103,6 +103,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._field_bytes = self._body_bytes = 0
         self._too_old = float("inf")
+        self._lost: asyncio.Future[None] = self.loop.create_future()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -114,6 +115,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._expect(seconds, self._refuse_slow_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set_result(None)
         self._expect_nothing()
         self._all.remove(self._address)
         super().connection_lost(exc)
@@ -133,6 +135,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["state"]["connection_lost"] = self._lost
         self._field_bytes = 0
         self._expect(self._bounds.header_timeout, self._refuse_slow_head)
 

@@ -39,6 +39,7 @@ from clip_server.launch.process_setup import (
     die_with_parent,
     raise_descriptor_limit,
     return_memory_when_idle,
+    spare_garbage_collector,
 )
 from clip_server.rpc.errors import error_response
 from clip_server.rpc.items import count_items
@@ -152,6 +153,7 @@ class ClipGateway(BaseServer, BaseGateway):
             self._opened.append(listener)
         watches = [router.watch(), *(pool.watch() for pool in self._pools)]
         self._background += [asyncio.create_task(watch) for watch in watches]
+        spare_garbage_collector()
 
     async def _discover(self) -> Topology | None:
         """The executors, once all of them answer; None: the start is cancelled."""

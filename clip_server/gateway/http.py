@@ -153,7 +153,8 @@ class HttpListener(Listener):
         )
         page = [Middleware(PageForBrowsers)] if self.options.page else []
         app = Starlette(
-            routes=[*pages, *dialects, *clip.routes()],
+            # They are tried in this order, which costs microseconds each.
+            routes=[*clip.routes(), *dialects, *pages],
             # CORS before keys: browsers send none with their preflight requests.
             middleware=[
                 *([compressing] if self.options.compresses else []),

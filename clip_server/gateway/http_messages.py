@@ -114,20 +114,21 @@ async def unless_client_leaves(answer: Awaitable[_Answer], request: Request) -> 
         ClientDisconnect: it went away.
     """
     answering = asyncio.ensure_future(answer)
-    leaving = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise ClientDisconnect
-        return answering.result()
-    finally:
+    lost: asyncio.Future[None] = request.state.connection_lost
+
+    def give_up(_: object) -> None:
         answering.cancel()
-        leaving.cancel()
 
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass  # a body that no one asked for
+    # A second task, to wait for ASGI's message `http.disconnect`, costs as much as the rest.
+    lost.add_done_callback(give_up)
+    try:
+        return await answering
+    except asyncio.CancelledError:
+        if lost.done():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        lost.remove_done_callback(give_up)
 
 
 async def ask(call: Call, kind: str, message: Any, request: Request) -> Any:

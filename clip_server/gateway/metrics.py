@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 
@@ -34,6 +35,8 @@ class GatewayMetrics:
             registry=self._registry,
             buckets=SECONDS,
         )
+        # Finding a child by its labels costs as much as observing.
+        self._seconds_of = functools.cache(self._seconds.labels)
         self._errors = Counter(
             "clip_errors",
             "Requests that were answered with an error or cancelled, by its code",
@@ -57,7 +60,7 @@ class GatewayMetrics:
 
     def observe(self, protocol: str, endpoint: str, code: str, seconds: float) -> None:
         """Counts a request that has ended. code: OK, or that of the error."""
-        self._seconds.labels(protocol, endpoint).observe(seconds)
+        self._seconds_of(protocol, endpoint).observe(seconds)
         if code != "OK":
             self._errors.labels(protocol, code).inc()
         if code == "RESOURCE_EXHAUSTED":
