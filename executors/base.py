@@ -95,9 +95,8 @@ class BaseCLIPEncoder(ClipExecutor):
         """The fingerprint of the weights that are served; empty for an executor of one's own that
         loads none."""
         model = parameters.name, parameters.model_path
-        towers = cls._runtime_spec().find_towers(zoo.own_path(*model))
-        if towers:
-            return fingerprint(towers.values())
+        if own := cls._runtime_spec().own_towers(*model, parameters.dtype):
+            return fingerprint(own.files.values())
         weights = zoo.find_checkpoint(*model)
         return fingerprint([weights]) if weights else ""
 
@@ -111,7 +110,7 @@ class BaseCLIPEncoder(ClipExecutor):
         """
         parameters = cls.read_parameters(given)
         model = parameters.name, parameters.model_path
-        if cls._runtime_spec().find_towers(zoo.own_path(*model)):
+        if cls._runtime_spec().own_towers(*model, parameters.dtype):
             zoo.resolve(*model)
         else:
             zoo.checkpoint(*model)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
@@ -131,6 +131,13 @@ def hub() -> Iterator[Hub]:
         f"{SIGLIP}/{FILE}": b"{}",
         f"{SIGLIP}/{CONFIG}": json.dumps({"pad_token": "</s>"}).encode(),
     }
+    with serve(files) as server:
+        yield server
+
+
+@contextmanager
+def serve(files: dict[str, bytes]) -> Iterator[Hub]:
+    """Serves files by `repository/name`."""
     with Hub(files) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -85,11 +85,12 @@ def checkpoints() -> dict[str, dict[str, Any]]:
 
 
 def aliases() -> dict[str, str]:
-    """Other names: cn_clip's of the architectures, the hub's of the repositories."""
+    """Other names: cn_clip's of the architectures, Immich's, the hub's of the repositories."""
+    immich = {name: _MULTILINGUAL + name for name in _MULTILINGUAL_MODELS}
     misspelt = {_MULTILINGUAL + name: _MULTILINGUAL + right for name, right in _MISSPELT.items()}
     names = {f"{image}@{text}": _CHINESE + image for image, text, _ in _CHINESE_MODELS}
     hubs = {_CHINESE_HUB + hub: _CHINESE + image for image, _, hub in _CHINESE_MODELS}
-    return misspelt | names | hubs
+    return misspelt | immich | names | hubs
 
 
 def _chinese(image: str, text: str) -> dict[str, Any]:

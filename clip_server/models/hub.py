@@ -53,25 +53,51 @@ def download(repository: str, files: Sequence[str], check: Callable[[str], objec
     Raises:
         WeightsError: the hub has none or cannot be reached, or the cache cannot keep it.
     """
-    client = _client()
     for file in files:
         try:
-            _refuse_irregular(_entries(repository, file))
-            url = client.hf_hub_url(repository, file)
-            # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
-            known = client.get_hf_file_metadata(url, timeout=_TIMEOUT)
-            check(file)
-            if len(known.etag or "") == _SHA256_DIGITS and known.size is not None:
-                _download_blob(repository, file, url, known)
-            # Links a blob that is there, and downloads small files, which have no digest.
-            return Path(client.hf_hub_download(repository, file, etag_timeout=_TIMEOUT))
+            return _download(repository, file, check)
         except ConfigurationError:
             raise
         except Exception as error:  # each release of the client raises another library's errors
-            lacks_file = isinstance(error, client.errors.EntryNotFoundError)
-            if file == files[-1] or not lacks_file:
+            if file == files[-1] or not _is_missing(error):
                 raise _unreachable(repository, file, error) from error
     raise AssertionError("there is no file to fetch")
+
+
+def fetch_optional(repository: str, file: str) -> Path | None:
+    """A file of a repository, from the cache or the hub; None if the repository lacks it.
+
+    Raises:
+        WeightsError: as `download`.
+    """
+    if found := find_cached(repository, file):
+        return found
+    try:
+        return _download(repository, file)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # each release of the client raises another library's errors
+        if _is_missing(error):
+            return None
+        raise _unreachable(repository, file, error) from error
+
+
+def _download(repository: str, file: str, check: Callable[[str], object] = str) -> Path:
+    client = _client()
+    _refuse_irregular(_entries(repository, file))
+    url = client.hf_hub_url(repository, file)
+    # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
+    known = client.get_hf_file_metadata(url, timeout=_TIMEOUT)
+    check(file)
+    if len(known.etag or "") == _SHA256_DIGITS and known.size is not None:
+        _download_blob(repository, file, url, known)
+    # Links a blob that is there, and downloads small files, which have no digest.
+    return Path(client.hf_hub_download(repository, file, etag_timeout=_TIMEOUT))
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether the hub has the repository, but not the file."""
+    return isinstance(error, _client().errors.EntryNotFoundError)
 
 
 def _client() -> ModuleType:

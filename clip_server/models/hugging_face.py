@@ -21,6 +21,8 @@ CONFIG = "config.json"
 _PREPROCESSING, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # The files of a tokenizer that has no `tokenizer.json`.
 _MERGES, _WORD_PIECES = "merges.txt", "vocab.txt"
+# The files that a model may lack, apart from its `tokenizer.json`.
+OPTIONAL_FILES = (_PREPROCESSING, _PROCESSOR, _MERGES, _WORD_PIECES)
 # M-CLIP's `config.json` does not describe its towers; its name does.
 _TEXT_ALONE = "M-CLIP"
 # Pillow's numbers of the filters.
@@ -37,7 +39,7 @@ def configuration(folder: Path) -> dict[str, Any] | None:
     file = folder / CONFIG
     if not file.is_file():
         return None
-    config = _read(file)
+    config = read(file)
     kind = config.get("model_type")
     if kind == _TEXT_ALONE:
         return None
@@ -47,11 +49,11 @@ def configuration(folder: Path) -> dict[str, Any] | None:
     except ConfigurationError as error:
         raise ConfigurationError(f"{file}: {error}") from error
     described, saved = towers["text_cfg"], text.saved or TextSavedByTransformers()
-    described |= _tokenizer(folder, saved.vocabulary, described["vocab_size"])
+    described |= tokenizer_keys(folder, saved.vocabulary, described["vocab_size"])
     size = towers["vision_cfg"]["image_size"]
     return {
         "model_cfg": {"embed_dim": config.get("projection_dim", 512), **towers},
-        "preprocess_cfg": _preprocessing(folder, size, squash=saved.resize == "squash"),
+        "preprocess_cfg": preprocessing(folder, size, squash=saved.resize == "squash"),
     }
 
 
@@ -91,7 +93,12 @@ def _tower(config: Mapping[str, Any], part: str, family: type[Tower]) -> dict[st
     return {**defaults, **{key: value for key, value in settings.items() if value is not None}}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
+    """Reads a JSON file.
+
+    Raises:
+        ConfigurationError: it is not JSON.
+    """
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -99,7 +106,7 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _tokenizer(folder: Path, vocabulary: Vocabulary, size: int) -> dict[str, Any]:
+def tokenizer_keys(folder: Path, vocabulary: Vocabulary, size: int) -> dict[str, Any]:
     """The keys of `text_cfg` that choose a tokenizer: a bundled one if the folder's is the same.
 
     vocabulary: the bundled one of the model's family; size: entries that the model knows.
@@ -112,7 +119,7 @@ def _tokenizer(folder: Path, vocabulary: Vocabulary, size: int) -> dict[str, Any
 def _has_clips_merges(folder: Path, size: int) -> bool:
     """Whether a folder's tokenizer is CLIP's own, which is the default if it has none."""
     if (file := folder / tokenizer.FILE).is_file():
-        merges = _read(file).get("model", {}).get("merges", [])
+        merges = read(file).get("model", {}).get("merges", [])
     elif (file := folder / _MERGES).is_file():
         merges = [line for line in file.read_text("utf-8").splitlines() if line][1:]
     else:
@@ -125,7 +132,7 @@ def _has_chinese_berts_vocabulary(folder: Path, size: int) -> bool:
     """Whether a folder's tokenizer is Chinese BERT's, which is the default if it has none."""
     del size  # the vocabulary has one size
     if (file := folder / tokenizer.FILE).is_file():
-        found = _read(file).get("model", {}).get("vocab", {})
+        found = read(file).get("model", {}).get("vocab", {})
     elif (file := folder / _WORD_PIECES).is_file():
         lines = file.read_text("utf-8").split("\n")
         found = {line: index for index, line in enumerate(lines)}
@@ -135,8 +142,12 @@ def _has_chinese_berts_vocabulary(folder: Path, size: int) -> bool:
     return pieces == wordpiece.vocabulary()
 
 
-def _preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
-    """`preprocess_cfg`. squash: whether images are squashed unless a file overrides it."""
+def preprocessing(folder: Path, size: int, *, squash: bool) -> dict[str, Any]:
+    """`preprocess_cfg`. squash: whether images are squashed unless a file overrides it.
+
+    Raises:
+        ConfigurationError: images are not made squares of `size` pixels.
+    """
     settings = _image_settings(folder)
     sides = settings.get("size", {"height": size} if squash else {"shortest_edge": size})
     squash = isinstance(sides, Mapping) and "shortest_edge" not in sides
@@ -167,9 +178,9 @@ def _side(size: Any) -> int | None:
 
 def _image_settings(folder: Path) -> dict[str, Any]:
     if (file := folder / _PREPROCESSING).is_file():
-        return _read(file)
+        return read(file)
     file = folder / _PROCESSOR
-    settings: dict[str, Any] = _read(file).get("image_processor", {}) if file.is_file() else {}
+    settings: dict[str, Any] = read(file).get("image_processor", {}) if file.is_file() else {}
     return settings
 
 

@@ -39,7 +39,7 @@ SUFFIXES = (".safetensors", *_PICKLES)
 # The same weights as open_clip's older repositories hold them.
 _PICKLED_CHECKPOINT = "open_clip_pytorch_model.bin"
 # The names that transformers gives them.
-_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
+HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 # Endings of tensor names that a checkpoint may hold or lack, since no tower needs them.
 _HARMLESS = (
     *("attn_mask", "position_ids", "num_batches_tracked", "logit_bias"),
@@ -99,7 +99,7 @@ def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
         return local(Path(model_path))
     if card.hub is None:
         raise WeightsError(f"{card.name} has no weights to download: give a model_path")
-    return cached(card) or hub.download(card.hub, _hub_files(card), _check_readable)
+    return cached(card) or hub.download(card.hub, _hub_files(card), check_readable)
 
 
 def cached(card: ModelCard) -> Path | None:
@@ -147,7 +147,7 @@ def in_folder(path: Path) -> Path | None:
     """The checkpoint in a folder, or the file itself; None if there is none, or more than one."""
     if not path.is_dir():
         return path if path.is_file() else None
-    for name in (CHECKPOINT, _PICKLED_CHECKPOINT, *_HUGGING_FACE):
+    for name in (CHECKPOINT, _PICKLED_CHECKPOINT, *HUGGING_FACE):
         if (path / name).is_file():
             return path / name
     found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
@@ -367,7 +367,7 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path} is damaged, or not a checkpoint ({type(error).__name__}): copy it again"
 
 
-def _check_readable(file: str) -> None:
+def check_readable(file: str) -> None:
     """Raises ConfigurationError for a pickle that cannot be read without torch, so that it is not
     downloaded."""
     if file.endswith(_PICKLES):

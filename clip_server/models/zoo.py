@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +16,15 @@ from typing import Any
 
 from clip_server.errors import ConfigurationError, UnknownModelError, WeightsError
 from clip_server.model_card import ImageSpec, ModelCard, Precision, TextSpec
-from clip_server.models import converted, hub, hugging_face, tokenizer_files, weights
+from clip_server.models import (
+    converted,
+    exported,
+    hub,
+    hugging_face,
+    repositories,
+    tokenizer_files,
+    weights,
+)
 from clip_server.preprocess import tokenizer
 from clip_server.towers import registry
 
@@ -24,12 +33,16 @@ MULTILINGUAL = "multilingual"
 EMBEDDED = "emoji-small::embedded"
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
 
+# What Immich writes between an architecture and a tag.
+_IMMICH_SEPARATOR = "__"
 # The suffix of architectures whose activation is QuickGELU.
 _QUICK_GELU = "-quickgelu"
 # The maximum in CLIP's training, which most models reach; a checkpoint has its own.
 _LOGIT_SCALE = 100.0
 # Hugging Face's tokenizers of models for English alone.
 _ENGLISH = ("bert-base-uncased", "roberta-base", "timm/ViT-B-16-SigLIP")
+# The form of a repository's name on the hub.
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
 # Parts of the names of Hugging Face's tokenizers that pad with 0; others pad with 1.
 _PADS_WITH_ZERO = ("mt5", "bert-base", "SigLIP2")
 
@@ -87,15 +100,17 @@ def names() -> list[str]:
 
 
 def other_names(name: str) -> list[str]:
-    """The aliases of a model, by its canonical name."""
+    """The aliases of a model, by its canonical name or its repository on the hub."""
+    if _is_repository(name):
+        return [name.partition("/")[2]]
     return [alias for alias, canonical in _aliases().items() if canonical == name]
 
 
 def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
     """The card of a model.
 
-    name: a canonical name or an alias; or a person's own model, as its path or as
-        `architecture::path`.
+    name: a canonical name or an alias; a repository of the hub, whose small files are downloaded
+        if necessary; or a person's own model, as its path or as `architecture::path`.
     model_path: the path of a person's own checkpoint, or folder of converted towers, where `name`
         is not one. With an `open_clip_config.json` in its folder, that gives the card and `name` is
         free; else the card is that of `name`, which may be an architecture alone.
@@ -119,9 +134,15 @@ def resolve(name: str, model_path: str | Path | None = None) -> ModelCard:
 
 
 def own_path(name: str, model_path: str | Path | None) -> Path | None:
-    """The path of a person's own model, from its name or `model_path` as in `resolve`; None if it
-    is not one. A leading ~ is replaced by the home directory."""
+    """The path of a person's own model, from its name or `model_path` as in `resolve`, or the
+    folder of a repository in the hub's cache; None if it is a model of the list. A leading ~ is
+    replaced by the home directory."""
     return _split_path(name, model_path)[1]
+
+
+def repository(name: str, model_path: str | Path | None = None) -> str | None:
+    """The repository of the hub that a model is named by, if it is."""
+    return name if model_path is None and _is_repository(name) else None
 
 
 def find_checkpoint(name: str, model_path: str | Path | None = None) -> Path | None:
@@ -140,6 +161,10 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     card, path = resolve(name, model_path), _weights_path(name, model_path)
     if path is not None:
         converted.refuse(path)
+        if named := repository(name, model_path):
+            repositories.fetch_checkpoint(named, path)
+        if path.is_dir() and weights.in_folder(path) is None:
+            exported.refuse(path)
     file = weights.find(card, path)
     if card.image_of is not None:
         checkpoint(card.image_of)
@@ -224,7 +249,7 @@ def _text_spec(config: Mapping[str, Any], folder: Path | None) -> TextSpec:
         tokenizer=source,
         context_length=text.get("context_length", spec.context_length),
         vocab_size=text.get("vocab_size", spec.vocab_size),
-        pad_id=_pad_id(text) if tower.pad_id is None else tower.pad_id,
+        pad_id=_pad_id(source) if tower.pad_id is None else tower.pad_id,
         trim=tower.trim,
         clean=options.get("clean", "whitespace" if source else spec.clean),
         strip_separator=options.get("strip_sep_token", False),
@@ -232,12 +257,18 @@ def _text_spec(config: Mapping[str, Any], folder: Path | None) -> TextSpec:
     )
 
 
-def _pad_id(text: Mapping[str, Any]) -> int:
-    """The padding token of a tokenizer."""
-    source = text.get("hf_tokenizer_name")
-    return (
-        TextSpec.pad_id if not source else int(not any(part in source for part in _PADS_WITH_ZERO))
-    )
+def _pad_id(source: str | None) -> int:
+    """The padding token of a tokenizer. source: a folder or a repository; None: CLIP's own."""
+    if source is None:
+        return TextSpec.pad_id
+    if Path(source, tokenizer.FILE).is_file():
+        return _pad_id_of_folder(source)
+    return int(not any(part in source for part in _PADS_WITH_ZERO))
+
+
+@cache
+def _pad_id_of_folder(folder: str) -> int:
+    return tokenizer.tokenizer_for(TextSpec(tokenizer=folder)).spec.pad_id
 
 
 @cache
@@ -269,8 +300,9 @@ def _canonical(name: str) -> str:
 
 
 def _find_canonical(name: str) -> str | None:
-    """The canonical name. As in open_clip, `/` means `-`, and in tags `-` means `_`."""
-    architecture, separator, tag = name.partition("::")
+    """The canonical name. As in open_clip, `/` means `-`, and in tags `-` means `_`; as in Immich,
+    `__` means `::`."""
+    architecture, separator, tag = name.replace(_IMMICH_SEPARATOR, "::").partition("::")
     same = architecture.replace("/", "-") + separator + tag.lower().replace("-", "_")
     for spelling in (name, same):
         if spelling in _aliases():
@@ -341,7 +373,29 @@ def _split_path(name: str, model_path: str | Path | None) -> tuple[str, Path | N
     architecture, separator, place = name.rpartition("::")
     if _find_canonical(name) is None and _is_path(place, bool(separator)):
         return architecture, _expanded(place)
+    if _is_repository(name):
+        return name, _repository_folder(name)
     return name, None
+
+
+def _is_repository(name: str) -> bool:
+    """Whether what is no known name is that of a repository of the hub, which is not looked up.
+
+    A name that begins like a known one, such as ViT-B/33, is a misspelt one.
+    """
+    if _find_canonical(name) or not _REPOSITORY.fullmatch(name) or name.endswith(weights.SUFFIXES):
+        return False
+    owner = name.partition("/")[0].lower()
+    return not any(known.lower().startswith(owner) for known in (*names(), *_aliases()))
+
+
+def _repository_folder(name: str) -> Path:
+    try:
+        return repositories.folder(name)
+    except WeightsError as error:
+        raise WeightsError(
+            f"no model is named {name!r}, and no repository of the hub was found: {error}"
+        ) from error
 
 
 def _is_path(text: str, is_tag: bool) -> bool:
@@ -391,26 +445,30 @@ def _read_architecture(path: Path) -> str:
 
 
 def _described_card(name: str, path: Path) -> ModelCard | None:
-    """The card of a checkpoint with a configuration in its folder."""
-    folder = path if path.is_dir() else path.parent
-    if (file := weights.in_folder(path)) is None or (config := _description(folder)) is None:
+    """The card of a checkpoint, or of graphs that others exported, with a configuration in its
+    folder."""
+    folder, file = path if path.is_dir() else path.parent, weights.in_folder(path)
+    # Graphs as clip-as-service keeps them are described by their name.
+    if file is None and (not path.is_dir() or any(path.glob("visual.*"))):
+        return None
+    if (config := _description(folder)) is None:
         return None
     image_of = config.get("image_of")
     return card_from_config(
         name or path.stem,
         config.get("model_cfg", config),
         config.get("preprocess_cfg", {}),
-        logit_scale=_LOGIT_SCALE if image_of else weights.read_logit_scale(file),
+        logit_scale=weights.read_logit_scale(file) if file and not image_of else _LOGIT_SCALE,
         image_of=image_of,
         folder=folder,
     )
 
 
 def _description(folder: Path) -> dict[str, Any] | None:
-    """The configuration in a folder, written by open_clip or Hugging Face."""
+    """The configuration in a folder, written by open_clip, Hugging Face or exporters of graphs."""
     file = folder / weights.CONFIG
     if not file.is_file():
-        return hugging_face.configuration(folder)
+        return exported.configuration(folder) or hugging_face.configuration(folder)
     try:
         config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except ValueError as error:

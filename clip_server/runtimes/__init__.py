@@ -11,11 +11,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from clip_server.errors import ConfigurationError
 from clip_server.install import install_hint, missing_package
 from clip_server.model_card import Precision
+from clip_server.models import exported, zoo
 from clip_server.models.converted import Tower, TowerFiles
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 
 # Short names for device types, as docs and errors list them.
 DeviceType = Literal["CPU", "CUDA", "Apple"]
+
+
+class OwnTowers(NamedTuple):
+    """The files of both towers of a person's own model, and its folder.
+
+    precision: of graphs whose name says it.
+    """
+
+    folder: Path
+    files: Mapping[Tower, Path]
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class RuntimeSpec:
     devices: types of devices that it runs on.
     precisions: that it builds a checkpoint in, the default first.
     files: the converted towers that it serves from a folder; None if it takes checkpoints only.
+    serves_exported: whether it also serves graphs that others exported (see `models.exported`).
     flow: the built-in flow that serves it.
     any_architecture: whether it serves every architecture from its checkpoint, or only those
         whose graphs we build.
@@ -54,6 +67,7 @@ class RuntimeSpec:
     files: TowerFiles | None
     flow: str
     any_architecture: bool = False
+    serves_exported: bool = False
     options: tuple[str, ...] = ()
 
     @property
@@ -93,6 +107,32 @@ class RuntimeSpec:
         """The files of both towers in a folder, if they were converted for this runtime."""
         return self.files.find(folder) if folder is not None and self.files is not None else None
 
+    def own_towers(
+        self, name: str, model_path: str | Path | None, precision: str | None = None
+    ) -> OwnTowers | None:
+        """The towers of a person's own model, or of a repository of the hub, from which they are
+        downloaded if necessary; None if the model is a checkpoint.
+
+        name, model_path: as in `zoo.resolve`. precision: that is wanted of several.
+
+        Raises:
+            ConfigurationError: the model cannot be found or downloaded.
+        """
+        folder = zoo.own_path(name, model_path)
+        if folder is None:
+            return None
+        if files := self.find_towers(folder):
+            return OwnTowers(folder, files)
+        if not self.serves_exported:
+            return None
+        repository = zoo.repository(name, model_path)
+        found = (
+            exported.fetch(repository, folder, precision)
+            if repository
+            else exported.find(folder, precision)
+        )
+        return OwnTowers(folder, *found) if found else None
+
 
 # The first runs every architecture, and is the default.
 RUNTIMES: tuple[RuntimeSpec, ...] = (
@@ -119,6 +159,7 @@ RUNTIMES: tuple[RuntimeSpec, ...] = (
         precisions=("fp32", "fp16", "int8"),
         files=TowerFiles("onnx", (".onnx",)),
         flow="onnx-flow.yml",
+        serves_exported=True,
     ),
     RuntimeSpec(
         "tensorrt",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import converted, zoo
-from clip_server.models.converted import TOWERS, Tower
+from clip_server.models.converted import TOWERS
 from clip_server.runtimes.onnx_graph import ImageGraph, TextGraph
 from clip_server.runtimes.onnx_sessions import Sessions
 
@@ -48,8 +48,8 @@ class OnnxRuntime:
 
         name: a canonical name or an alias.
         model_path: a checkpoint as in `weights.find`, or a folder with `visual.onnx` and
-            `textual.onnx`, whose card is in its `card.json`, or else that of `name`; sizes are
-            then those of the graphs.
+            `textual.onnx`, whose card is in its `card.json`, or else that of `name`; or a folder
+            that others exported (see `models.exported`). Sizes are then those of the graphs.
         device: `cpu`, `cuda` or `cuda:1`; by default CUDA where it works, else the CPU.
         precision: that the graphs of a checkpoint are built in: `fp32`, the default; on a GPU
             `fp16`; on the CPU `int8`: linear layers in integers (see `towers.quantize`).
@@ -59,10 +59,9 @@ class OnnxRuntime:
         Raises:
             ConfigurationError: the extra, the device, the precision or the model is unavailable.
         """
-        folder = zoo.own_path(name, model_path)
-        if folder is not None and (files := cls.spec.find_towers(folder)):
+        if own := cls.spec.own_towers(name, model_path, precision):
             card = zoo.resolve(name, model_path)
-            return cls._load_graphs(card, folder, files, device, precision, threads)
+            return cls._load_graphs(card, own, device, precision, threads)
         built_in = cls.spec.check_precision(precision)
         sessions = Sessions(device, threads, built_in)
         if built_in == "fp16" and sessions.device == "cpu":
@@ -80,23 +79,22 @@ class OnnxRuntime:
     def _load_graphs(
         cls,
         card: ModelCard,
-        folder: Path,
-        files: Mapping[Tower, Path],
+        own: runtimes.OwnTowers,
         device: str | None,
         precision: str | None,
         threads: int | None,
     ) -> OnnxRuntime:
         """A folder's graphs: ours, which its `card.json` describes, or anyone's."""
-        described = converted.read(folder)
+        described = converted.read(own.folder)
         if described is not None:
-            converted.check_precision(folder, precision)
+            converted.check_precision(own.folder, precision)
         sessions = Sessions(device, threads, described.precision if described else "fp32")
-        image, text = (sessions.open(files[tower], str(files[tower])) for tower in TOWERS)
+        image, text = (sessions.open(own.files[each], str(own.files[each])) for each in TOWERS)
         visual, textual = ImageGraph(image, card.image), TextGraph(text, card.text)
         if described is not None:
             return cls(card, visual, textual, sessions.device, described.precision)
-        found = "fp16" if visual.is_half else "fp32"
-        converted.check_precision(folder, precision, found)
+        found = own.precision or ("fp16" if visual.is_half else "fp32")
+        converted.check_precision(own.folder, precision, found)
         card = replace(card, dim=_tried_out(visual, textual, card))
         return cls(card, visual, textual, sessions.device, found)
 

@@ -33,6 +33,8 @@ _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
 }
+# Of an image: red, green and blue.
+_CHANNELS = 3
 # Endings of the names of outputs with embeddings, the most specific first, such as transformers'
 # text_embeds. Its pooler_output is not projected by CLIP, so that is the last resort.
 _EMBEDDINGS = ("embeds", "embedding", "embeddings", "features")
@@ -158,9 +160,10 @@ class ImageGraph:
         if pixels is None or others or not _takes_pixels(pixels):
             raise graph.refusal(
                 graph.describe_inputs(),
-                "a single input of pixels [B, 3, S, S], uint8 or float",
+                "a single input of pixels [B, 3, S, S] or [B, S, S, 3], uint8 or float",
             )
-        side = pixels.shape[2] or pixels.shape[3] or image.size
+        self._channels_last = _are_channels_last(pixels.shape)
+        side = next(filter(None, _sides(pixels.shape)), image.size)
         self.image = replace(image, size=side)
         self._graph, self._pixels = graph, pixels
 
@@ -185,6 +188,7 @@ class ImageGraph:
 
     def _feeds(self, pixels: NDArray[np.uint8]) -> Feeds:
         ready = pixels if self._pixels.dtype == np.uint8 else normalized(pixels, self.image)
+        ready = ready.transpose(0, 2, 3, 1) if self._channels_last else ready
         return {self._pixels.name: ready}
 
 
@@ -241,9 +245,20 @@ class TextGraph:
 
 
 def _takes_pixels(each: _Input) -> bool:
-    channels_first = len(each.shape) == 4 and each.shape[1] in (3, None)
-    square = channels_first and (None in each.shape[2:] or each.shape[2] == each.shape[3])
+    if len(each.shape) != 4 or not {_CHANNELS, None} & {each.shape[1], each.shape[3]}:
+        return False
+    height, width = _sides(each.shape)
+    square = None in (height, width) or height == width
     return square and (each.dtype == np.uint8 or np.issubdtype(each.dtype, np.floating))
+
+
+def _sides(shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """Height and width of images, whose channels come first or last."""
+    return shape[1:3] if _are_channels_last(shape) else shape[2:4]
+
+
+def _are_channels_last(shape: tuple[int | None, ...]) -> bool:
+    return shape[3] == _CHANNELS and shape[1] != _CHANNELS
 
 
 def _role(each: _Input) -> str:

@@ -75,11 +75,10 @@ class TensorrtRuntime:
         """
         tensorrt_engines.library()
         gpu = Gpu(_index(device))
-        folder = zoo.own_path(name, model_path)
-        if folder is not None and (files := cls.spec.find_towers(folder)):
-            precision = converted.check_precision(folder, precision)
+        if own := cls.spec.own_towers(name, model_path):
+            precision = converted.check_precision(own.folder, precision)
             card = zoo.resolve(name, model_path)
-            plans = {tower: (str(file), file.read_bytes()) for tower, file in files.items()}
+            plans = {tower: (str(file), file.read_bytes()) for tower, file in own.files.items()}
         else:
             precision = built_in = cls.spec.check_precision(precision)
             with gpu.active():  # kernels are chosen by timing them on it

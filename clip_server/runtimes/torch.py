@@ -91,11 +91,10 @@ class TorchRuntime:
         place = _device(device)
         if threads is not None:
             torch.set_num_threads(threads)
-        folder = zoo.own_path(name, model_path)
-        if folder is not None and (files := cls.spec.find_towers(folder)):
-            precision = converted.check_precision(folder, precision)
+        if own := cls.spec.own_towers(name, model_path):
+            precision = converted.check_precision(own.folder, precision)
             card = zoo.resolve(name, model_path)
-            visual, textual = (_loaded(file, place) for file in files.values())
+            visual, textual = (_loaded(file, place) for file in own.files.values())
             return cls(card, visual, textual, str(place), precision)
         precision = _precision(precision, place)
         card, tensors = load_checkpoint(name, model_path)

@@ -121,6 +121,13 @@ def packed(model: onnx.ModelProto) -> Iterator[Path | bytes]:
         yield path
 
 
+def external_files(path: Path) -> set[str]:
+    """The files that hold weights of a model, as paths seen from its own folder."""
+    model = onnx.load(path, load_external_data=False)
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    return {entry.value for entry in entries if entry.key == "location"}
+
+
 def align(path: Path) -> None:
     """Aligns the weights of a model that onnxruntime saved with packed ones, in `PATH.data`.
 

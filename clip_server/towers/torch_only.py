@@ -80,7 +80,11 @@ class TorchOnlyText(TextTower):
 
 
 def _trim(text: Mapping[str, Any]) -> Trim:
-    """The way in which open_clip's text tower allows texts to be trimmed."""
+    """The way in which open_clip's text tower allows texts to be trimmed; of graphs that others
+    exported, their description says it."""
+    if "exported" in text:
+        trim: Trim = text["exported"]
+        return trim
     if "hf_model_name" in text:
         return "masked"
     # CoCa's class token comes after the padding, at a fixed position.
