@@ -24,11 +24,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import psutil
 import pytest
 import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+
+from clip_client.proto import clip_pb2 as pb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +41,9 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip-server-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
-SLOW_EXECUTOR = str(ROOT / "tests" / "slow_executor.py")
+SLOW_EXECUTOR, STUCK_EXECUTOR, GPU_EXECUTOR = (
+    str(ROOT / "tests" / f"{name}_executor.py") for name in ("slow", "stuck", "gpu")
+)
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
 # Generous: other processes may keep the machine busy.
 PATIENCE_SECONDS = 90
@@ -102,9 +107,16 @@ def copy_package(target: Path) -> Path:
 
 
 def flow(
-    runtime: str = "onnx", *, ports: list[int] | None = None, **parameters: Any
+    runtime: str = "onnx",
+    *,
+    ports: list[int] | None = None,
+    module: str = "",
+    **parameters: Any,
 ) -> dict[str, Any]:
-    """A flow with the three protocols on free ports, serving the embedded model."""
+    """A flow with the three protocols on free ports, serving the embedded model.
+
+    module: that of another CLIPEncoder than the runtime's.
+    """
     return {
         "jtype": "Flow",
         "version": "1",
@@ -119,7 +131,7 @@ def flow(
                 "uses": {
                     "jtype": "CLIPEncoder",
                     "with": {"name": "embedded", **parameters},
-                    "metas": {"py_modules": [f"clip_server.executors.clip_{runtime}"]},
+                    "metas": {"py_modules": [module or f"clip_server.executors.clip_{runtime}"]},
                 },
             }
         ],
@@ -203,6 +215,10 @@ class Server:
     def addresses(self) -> list[str]:
         return [self.grpc, self.http, self.websocket]
 
+    def channel(self, *options: Any) -> grpc.Channel:
+        """For calls by gRPC's own library."""
+        return grpc.insecure_channel(self.grpc.removeprefix("grpc://"), *options)
+
     def output(self) -> str:
         return self.log.read_text("utf-8", errors="replace")
 
@@ -240,6 +256,15 @@ class Server:
                 for each in family:
                     if each.is_running():
                         each.kill()
+
+
+def encode_method(channel: grpc.Channel) -> Any:
+    """The method `Encode`, from EncodeRequest to EncodeResponse."""
+    return channel.unary_unary(
+        "/clip.v1.Clip/Encode",
+        request_serializer=pb.EncodeRequest.SerializeToString,
+        response_deserializer=pb.EncodeResponse.FromString,
+    )
 
 
 class Http(requests.Session):

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Http, Server, Start, flow, saved
+from conftest import SAMPLES, Http, Server, Start, encode_method, flow, saved
 from odd_bodies import PROTOBUF, odd_bodies
 
 from clip_client import Client
@@ -32,7 +32,9 @@ def client(request: pytest.FixtureRequest, onnx_server: Server) -> Iterator[Clie
         yield client
 
 
-def bad_items(folder: Path) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def bad_items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("bad")
     text = folder / "notes.jpg"
     text.write_text("these are my notes")
     from PIL import Image
@@ -52,14 +54,13 @@ def bad_items(folder: Path) -> dict[str, object]:
     }
 
 
-def test_each_bad_item_fails_alone(client: Client, tmp_path: Path) -> None:
-    bad = bad_items(tmp_path)
+def test_each_bad_item_fails_alone(client: Client, bad_items: dict[str, object]) -> None:
     items: list[object] = ["a cat"]
-    for item in bad.values():
+    for item in bad_items.values():
         items += [item, SAMPLES / "cat.png"]
     embeddings, errors = client.encode(items, on_item_error="return")
     assert [error.index for error in errors] == list(range(1, len(items), 2))
-    for name, error in zip(bad, errors, strict=True):
+    for name, error in zip(bad_items, errors, strict=True):
         assert len(error.message) > 10, name
         assert not any(word in error.message for word in INTERNALS), (name, error.message)
     assert np.isnan(embeddings[1::2]).all()
@@ -70,7 +71,7 @@ def test_each_bad_item_fails_alone(client: Client, tmp_path: Path) -> None:
 
     with pytest.raises(ItemsError) as raised:
         client.encode(items)
-    assert len(raised.value.errors) == len(bad)
+    assert len(raised.value.errors) == len(bad_items)
 
 
 def test_two_hundred_megabytes(client: Client) -> None:
@@ -85,12 +86,8 @@ def test_two_hundred_megabytes(client: Client) -> None:
 
 def test_too_many_items_in_a_message(onnx_server: Server) -> None:
     request = pb.EncodeRequest(items=[pb.Item(text="a")] * 10_001)
-    with grpc.insecure_channel(onnx_server.grpc.removeprefix("grpc://")) as channel:
-        call = channel.unary_unary(
-            "/clip.v1.Clip/Encode",
-            request_serializer=pb.EncodeRequest.SerializeToString,
-            response_deserializer=pb.EncodeResponse.FromString,
-        )
+    with onnx_server.channel() as channel:
+        call = encode_method(channel)
         with pytest.raises(grpc.RpcError) as raised:
             call(request)
         assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -136,6 +136,7 @@ def test_every_precision(
         assert cosines.min() > least
 
 
+@pytest.mark.slow
 def test_a_server_ranks_as_cn_clip_does(
     theirs: dict[str, Any], start: Start, tmp_path: Path
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from certificates import Pair, make_pair, needs_openssl
 from fake_server import SCHEMES, FakeServer
 from websockets.sync.server import ServerConnection, serve
 
@@ -139,27 +138,14 @@ def test_a_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         client.encode(["a"])
 
 
-def make_certificate(folder: Path, names: str, days: str = "2") -> tuple[Path, Path]:
-    """The files of a key and of a certificate that it signed itself, for these names."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("there is no openssl to make a certificate")
-    key, request, file = (folder / name for name in ("key.pem", "request.pem", "cert.pem"))
-    (folder / "names").write_text(f"subjectAltName={names}")
-    asked = ("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test", "-keyout", key)
-    signed = ("x509", "-req", "-in", request, "-signkey", key, "-extfile", folder / "names")
-    for command in ((*asked, "-out", request), (*signed, "-days", days, "-out", file)):
-        subprocess.run([openssl, *command], check=True, capture_output=True)
-    return key, file
-
-
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_certificate(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1,DNS:localhost")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("tls"))
 
 
+@needs_openssl
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_tls(scheme: str, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls(scheme: str, certificate: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeServer(scheme, tls=certificate) as server:
         secure = f"{scheme}s://127.0.0.1:{server.port}"
         with (
@@ -167,7 +153,7 @@ def test_tls(scheme: str, certificate: tuple[Path, Path], monkeypatch: pytest.Mo
             pytest.raises(ConnectionFailedError, match=r"(?i)certif|ssl"),
         ):
             client.encode(["a"])
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.certificate))
         with Client(secure) as client:
             assert len(client.encode(["a"])) == 1
         plain, started = Client(server.address), time.monotonic()
@@ -176,15 +162,16 @@ def test_tls(scheme: str, certificate: tuple[Path, Path], monkeypatch: pytest.Mo
         assert time.monotonic() - started < 20  # though gRPC's server does not end the connection
 
 
+@needs_openssl
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_whom_to_trust(scheme: str, certificate: tuple[Path, Path]) -> None:
+def test_whom_to_trust(scheme: str, certificate: Pair) -> None:
     with FakeServer(scheme, tls=certificate) as server:
         secure = f"{scheme}s://localhost:{server.port}"
         with Client(secure) as client, pytest.raises(ConnectionFailedError) as caught:
             client.encode(["a"])
         for word in ("not trusted", "self", "ca_file=", "SSL_CERT_FILE", "verify=False"):
             assert word in str(caught.value)
-        with Client(secure, ca_file=certificate[1]) as client:
+        with Client(secure, ca_file=certificate.certificate) as client:
             assert len(client.encode(["a"])) == 1
         with pickle.loads(pickle.dumps(client)) as again:
             assert len(again.encode(["a"])) == 1
@@ -199,23 +186,24 @@ def test_whom_to_trust(scheme: str, certificate: tuple[Path, Path]) -> None:
             client.encode(["a"])
 
 
+@needs_openssl
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
-    ("subject", "days", "message"),
-    [("DNS:elsewhere.example", "2", "another name"), ("DNS:localhost", "-1", "out of date")],
+    ("names", "days", "message"),
+    [("DNS:elsewhere.example", 2, "another name"), ("DNS:localhost", -1, "out of date")],
 )
 def test_certificates_that_do_not_fit(
-    scheme: str, subject: str, days: str, message: str, tmp_path: Path
+    scheme: str, names: str, days: int, message: str, tmp_path: Path
 ) -> None:
-    pair = make_certificate(tmp_path, subject, days)
+    pair = make_pair(tmp_path, names=names, days=days)
     with FakeServer(scheme, tls=pair) as server:
         secure = f"{scheme}s://localhost:{server.port}"
         with (
-            Client(secure, ca_file=pair[1]) as client,
+            Client(secure, ca_file=pair.certificate) as client,
             pytest.raises(ConnectionFailedError, match=message),
         ):
             client.encode(["a"])
-        if days != "-1":
+        if days > 0:
             with Client(secure, verify=False) as client:
                 assert len(client.encode(["a"])) == 1
 

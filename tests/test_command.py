@@ -21,6 +21,7 @@ import psutil
 import pytest
 import yaml
 from conftest import (
+    GPU_EXECUTOR,
     PATIENCE_SECONDS,
     SLOW_EXECUTOR,
     Server,
@@ -242,9 +243,7 @@ def press_ctrl_c(server: Server) -> None:
 @pytest.mark.parametrize("end", [pytest.param(tell, marks=pytest.mark.slow), press_ctrl_c])
 def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], None]) -> None:
     """Over each transport; and a client that never stops sending keeps nothing alive."""
-    spec = flow()
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
-    server = start(spec)
+    server = start(flow(module=SLOW_EXECUTOR))
     family = server.family()
     results: list[int] = []
 
@@ -414,18 +413,12 @@ def test_ipv6_and_ipv4(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_the_flow_hands_out_gpus(start: Start) -> None:
-    """Each replica sees its own, though `env` is that of the flow."""
-    spec = flow()
+def test_replicas_without_gpus_to_share(start: Start) -> None:
+    spec = flow(module=GPU_EXECUTOR)
     spec["with"]["env"] = {"CUDA_VISIBLE_DEVICES": "RR0:2"}
     (executor,) = spec["executors"]
-    executor["replicas"] = 3
-    executor["uses"]["metas"]["py_modules"] = ["gpu_executor"]
-    environment = {"CUDA_TOTAL_DEVICES": "3", "PYTHONPATH": str(Path(__file__).parent)}
-    server = start(spec, **environment)
-    assert sorted(re.findall(r"sees GPU (\S+)\.", server.output())) == ["0", "0", "1"]
-    server.stop()
-    server = start(spec, **{**environment, "CUDA_TOTAL_DEVICES": "0"})
-    assert re.findall(r"sees GPU (\S+)\.", server.output()) == ["-1"] * 3
+    executor["replicas"] = 2
+    server = start(spec, CUDA_TOTAL_DEVICES="0", PYTHONPATH=str(Path(__file__).parent))
+    assert re.findall(r"sees GPU (\S+)\.", server.output()) == ["-1"] * 2
     assert "using the CPU" in server.output()
     server.stop()

@@ -201,11 +201,7 @@ COMPRESSIONS = [grpc.Compression.Gzip, grpc.Compression.Deflate]
 
 
 def open_channel(server: Server, compression: grpc.Compression) -> grpc.Channel:
-    return grpc.insecure_channel(
-        server.grpc.removeprefix("grpc://"),
-        [("grpc.max_send_message_length", -1)],
-        compression,
-    )
+    return server.channel([("grpc.max_send_message_length", -1)], compression)
 
 
 @pytest.mark.parametrize("compression", [*COMPRESSIONS, grpc.Compression.NoCompression])

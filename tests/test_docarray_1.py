@@ -32,7 +32,7 @@ def request(endpoint: str, docs: list[pb.Document], **parameters: Any) -> pb.Req
 def call(request: pytest.FixtureRequest, onnx_server: Server) -> Iterator[Call]:
     """Sends a request and returns its answer."""
     if request.param == "grpc":
-        with grpc.insecure_channel(onnx_server.grpc.removeprefix("grpc://")) as channel:
+        with onnx_server.channel() as channel:
             stream = channel.stream_stream("/jina.JinaRPC/Call")
             yield lambda made: pb.Request.FromString(
                 next(iter(stream(iter([made.SerializeToString()]))))
@@ -115,7 +115,7 @@ def test_what_cannot_be_read(onnx_server: Server) -> None:
     nan = pb.Document(id=b"a", text="a")
     nan.tags.update({"x": float("nan")})
     text = pb.Document(id=b"a", text="a")
-    with grpc.insecure_channel(onnx_server.grpc.removeprefix("grpc://")) as channel:
+    with onnx_server.channel() as channel:
         process = channel.unary_unary("/jina.JinaSingleDataRequestRPC/process_single_data")
         for made, said in (
             (request("/", [pb.Document(id=b"a", tensor=wrong)]), "the documents cannot be read"),

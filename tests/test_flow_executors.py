@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Server, Start, eventually, flow
+from conftest import SAMPLES, Server, Start, encode_method, eventually, flow
 
 from clip_client import Client, ServerError
 from clip_client.proto import clip_pb2 as pb
@@ -213,12 +213,8 @@ def post_json(server: Server, path: str, entries: list[Any], **fields: Any) -> A
 def test_ids_and_tags_reach_the_executors(around: Server) -> None:
     item = pb.Item(text="A CAT", id="mine")
     item.tags.update({"page": 3})
-    with grpc.insecure_channel(around.grpc.removeprefix("grpc://")) as channel:
-        encode = channel.unary_unary(
-            "/clip.v1.Clip/Encode",
-            request_serializer=pb.EncodeRequest.SerializeToString,
-            response_deserializer=pb.EncodeResponse.FromString,
-        )
+    with around.channel() as channel:
+        encode = encode_method(channel)
         answer = encode(pb.EncodeRequest(items=[item, item]))
         assert (answer.count, answer.dim, len(answer.errors)) == (2, 256, 0)
 
@@ -235,12 +231,8 @@ def test_the_first_of_several_encoders_answers(
 
 
 def test_an_encoder_by_its_name(two_encoders: Server) -> None:
-    with grpc.insecure_channel(two_encoders.grpc.removeprefix("grpc://")) as channel:
-        encode = channel.unary_unary(
-            "/clip.v1.Clip/Encode",
-            request_serializer=pb.EncodeRequest.SerializeToString,
-            response_deserializer=pb.EncodeResponse.FromString,
-        )
+    with two_encoders.channel() as channel:
+        encode = encode_method(channel)
         answer = encode(pb.EncodeRequest(items=[pb.Item(text="a")], model="second"))
         assert set(np.frombuffer(answer.embeddings, "<f4")) == {1.0}
         # Both serve this model, so it is the first one's name as well.

@@ -195,7 +195,7 @@ METHODS = (
 
 def ask(server: Server, method: str, message: bytes) -> bytes:
     """The answer to a serialized message, as a call of its own or as a stream of one."""
-    with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+    with server.channel() as channel:
         if method.endswith("/Call"):
             (answer,) = channel.stream_stream(f"/{method}")(iter([message]), timeout=30)
             return bytes(answer)
@@ -332,7 +332,7 @@ def test_clients_that_go_away_leave_nothing_in_the_log(onnx_server: Server) -> N
     encode = pb.EncodeRequest(items=texts)
     stream = pb.Requests(requests=[pb.Request(id=1, encode=encode)]).SerializeToString()
     jina_request = data_request().SerializeToString()
-    with grpc.insecure_channel(onnx_server.grpc.removeprefix("grpc://")) as channel:
+    with onnx_server.channel() as channel:
         calls = [
             channel.unary_unary("/clip.v1.Clip/Encode").future(encode.SerializeToString()),
             channel.stream_stream("/clip.v1.Clip/Stream")(iter([stream])),

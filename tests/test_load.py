@@ -29,19 +29,19 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def slow(start: Start) -> Server:
-    spec = flow(minibatch_size=BATCH, max_queued_items=FULL, cache_bytes=1 << 20)
+    spec = flow(
+        module=SLOW_EXECUTOR, minibatch_size=BATCH, max_queued_items=FULL, cache_bytes=1 << 20
+    )
     # As many items as fit, however long they wait.
     spec["with"] |= {"max_wait": 0, "max_queued_bytes": FULL_BYTES}
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
     return start(spec)
 
 
 @pytest.fixture(scope="module")
 def prompt(start: Start) -> Iterator[Server]:
     """A slow server that promises a short wait, whose rate has been measured."""
-    spec = flow(minibatch_size=BATCH)
+    spec = flow(module=SLOW_EXECUTOR, minibatch_size=BATCH)
     spec["with"]["max_wait"] = 0.5
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
     server = start(spec)
     with Client(server.grpc) as client:
         client.encode(texts(BATCH * 40), batch_size=BATCH * 40)
@@ -75,10 +75,8 @@ def test_a_full_server_refuses_and_says_when_to_try_again(slow: Server) -> None:
         assert "try again" in refused.json()["error"]["message"]
         # What still fits is taken.
         assert http.post("/encode", json={"data": texts(2)}).status_code == 200
-        with grpc.insecure_channel(slow.grpc.removeprefix("grpc://")) as channel:
-            encode = channel.unary_unary(
-                "/clip.v1.Clip/Encode", response_deserializer=pb.EncodeResponse.FromString
-            )
+        with slow.channel() as channel:
+            encode = channel.unary_unary("/clip.v1.Clip/Encode")
             with pytest.raises(grpc.RpcError) as raised:
                 encode(protobuf(50))
             assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -113,7 +111,7 @@ def test_what_is_too_late_is_given_up(slow: Server, protocol: str) -> None:
 
 def test_a_grpc_deadline_goes_along(slow: Server) -> None:
     before = slow.metrics()["texts"]
-    with grpc.insecure_channel(slow.grpc.removeprefix("grpc://")) as channel:
+    with slow.channel() as channel:
         encode = channel.unary_unary("/clip.v1.Clip/Encode")
         with pytest.raises(grpc.RpcError) as raised:
             encode(protobuf(160), timeout=0.3)
@@ -209,7 +207,7 @@ def assert_refused(server: Server, protocol: str, count: int) -> None:
         assert int(answer.headers["retry-after"]) >= 1
         message = answer.json()["error"]["message"]
     elif protocol == "grpc":
-        with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+        with server.channel() as channel:
             with pytest.raises(grpc.RpcError) as raised:
                 channel.unary_unary("/clip.v1.Clip/Encode")(protobuf(count))
             assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

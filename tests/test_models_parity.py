@@ -154,7 +154,7 @@ def random_tokens(config: dict[str, Any], batch: int, longest: int) -> NDArray[n
     return seeded.random_tokens({"text_cfg": TEXT | config["text_cfg"]}, batch, longest)
 
 
-LONG = ("swin", "vitamin", "mobileclip", "eva")
+LONG = ("swin", "vitamin", "mobileclip", "eva", "convnext")
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,8 @@ def test_a_family_equals_open_clip(family: str, tmp_path: Path) -> None:
     assert_equal_to_open_clip(folder, model, trim)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param("convnext", marks=pytest.mark.slow), "clipa", "coca"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["convnext", "clipa", "coca"])
 def test_a_traced_family_equals_open_clip(family: str, tmp_path: Path) -> None:
     described, trim = FAMILIES[family]
     model = open_clip_model(described)

@@ -182,7 +182,7 @@ def test_an_id_that_does_not_fit_a_log_is_replaced(used: Server) -> None:
 
 def test_request_ids_over_grpc_and_websocket(used: Server) -> None:
     encode = pb.EncodeRequest(items=[pb.Item(text="a cat")])
-    with grpc.insecure_channel(used.grpc.removeprefix("grpc://")) as channel:
+    with used.channel() as channel:
         method = channel.unary_unary("/clip.v1.Clip/Encode")
         for message in (encode.SerializeToString(), b"\xff"):
             call = method.future(message, metadata=[("x-request-id", "order-67")])

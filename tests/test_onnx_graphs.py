@@ -158,8 +158,17 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
+USUAL = ("transformers", "int32 ids, batches of one", "CLIP's own", "float16 pixels")
+
+
 @needs_torch
-@pytest.mark.parametrize("options", EXPORTS.values(), ids=EXPORTS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, marks=() if name in USUAL else pytest.mark.slow, id=name)
+        for name, options in EXPORTS.items()
+    ],
+)
 def test_embeddings_equal_those_of_the_exported_model(
     options: dict[str, Any], model: Any, tmp_path: Path
 ) -> None:

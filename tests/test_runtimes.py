@@ -300,9 +300,15 @@ def test_onnx_runs_with_torch_made_unimportable() -> None:
     ("missing", "program"),
     [
         ("onnxruntime", "from clip_server.runtimes.onnx import OnnxRuntime as Runtime"),
-        ("onnx", "from clip_server.runtimes.onnx import OnnxRuntime as Runtime"),
+        pytest.param(
+            *("onnx", "from clip_server.runtimes.onnx import OnnxRuntime as Runtime"),
+            marks=pytest.mark.slow,
+        ),
         ("torch", "from clip_server.runtimes.torch import TorchRuntime as Runtime"),
-        ("open_clip", "from clip_server.runtimes.torch import TorchRuntime as Runtime"),
+        pytest.param(
+            *("open_clip", "from clip_server.runtimes.torch import TorchRuntime as Runtime"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_missing_extra_is_named(missing: str, program: str) -> None:

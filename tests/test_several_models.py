@@ -9,7 +9,7 @@ import jina
 import numpy as np
 import pytest
 import requests
-from conftest import SAMPLES, Server, Start, flow
+from conftest import SAMPLES, Server, Start, encode_method, flow
 from docarray import DocList
 from numpy.typing import NDArray
 from websockets.sync.client import connect
@@ -95,12 +95,8 @@ def test_a_wrong_name_lists_the_right_ones(two_models: Server) -> None:
         answer = requests.post(f"{two_models.http}/encode", json={"data": ["a cat"], **body})
         assert answer.status_code == 400
         assert "second, small" in answer.json()["error"]["message"]
-    with grpc.insecure_channel(two_models.grpc.removeprefix("grpc://")) as channel:
-        encode = channel.unary_unary(
-            "/clip.v1.Clip/Encode",
-            request_serializer=pb.EncodeRequest.SerializeToString,
-            response_deserializer=pb.EncodeResponse.FromString,
-        )
+    with two_models.channel() as channel:
+        encode = encode_method(channel)
         with pytest.raises(grpc.RpcError, match="second, small"):
             encode(pb.EncodeRequest(items=[pb.Item(text="a cat")], model="third"))
 

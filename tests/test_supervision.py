@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import pytest
@@ -17,6 +16,7 @@ import requests
 from conftest import (
     PATIENCE_SECONDS,
     SLOW_EXECUTOR,
+    STUCK_EXECUTOR,
     Server,
     Start,
     eventually,
@@ -96,7 +96,7 @@ def is_ready(server: Server) -> bool:
 
 
 def health(server: Server) -> int:
-    with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+    with server.channel() as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         return stub.Check(health_pb2.HealthCheckRequest(), timeout=2).status
 
@@ -215,12 +215,10 @@ def test_the_only_replica_hangs(start: Start) -> None:
 @pytest.mark.slow
 def test_a_device_that_never_answers(start: Start) -> None:
     """The replica is killed; the requests of others, and the next ones, are answered."""
-    spec = flow(minibatch_size=4)
+    spec = flow(module=STUCK_EXECUTOR, minibatch_size=4)
     spec["with"] |= {"hang_seconds": 2, "max_batch_seconds": 1}
     spec["executors"][0]["replicas"] = 2
-    module = Path(__file__).parent / "stuck_executor.py"
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [str(module)]
-    server = start(spec)
+    server = start(spec, PYTHONPATH=str(Path(__file__).parent))
     with Client(server.grpc) as client:
         for _ in range(4):  # both replicas learn how long a batch takes
             client.encode(["warm"])
@@ -264,9 +262,8 @@ def test_a_collection_survives_its_indexer(start: Start, tmp_path: Path) -> None
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_the_grace_period_is_a_bound(start: Start, is_stopped: bool) -> None:
     """With more in flight than can be finished, and a replica that does not react."""
-    spec = flow()
+    spec = flow(module=SLOW_EXECUTOR)
     spec["with"]["grace_seconds"] = 2
-    spec["executors"][0]["uses"]["metas"]["py_modules"] = [SLOW_EXECUTOR]
     server = start(spec)
     family = server.family()
     client = Client(server.grpc)

@@ -15,7 +15,7 @@ import fake_tensorrt
 import numpy as np
 import pytest
 import seeded
-from conftest import HAS_TORCH, Start, free_ports
+from conftest import GPU_EXECUTOR, HAS_TORCH, Start, free_ports
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -457,7 +457,7 @@ def test_replicas_take_the_gpus_in_turn(start: Start) -> None:
     (executor,) = spec["executors"]
     assert (executor["replicas"], executor["env"]) == (2, {"CUDA_VISIBLE_DEVICES": "RR"})
     spec["with"] = {"protocol": ["grpc"], "port": free_ports(1), "host": "127.0.0.1"}
-    executor["uses"]["metas"]["py_modules"] = [str(Path(__file__).parent / "gpu_executor.py")]
+    executor["uses"]["metas"]["py_modules"] = [GPU_EXECUTOR]
     executor["env"]["CUDA_VISIBLE_DEVICES"] = "RR1:3"
     executor["replicas"] = 3
     server = start(

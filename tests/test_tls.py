@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import ssl
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import joined, make_pair, needs_openssl
 from conftest import Start, flow
 
 from clip_client import Client, ConnectionFailedError, InvalidInputError
 from clip_server.errors import ConfigurationError
 from clip_server.launch import flow as flows
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
-
 
 @needs_openssl
 def test_the_password_of_a_key(tmp_path: Path) -> None:
     """In either place; a missing or wrong one is one line. Serving with one: tests/promises."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "2", "-passout", "pass:right",
-         "-keyout", key, "-out", certificate, "-subj", "/CN=localhost"],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
+    key, certificate = make_pair(tmp_path, password="right")
 
     def prepared(**keys: Any) -> dict[str, Any]:
         spec = flow(ports=[0, 0, 0])
@@ -49,15 +39,8 @@ def test_the_password_of_a_key(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_openssl
-def test_tls(start: Start, tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-keyout", key, "-out", certificate, "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
+def test_tls(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = make_pair(tmp_path)
     spec = flow()
     spec["with"] |= {
         "ssl_keyfile": str(key),
@@ -65,53 +48,29 @@ def test_tls(start: Start, tmp_path: Path) -> None:
         "prefetch": 10,
     }
     server = start(spec)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     for scheme, port in zip(("grpcs", "https", "wss"), server.ports, strict=True):
         address = f"{scheme}://localhost:{port}"
         assert f"{scheme}://127.0.0.1:{port}" in server.output()
-        code = (
-            "from clip_client import Client\n"
-            f"with Client({address!r}) as c: print(c.encode(['a cat']).shape)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "SSL_CERT_FILE": str(certificate)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.stdout.strip() == "(1, 256)", done.stderr
+        with Client(address) as client:
+            assert client.encode(["a cat"]).shape == (1, 256)
     server.stop()
-
-
-def certificate(folder: Path, name: str, authority: Path | None = None) -> Path:
-    """A file with a key and its certificate: self-signed, or of the authority in such a file."""
-    file = folder / f"{name}.pem"
-    signed = ["-CA", authority, "-CAkey", authority] if authority else []
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", f"{file}.key",
-         "-out", f"{file}.crt", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", *signed],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
-    file.write_text(Path(f"{file}.key").read_text() + Path(f"{file}.crt").read_text())
-    return file
 
 
 @needs_openssl
 @pytest.mark.slow
 def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> None:
     """Over all three protocols; open connections go on when the server's files are replaced."""
-    authority, stranger = certificate(tmp_path, "authority"), certificate(tmp_path, "stranger")
-    right, served = certificate(tmp_path, "right", authority), tmp_path / "server.pem"
-    wrong = certificate(tmp_path, "wrong", stranger)
-    first, second = certificate(tmp_path, "first"), certificate(tmp_path, "second")
-    shutil.copy(first, served)
+    authority, stranger = (make_pair(tmp_path, name) for name in ("authority", "stranger"))
+    right_pair = make_pair(tmp_path, "right", authority=authority)
+    right, wrong = joined(right_pair), joined(make_pair(tmp_path, "wrong", authority=stranger))
+    first, second = (joined(make_pair(tmp_path, name)) for name in ("first", "second"))
+    served = Path(shutil.copy(first, tmp_path / "served.pem"))
     spec = flow()
     spec["with"] |= {
         "ssl_keyfile": str(served),
         "ssl_certfile": str(served),
-        "ssl_ca_certs": str(authority),
+        "ssl_ca_certs": str(authority.certificate),
     }
     server = start(spec)
     addresses = [
@@ -133,7 +92,7 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
             pytest.raises(ConnectionFailedError, match="does not accept the certificate"),
         ):
             other.encode(["a cat"])
-    key, chain = f"{right}.key", f"{right}.crt"
+    key, chain = right_pair
     with Client(addresses[0], ca_file=first, cert_file=chain, key_file=key) as client:
         assert client.encode(["a cat"]).shape == (1, 256)
 
@@ -142,7 +101,7 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
     with Client(addresses[1], ca_file=first, cert_file=right) as client:
         assert client.encode(["a cat"]).shape == (1, 256)
     shutil.copy(second, served)
-    expected = ssl.PEM_cert_to_DER_cert(Path(f"{second}.crt").read_text())
+    expected = ssl.PEM_cert_to_DER_cert(second.with_suffix(".crt").read_text())
     for port in server.ports:
         deadline = time.monotonic() + 30
         shown = b""
@@ -164,16 +123,17 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
 
 @needs_openssl
 def test_mistakes_with_certificates_of_clients(tmp_path: Path) -> None:
-    file = certificate(tmp_path, "own")
+    pair = make_pair(tmp_path)
+    file = joined(pair)
     spec = flow(ports=[0, 0, 0])
     spec["with"] |= {"ssl_keyfile": str(file), "ssl_certfile": str(file)}
-    for wrong, said in ((tmp_path / "none.pem", "No such file"), (f"{file}.key", "no certificate")):
+    for wrong, said in ((tmp_path / "none.pem", "No such file"), (pair.key, "no certificate")):
         spec["with"]["ssl_ca_certs"] = str(wrong)
         with pytest.raises(ConfigurationError, match=said):
             flows.prepare(spec)
     spec["with"] = {"port": [0, 0, 0], "ssl_ca_certs": str(file)}
     with pytest.raises(ConfigurationError, match="ssl_keyfile is missing"):
         flows.prepare(spec)
-    for options in ({"key_file": file}, {"cert_file": f"{file}.crt"}, {"cert_file": "none.pem"}):
+    for options in ({"key_file": file}, {"cert_file": pair.certificate}, {"cert_file": "none.pem"}):
         with pytest.raises(InvalidInputError, match="cert_file"):
             Client("grpcs://localhost:1", **options)  # type: ignore[arg-type]

@@ -235,7 +235,7 @@ def test_grpc_messages(server: Server) -> None:
         "Search": mutated(searches.map(pb.SearchRequest.SerializeToString)),
         "Info": st.binary(max_size=50),
     }
-    with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+    with server.channel() as channel:
         for method, strategy in messages.items():
             call = channel.unary_unary(f"/clip.v1.Clip/{method}")
             send_all(call, strategy, MESSAGES // len(messages))
