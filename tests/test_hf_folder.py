@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's CLIPModel and ChineseCLIPModel: transformers' own vectors."""
+"""Folders of CLIPModel, ChineseCLIPModel and SiglipModel: transformers' own embeddings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cn_clip_reference import picture
 from conftest import saved
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from test_tokenizer_hugging_face import t5 as write_tokenizer
 
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ImageSpec
@@ -102,10 +103,14 @@ def assert_equal_to_transformers(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_clip_equals_transformers(kind: str, activation: str, tmp_path: Path) -> None:
-    text = TEXT | {"hidden_act": activation}
-    model = hugging_face_model("CLIP", text, hidden_act=activation)
+@pytest.mark.parametrize(
+    ("activation", "epsilon"), [("quick_gelu", 1e-5), ("gelu", 1e-5), ("gelu_new", 1e-3)]
+)
+def test_clip_equals_transformers(
+    kind: str, activation: str, epsilon: float, tmp_path: Path
+) -> None:
+    options = {"hidden_act": activation, "layer_norm_eps": epsilon}
+    model = hugging_face_model("CLIP", TEXT | options, **options)
     model.save_pretrained(tmp_path)
     runtime = load(kind, tmp_path)
     assert (runtime.card.dim, runtime.card.image) == (32, ImageSpec(64, crop="floor"))
@@ -115,6 +120,30 @@ def test_clip_equals_transformers(kind: str, activation: str, tmp_path: Path) ->
     for row, length in zip(tokens, (3, 9, 5), strict=True):
         row[:length] = [598, *range(7, 5 + length), 599]
     assert_equal_to_transformers(runtime, model, tokens, longest=9)
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+def test_siglip_equals_transformers(activation: str, tmp_path: Path) -> None:
+    act = {"hidden_act": activation}
+    text = {key: value for key, value in TEXT.items() if not key.endswith("token_id")} | act
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION | act)
+    model = transformers.SiglipModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    runtime = OnnxRuntime.load("mine", model_path=tmp_path)
+    card = runtime.card
+    assert (card.dim, card.image) == (64, ImageSpec(64, resize="squash", crop="floor"))
+    assert (card.text.context_length, card.text.trim, card.text.pad_id) == (20, "fixed", 1)
+    assert card.logit_scale == pytest.approx(model.logit_scale.exp().item())
+    assert card.logit_bias == pytest.approx(model.logit_bias.item())
+    tokens = np.random.default_rng(0).integers(2, 600, (3, 20), dtype=np.int32)
+    assert_equal_to_transformers(runtime, model, tokens, longest=20)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,9 +244,8 @@ def test_how_pictures_are_prepared(
 @pytest.mark.parametrize(
     ("config", "pictures", "message"),
     [
-        ({"model_type": "siglip"}, {}, "model_type 'siglip'"),
+        ({"model_type": "siglip2"}, {}, "model_type 'siglip2'"),
         ({"vision_config": {"hidden_act": "relu"}}, {}, "hidden_act 'relu'"),
-        ({"text_config": {"layer_norm_eps": 1e-6}}, {}, "layer_norm_eps 1e-06"),
         ({"text_config": {"hidden_act": "gelu"}}, {}, "different activations"),
         ({}, {"size": {"shortest_edge": 256}}, "takes squares of 224 pixels"),
         ({}, {"do_center_crop": False}, "cropped to None"),

@@ -192,10 +192,7 @@ def _of_immich(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _of_transformers_js(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type", "")
     text, vision = (config.get(f"{part}_config") or {} for part in ("text", "vision"))
-    vocabulary, size = _BUNDLED.get(kind), text.get("vocab_size", _VOCABULARY_SIZES.get(kind))
-    named = {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"clean": "none"}}
-    if vocabulary and size:
-        named = hugging_face.tokenizer_keys(folder, vocabulary, size)
+    size = text.get("vocab_size", _VOCABULARY_SIZES.get(kind))
     image_size = vision.get("image_size", _IMAGE_SIZE)
     described = {
         "embed_dim": config.get("projection_dim") or text.get("hidden_size", 512),
@@ -203,7 +200,7 @@ def _of_transformers_js(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "text_cfg": {
             "context_length": _context(folder, text, kind),
             "exported": _TRIMS.get(kind, "masked"),
-            **named,
+            **hugging_face.tokenizer_keys(folder, _BUNDLED.get(kind), size or TextSpec.vocab_size),
             **({"vocab_size": size} if size else {}),
         },
     }

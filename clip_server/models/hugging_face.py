@@ -1,5 +1,6 @@
-"""Translates the configuration of a model that transformers saved, such as a CLIPModel or a
-ChineseCLIPModel, to open_clip's form. Its weights are read as any others: see `state_dict_keys`."""
+"""Translates the configuration of a model that transformers saved, such as a CLIPModel, a
+ChineseCLIPModel or a SiglipModel, to open_clip's form. Its weights are read as any others: see
+`state_dict_keys`."""
 
 from __future__ import annotations
 
@@ -106,12 +107,12 @@ def read(file: Path) -> dict[str, Any]:
     return found
 
 
-def tokenizer_keys(folder: Path, vocabulary: Vocabulary, size: int) -> dict[str, Any]:
+def tokenizer_keys(folder: Path, vocabulary: Vocabulary | None, size: int) -> dict[str, Any]:
     """The keys of `text_cfg` that choose a tokenizer: a bundled one if the folder's is the same.
 
-    vocabulary: the bundled one of the model's family; size: entries that the model knows.
+    vocabulary: the bundled one of the model's family, if any; size: entries that the model knows.
     """
-    if not _BUNDLED[vocabulary](folder, size):
+    if vocabulary is None or not _BUNDLED[vocabulary](folder, size):
         return {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"clean": "none"}}
     return {} if vocabulary == TextSpec.vocabulary else {"vocabulary": vocabulary}
 

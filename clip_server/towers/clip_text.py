@@ -13,9 +13,7 @@ from clip_server.model_card import Trim
 from clip_server.towers.attention import slice_first
 from clip_server.towers.layout import End, TextLayout, of_padded_texts, of_texts
 from clip_server.towers.tower import (
-    EPSILON,
     TOKENIZER_KEYS,
-    Activation,
     Config,
     Shapes,
     Target,
@@ -28,7 +26,9 @@ from clip_server.towers.transformer import (
     TRANSFORMERS_PARTS,
     Transformer,
     clip_activation,
-    saved_with_quick_gelu,
+    has_quick_gelu,
+    norm_epsilon,
+    saved_options,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ _ENDS: dict[str, End] = {"argmax": "largest", "last": "last"}
 _EOS, _DEFAULT_EOS_ID = "eos", 2
 # What ends the tower: a matrix, a Linear with a bias, or nothing.
 Projection = Literal["matrix", "linear", "none"]
-_TANH = {"approximate": "tanh"}
 # Configurations saved before the end token's id was corrected have this one.
 _OLD_END = 2
 
@@ -110,7 +109,7 @@ class ClipText(TextTower):
         pool = text.get("pool_type", "argmax")
         if not text.keys() <= cls.keys or pool not in (*_ENDS, _EOS):
             return None
-        activation, epsilon = _activation(config), _epsilon(text)
+        activation, epsilon = clip_activation(config, text), norm_epsilon(text)
         projection = _projection(text)
         if activation is None or epsilon is None or projection is None:
             return None
@@ -145,10 +144,11 @@ class ClipText(TextTower):
             "heads": saved["num_attention_heads"],
             "layers": saved["num_hidden_layers"],
             "mlp_ratio": saved["intermediate_size"] / width,
+            **saved_options(saved),
         }
         if end not in (_OLD_END, vocabulary - 1):
             text |= {"pool_type": "eos", "eos_id": end}
-        return {"text_cfg": text, "quick_gelu": saved_with_quick_gelu(saved)}
+        return {"text_cfg": text, "quick_gelu": has_quick_gelu(saved)}
 
     def shapes(self, dim: int) -> Shapes:
         width = self.blocks.width
@@ -195,22 +195,6 @@ class ClipText(TextTower):
         causal = slice_first(graph, graph.floats("causal_mask", mask), layout.length, axes=[0, 1])
         last = graph.op("Gather", causal, layout.ends, name="end.mask.rows", axis=0)
         return causal, graph.op("Unsqueeze", last, graph.integers(1, 2), name="end.mask")
-
-
-def _activation(config: Config) -> Activation | None:
-    """The activation of a configuration; None if it is unknown."""
-    options = config["text_cfg"].get("act_kwargs") or {}
-    if not options:
-        return clip_activation(config)
-    is_tanh = options == _TANH and not config.get("quick_gelu", False)
-    return "gelu_tanh" if is_tanh else None
-
-
-def _epsilon(text: Mapping[str, Any]) -> float | None:
-    """The epsilon of the layer norms; None if they have other options."""
-    options = text.get("norm_kwargs") or {}
-    epsilon: float = options.get("eps", EPSILON)
-    return epsilon if options.keys() <= {"eps"} else None
 
 
 def _projection(text: Mapping[str, Any]) -> Projection | None:

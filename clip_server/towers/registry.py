@@ -7,6 +7,7 @@ from clip_server.towers.bert import BertText
 from clip_server.towers.clip_text import ClipText
 from clip_server.towers.coca_text import CocaText
 from clip_server.towers.resnet import ResNet
+from clip_server.towers.siglip import SiglipText, SiglipVision
 from clip_server.towers.timm_vit import TimmVisionTransformer
 from clip_server.towers.torch_only import TorchOnlyImage, TorchOnlyText
 from clip_server.towers.tower import Config, ImageTower, Shapes, TextTower, Tower
@@ -17,11 +18,13 @@ IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
     VisionTransformer,
     ResNet,
     TimmVisionTransformer,
+    SiglipVision,
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     ClipText,
     CocaText,
     BertText,
+    SiglipText,
 )
 
 

@@ -68,11 +68,11 @@ class SavedByTransformers:
 class TextSavedByTransformers(SavedByTransformers):
     """As `SavedByTransformers`, with the defaults for the rest of the model.
 
-    vocabulary: the tokenizer's, unless a file in the folder overrides it.
+    vocabulary: the tokenizer's, unless a file in the folder overrides it; None if that has to.
     resize: of images, likewise.
     """
 
-    vocabulary: Vocabulary = "clip"
+    vocabulary: Vocabulary | None = "clip"
     resize: ResizeMode = "shortest"
 
 

@@ -12,6 +12,7 @@ from clip_server.towers.layout import Layout
 from clip_server.towers.tower import (
     EPSILON,
     Activation,
+    Config,
     Shapes,
     linear_shapes,
     norm_shapes,
@@ -29,6 +30,11 @@ TRANSFORMERS_PARTS = {
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
+# A quotient of two widths times the divisor may be a little less than the dividend.
+_INEXACT = 1e-6
+# The approximation of GELU by a hyperbolic tangent: open_clip's option, and transformers' names.
+_TANH = {"approximate": "tanh"}
+_TANH_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,14 @@ class Transformer:
     epsilon: float = EPSILON
     names: BlockNames = OPEN_CLIP
 
+    @property
+    def mlp_width(self) -> int:
+        """The width of the hidden layer in a block."""
+        return int(self.width * self.mlp_ratio + _INEXACT)
+
     def shapes(self) -> Shapes:
         """The name and shape of every tensor of the blocks."""
-        width, hidden, names = self.width, int(self.width * self.mlp_ratio), self.names
+        width, hidden, names = self.width, self.mlp_width, self.names
         one: Shapes = {
             **norm_shapes(names.norm_1, width),
             f"{names.qkv}weight": (3 * width, width),
@@ -95,8 +106,7 @@ class Transformer:
 
     def macs(self, length: int) -> int:
         """Multiply-accumulates for `length` positions."""
-        mlp_width = int(self.width * self.mlp_ratio)
-        return transformer_macs(self.width, mlp_width, self.layers, length)
+        return transformer_macs(self.width, self.mlp_width, self.layers, length)
 
     def build(
         self,
@@ -156,21 +166,44 @@ def mlp(
     return graph.stored_linear(hidden, prefix + names[1])
 
 
-def clip_activation(config: Mapping[str, Any]) -> Activation:
-    """The activation of CLIP's own towers in a configuration."""
-    return "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+def clip_activation(config: Config, part: Mapping[str, Any]) -> Activation | None:
+    """The activation of one of CLIP's own towers; None if it is unknown.
+
+    part: `vision_cfg` or `text_cfg`.
+    """
+    quick, options = config.get("quick_gelu", False), part.get("act_kwargs") or {}
+    if not options:
+        return "quick_gelu" if quick else "gelu"
+    return "gelu_tanh" if options == _TANH and not quick else None
 
 
-def saved_with_quick_gelu(saved: Mapping[str, Any]) -> bool:
+def norm_epsilon(part: Mapping[str, Any]) -> float | None:
+    """The epsilon of a tower's layer norms; None if they have other options."""
+    options = part.get("norm_kwargs") or {}
+    epsilon: float = options.get("eps", EPSILON)
+    return epsilon if options.keys() <= {"eps"} else None
+
+
+def has_quick_gelu(saved: Mapping[str, Any]) -> bool:
     """Whether a tower that transformers saved has QuickGELU.
 
     Raises:
-        ConfigurationError: it has neither that nor GELU, or a layer norm that is not CLIP's.
+        ConfigurationError: its activation is neither that nor a GELU.
     """
-    activation, epsilon = saved["hidden_act"], saved["layer_norm_eps"]
-    if activation not in ("quick_gelu", "gelu") or epsilon != EPSILON:
+    activation = saved["hidden_act"]
+    if activation not in ("quick_gelu", "gelu", *_TANH_NAMES):
         raise ConfigurationError(
-            f"hidden_act {activation!r} with layer_norm_eps {epsilon} is not CLIP's: quick_gelu or "
-            f"gelu, and {EPSILON:g}"
+            f"hidden_act {activation!r} is not supported: quick_gelu, gelu or one of "
+            f"{', '.join(_TANH_NAMES)}"
         )
     return bool(activation == "quick_gelu")
+
+
+def saved_options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of activations and layer norms that transformers saved, as in `text_cfg`."""
+    options = {}
+    if saved["hidden_act"] in _TANH_NAMES:
+        options["act_kwargs"] = _TANH
+    if saved["layer_norm_eps"] != EPSILON:
+        options["norm_kwargs"] = {"eps": saved["layer_norm_eps"]}
+    return options

@@ -14,7 +14,6 @@ from clip_server.towers.attention import attend_from
 from clip_server.towers.layout import of_all_positions, of_first_positions
 from clip_server.towers.patches import embed_patches, mean_of_patches, place_patches
 from clip_server.towers.tower import (
-    EPSILON,
     Config,
     ImageTower,
     SavedByTransformers,
@@ -27,7 +26,9 @@ from clip_server.towers.transformer import (
     TRANSFORMERS_PARTS,
     Transformer,
     clip_activation,
-    saved_with_quick_gelu,
+    has_quick_gelu,
+    norm_epsilon,
+    saved_options,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class VisionTransformer(ImageTower):
             "attn_pooler_heads",
             "attn_pooler_queries",
             "output_tokens",
+            "act_kwargs",
+            "norm_kwargs",
         }
     )
     saved = SavedByTransformers(
@@ -98,8 +101,11 @@ class VisionTransformer(ImageTower):
     @classmethod
     def from_config(cls, config: Config) -> VisionTransformer | None:
         vision = config["vision_cfg"]
-        pool = _pool(vision)
-        if not vision.keys() <= cls.keys or isinstance(vision.get("layers"), list) or pool is None:
+        pool, epsilon = _pool(vision), norm_epsilon(vision)
+        activation = clip_activation(config, vision)
+        if not vision.keys() <= cls.keys or isinstance(vision.get("layers"), list):
+            return None
+        if pool is None or activation is None or epsilon is None:
             return None
         size, width = vision.get("image_size", 224), vision.get("width", 768)
         size = size[0] if isinstance(size, list) else size
@@ -110,7 +116,8 @@ class VisionTransformer(ImageTower):
             vision.get("layers", 12),
             heads=width // vision.get("head_width", 64),
             mlp_ratio=vision.get("mlp_ratio", 4.0),
-            activation=clip_activation(config),
+            activation=activation,
+            epsilon=epsilon,
         )
         return cls(
             blocks,
@@ -132,8 +139,9 @@ class VisionTransformer(ImageTower):
             "head_width": width // saved["num_attention_heads"],
             "patch_size": saved["patch_size"],
             "mlp_ratio": saved["intermediate_size"] / width,
+            **saved_options(saved),
         }
-        return {"vision_cfg": vision, "quick_gelu": saved_with_quick_gelu(saved)}
+        return {"vision_cfg": vision, "quick_gelu": has_quick_gelu(saved)}
 
     def shapes(self, dim: int) -> Shapes:
         width = self.blocks.width
@@ -182,9 +190,9 @@ class VisionTransformer(ImageTower):
         token = graph.weight(f"{_PREFIX}class_embedding")
         states = place_patches(graph, patches, positions, token)
         if self.norm_first:
-            states = graph.layer_norm(states, f"{_PREFIX}ln_pre")
+            states = graph.layer_norm(states, f"{_PREFIX}ln_pre", self.blocks.epsilon)
         pooled = self._pooled(graph, states, length)
-        pooled = graph.layer_norm(pooled, f"{_PREFIX}ln_post")
+        pooled = graph.layer_norm(pooled, f"{_PREFIX}ln_post", self.blocks.epsilon)
         return graph.projection(pooled, f"{_PREFIX}proj")
 
     def _pooled(self, graph: GraphBuilder, states: str, length: int) -> str:
@@ -199,9 +207,10 @@ class VisionTransformer(ImageTower):
     def _attention_pool(self, graph: GraphBuilder, states: str, length: int) -> str:
         """CoCa's pooling: of its many learned queries, the first gives the embedding."""
         prefix = f"{_PREFIX}attn_pool."
-        states = graph.layer_norm(states, f"{prefix}ln_k")
+        states = graph.layer_norm(states, f"{prefix}ln_k", self.blocks.epsilon)
         # Computed here, since it is the same for every image.
-        query = _normed(graph.weight(f"{prefix}query")[0], graph, f"{prefix}ln_q")
+        query = graph.weight(f"{prefix}query")[0]
+        query = _normed(query, graph, f"{prefix}ln_q", self.blocks.epsilon)
         if graph.has_weight(f"{prefix}attn.in_proj_weight"):
             weights = np.split(graph.weight(f"{prefix}attn.in_proj_weight"), 3)
         else:
@@ -224,10 +233,12 @@ def _pool(vision: Mapping[str, Any]) -> Pool | None:
     return "mean" if kind == "avg" and after else None
 
 
-def _normed(values: NDArray[np.float32], graph: GraphBuilder, tensor: str) -> NDArray[np.float32]:
+def _normed(
+    values: NDArray[np.float32], graph: GraphBuilder, tensor: str, epsilon: float
+) -> NDArray[np.float32]:
     """A torch LayerNorm of the checkpoint, of a constant [W]."""
     wide = values.astype(np.float64)
-    unit = (wide - wide.mean()) / np.sqrt(wide.var() + EPSILON)
+    unit = (wide - wide.mean()) / np.sqrt(wide.var() + epsilon)
     normed: NDArray[np.float64] = unit * graph.weight(f"{tensor}.weight") + graph.weight(
         f"{tensor}.bias"
     )
