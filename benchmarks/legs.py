@@ -24,6 +24,8 @@ from benchmarks.peers import (
     OURS,
     RAW,
     SCHEMES,
+    THIN,
+    THIN_INFINITY,
     TRITON,
     Peers,
 )
@@ -42,6 +44,8 @@ IN_FLIGHT = (1, 8, 64)
 # Requests at once that keep each busy; clip-as-service computes one after the other.
 TEXTS_IN_FLIGHT = {OURS: 8, INFINITY: 8, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 8}
 PHOTOS_IN_FLIGHT = {OURS: 4, INT8: 4, INFINITY: 4, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 4}
+# OpenAI's API, as the null runtime's table has it.
+EMBEDDINGS = "/v1/embeddings"
 # Between two queries of a person, in seconds.
 PAUSE = 0.05
 # Of JPEG files, as Pillow names them.
@@ -120,12 +124,36 @@ def capacity(peers: Peers, options: Options) -> Leg:
         1,
     )
     idle, *others = _latencies("1 in flight", drivers, options, in_flight=1)
+    apis = {"http": drivers["http"], EMBEDDINGS: peers.openai_driver(NULL)}
+    by_api = _rates("texts/s, 32 a request", apis, dict.fromkeys(apis, 8), options, "texts", 32)
     goals = [
         Goal("texts/s, 128 a request, gRPC", ">=", 30_000, many.median("grpc")),
         Goal("requests/s of 1 text, 64 in flight, gRPC", ">=", 2_000, single.median("grpc")),
         Goal("idle latency, median ms, gRPC", "<=", 3, idle.median("grpc")),
+        Goal("requests/s of 1 text, 64 in flight, HTTP", ">=", 2_400, single.median("http")),
+        Goal("the same, of gRPC's", ">=", 0.9, single.ratio("http", "grpc")),
+        Goal(
+            f"texts/s, 32 a request, {EMBEDDINGS}, of /encode's",
+            ">=",
+            0.9,
+            by_api.ratio(EMBEDDINGS, "http"),
+        ),
     ]
-    return Leg("null runtime", [many, single, idle, *others], goals)
+    return Leg("null runtime", [many, single, by_api, idle, *others], goals)
+
+
+def overhead(peers: Peers, options: Options) -> Leg:
+    """The server around the model: a CLIP of one thin layer, over OpenAI's API on both sides."""
+    found = peers.available(THIN, THIN_INFINITY)
+    columns = {OURS: THIN, INFINITY: THIN_INFINITY}
+    drivers = {column: found[name] for column, name in columns.items() if name in found}
+    rows, goals = [], []
+    for batch, in_flight in ((1, 64), (32, 16), (1, 1)):
+        what = f"texts/s, {batch} a request, {in_flight} in flight"
+        row = _rates(what, drivers, dict.fromkeys(drivers, in_flight), options, "texts", batch)
+        rows.append(row)
+        goals.append(Goal(f"{what}, of infinity's", ">=", 4, row.ratio(OURS, INFINITY)))
+    return Leg("one thin layer (ours is so many times as fast)", rows, goals)
 
 
 def triton(peers: Peers, options: Options) -> Leg:
@@ -298,7 +326,19 @@ def _unevenness(memory: NDArray[np.float64]) -> float:
 
 LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
     leg.__name__: leg
-    for leg in (texts, photos, latency, capacity, triton, search, mixed, decode, cost, soak)
+    for leg in (
+        texts,
+        photos,
+        latency,
+        capacity,
+        overhead,
+        triton,
+        search,
+        mixed,
+        decode,
+        cost,
+        soak,
+    )
 }
 
 

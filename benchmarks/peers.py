@@ -24,13 +24,15 @@ from benchmarks.workload import CACHE, MODEL
 
 HERE = Path(__file__).parent
 DRIVERS = HERE / "drivers"
-VOCABULARY = HERE.parent / "clip_server" / "models" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY = HERE.parent / "clip_server" / "preprocess" / "data" / "bpe_simple_vocab_16e6.txt.gz"
 HOST = "127.0.0.1"
 SCHEMES = {"grpc": "grpc", "http": "http", "websocket": "ws"}
 
 OURS, INT8, RAW = "clip-server", "clip-server int8", "raw runtime"
 INFINITY, CLIP_AS_SERVICE, TRITON = "infinity", "clip-as-service", "Triton"
 EMBEDDED, NULL = "clip-server embedded", "clip-server null"
+# With a model that takes no time: what is measured is the server around it.
+THIN, THIN_INFINITY = "clip-server thin", "infinity thin"
 TORCH, TWO_REPLICAS = "clip-server torch", "clip-server two replicas"
 
 # The cache of our servers.
@@ -40,7 +42,16 @@ _ONNX = "clip_server.executors.clip_onnx"
 
 # What is compared before anything is timed, and how near its vectors must be to ours.
 COMPARED = {"texts": 32, "photos": 8}
-LEAST_COSINE = {RAW: 0.9999, INT8: 0.97, INFINITY: 0.99, CLIP_AS_SERVICE: 0.99, TRITON: 0.9999}
+LEAST_COSINE = {
+    RAW: 0.9999,
+    INT8: 0.97,
+    INFINITY: 0.99,
+    THIN_INFINITY: 0.99,
+    CLIP_AS_SERVICE: 0.99,
+    TRITON: 0.9999,
+}
+# Who is driven over HTTP by OpenAI's API.
+OPENAI = (INFINITY, THIN, THIN_INFINITY)
 
 
 @dataclass(frozen=True)
@@ -71,12 +82,13 @@ class Peers:
         self._stack.close()
 
     def available(self, *names: str) -> dict[str, Driver]:
-        """Drivers of those that run here and give our vectors; says which do not, and why."""
+        """Drivers of those that run here and give the vectors of the first; says which do not, and
+        why."""
         found = {}
         for name in names:
             try:
                 found[name] = self.driver(name)
-                self._check(name)
+                self._check(name, names[0])
             except NotAvailableError as error:
                 found.pop(name, None)
                 print(f"  {name}: not available: {error}", flush=True)
@@ -115,29 +127,37 @@ class Peers:
         command = [sys.executable, "-m", "clip_server", flow]
         return f"{HOST}:{port}", lambda: Server(name, command, "clip_server: ready", {})
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, reference: str) -> None:
         if name not in LEAST_COSINE:
             return
         least = {
-            kind: _least_cosine(self.driver(OURS), self.driver(name), kind, count)
+            kind: _least_cosine(self.driver(reference), self.driver(name), kind, count)
             for kind, count in COMPARED.items()
         }
         shown = ", ".join(f"{kind} {cosine:.5f}" for kind, cosine in least.items())
         if min(least.values()) < LEAST_COSINE[name]:
             raise NotAvailableError(f"its vectors are not ours: lowest cosine {shown}")
-        print(f"  {name}: lowest cosine to {OURS}: {shown}", flush=True)
+        print(f"  {name}: lowest cosine to {reference}: {shown}", flush=True)
+
+    def openai_driver(self, name: str) -> Driver:
+        """A driver of OpenAI's API, whatever else the server has."""
+        address = self.started(name).addresses["http"]
+        return self._driver(name, Path(sys.executable), "openai_driver.py", address)
 
     def _drive(self, name: str, protocol: str = "grpc") -> Driver:
+        if name in OPENAI:
+            return self.openai_driver(name)
         interpreter, script, target = Path(sys.executable), "clip_server_driver.py", ""
         if name == RAW:
             script, target = "raw_driver.py", str(workload.checkpoint())
         else:
             target = self.started(name).addresses[protocol]
-        if name == INFINITY:
-            interpreter, script = environments.python("infinity"), "infinity_driver.py"
-        elif name == CLIP_AS_SERVICE:
+        if name == CLIP_AS_SERVICE:
             interpreter = environments.python("clip_as_service")
             script = "clip_as_service_driver.py"
+        return self._driver(name, interpreter, script, target)
+
+    def _driver(self, name: str, interpreter: Path, script: str, target: str) -> Driver:
         driver = Driver(name, [interpreter, DRIVERS / script, target, workload.photos()])
         self._stack.callback(driver.close)
         return driver
@@ -145,7 +165,8 @@ class Peers:
     def _start(self, name: str) -> Started:
         print(f"  starting {name}", flush=True)
         start = {
-            INFINITY: self._infinity,
+            INFINITY: lambda: self._infinity(INFINITY, workload.checkpoint()),
+            THIN_INFINITY: lambda: self._infinity(THIN_INFINITY, workload.thin_checkpoint()),
             CLIP_AS_SERVICE: self._clip_as_service,
             TRITON: self._triton,
         }
@@ -162,21 +183,21 @@ class Peers:
         environment = {"XDG_CACHE_HOME": str(PREPARED)}
         return Started(Server(name, command, "clip_server: ready", environment), addresses)
 
-    def _infinity(self) -> Started:
+    def _infinity(self, name: str, checkpoint: Path) -> Started:
         python, port = environments.python("infinity"), str(next(self._ports))
-        model = _converted("infinity", "infinity_model.py", VOCABULARY)
+        model = _converted(name, "infinity", checkpoint, VOCABULARY)
         command = [python.with_name("infinity_emb"), "v2"]
         command += ["--model-id", model, "--served-model-name", "clip", "--batch-size", "32"]
         # Its better transformer is not for CLIP, and its warm-up is left to ours.
         command += ["--device", "cpu", "--no-bettertransformer", "--no-model-warmup"]
         command += ["--host", HOST, "--port", port]
         quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_HOME": str(CACHE)}
-        server = Server(INFINITY, command, "Uvicorn running", quiet)
-        return Started(server, {"grpc": f"http://{HOST}:{port}"})
+        server = Server(name, command, "Uvicorn running", quiet)
+        return Started(server, {"http": f"http://{HOST}:{port}"})
 
     def _clip_as_service(self) -> Started:
         python, port = environments.python("clip_as_service"), next(self._ports)
-        model = _converted("clip_as_service", "clip_as_service_model.py")
+        model = _converted(CLIP_AS_SERVICE, "clip_as_service", workload.checkpoint())
         parameters = {"name": MODEL, "model_path": str(model), "device": "cpu"}
         listen = {"protocol": "grpc", "port": port, "host": HOST}
         module = "clip_server.executors.clip_onnx"
@@ -222,6 +243,8 @@ def _encoder(name: str) -> dict[str, Any]:
     module = "clip_server.executors.clip_torch" if name == TORCH else _ONNX
     if name == INT8:
         parameters["dtype"] = "int8"
+    elif name == THIN:
+        parameters = {"name": str(workload.thin_checkpoint())}
     elif name == EMBEDDED:
         parameters = {"name": "embedded"}
     return {"encoder": "CLIPEncoder", "module": module, "parameters": parameters}
@@ -254,14 +277,15 @@ def _write_flow(
     return file
 
 
-def _converted(peer: str, script: str, *arguments: Path) -> Path:
-    """The checkpoint in a peer's own form, made once."""
-    folder = CACHE / "models" / peer
+def _converted(name: str, environment: str, checkpoint: Path, *more: Path) -> Path:
+    """A checkpoint in a peer's own form, made once."""
+    folder = CACHE / "models" / name
     done = folder / "done"
     if not done.is_file():
-        command = [environments.python(peer), DRIVERS / script, workload.checkpoint()]
-        with (LOGS / f"{peer} model.log").open("wb") as log:
-            subprocess.run([*command, *arguments, folder], check=True, stdout=log, stderr=log)
+        script = DRIVERS / f"{environment}_model.py"
+        command = [environments.python(environment), script, checkpoint, *more, folder]
+        with (LOGS / f"{name} model.log").open("wb") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
         done.touch()
     return folder
 

@@ -9,6 +9,7 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -52,7 +53,8 @@ PROJECTIONS = {
 
 def main(source: Path, vocabulary: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    model = CLIPModel(CLIPConfig())  # the defaults are ViT-B/32 with quick gelu
+    described = json.loads((source / "open_clip_config.json").read_text("utf-8"))
+    model = CLIPModel(configuration(described["model_cfg"]))
     model.load_state_dict(renamed(load_file(source / "open_clip_model.safetensors")))
     model.save_pretrained(target)
     write_vocabulary(vocabulary, target)
@@ -60,6 +62,27 @@ def main(source: Path, vocabulary: Path, target: Path) -> None:
         str(target / "vocab.json"), str(target / "merges.txt"), model_max_length=77
     )
     CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(target)
+
+
+def configuration(described: dict[str, Any]) -> CLIPConfig:
+    """open_clip's configuration of a CLIP. The rest is as in ViT-B/32, with quick gelu."""
+    text, vision = described["text_cfg"], described["vision_cfg"]
+    head_width = 64
+    return CLIPConfig(
+        projection_dim=described["embed_dim"],
+        text_config=tower(text["width"], text["layers"], text["heads"]),
+        vision_config=tower(vision["width"], vision["layers"], vision["width"] // head_width),
+    )
+
+
+def tower(width: int, layers: int, heads: int) -> dict[str, int]:
+    """A tower in Hugging Face's words."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
 
 
 def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

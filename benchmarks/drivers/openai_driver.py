@@ -1,4 +1,7 @@
-"""Drives infinity over HTTP on connections kept open: `infinity_driver.py URL PHOTOS`."""
+"""Drives an OpenAI-style embeddings API on connections kept open: `openai_driver.py URL PHOTOS`.
+
+It asks for base64. Images are sent in infinity's way.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import orjson
 from driver import Driver, Item
 
 
-class InfinityDriver(Driver):
+class OpenAIDriver(Driver):
     def __init__(self, url: str, photo_folder: str) -> None:
         super().__init__(photo_folder)
         self.url = f"{url}/embeddings"
         self.session = self.loop.run_until_complete(self._open())
 
     async def _open(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        # Servers close connections that are idle for 5 s, as while another one is measured.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        return aiohttp.ClientSession(connector=connector)
 
     async def encode(self, items: list[Item]) -> Any:
         body: dict[str, Any] = {"model": "clip", "input": items, "encoding_format": "base64"}
@@ -34,4 +39,4 @@ class InfinityDriver(Driver):
 
 
 if __name__ == "__main__":
-    InfinityDriver(*sys.argv[1:]).serve()
+    OpenAIDriver(*sys.argv[1:]).serve()
