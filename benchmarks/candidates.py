@@ -25,6 +25,7 @@ from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.onnx_graph import Feeds, Graph, ImageGraph, TextGraph
 from clip_server.runtimes.protocol import Runtime
+from clip_server.runtimes.reloading import Reloadable
 from clip_server.runtimes.tensorrt import EngineTower, TensorrtRuntime
 from clip_server.runtimes.torch import TorchRuntime, towers
 from clip_server.towers import graph, onnx_file
@@ -64,7 +65,7 @@ def _channels_last(checkpoint: Path, precision: Precision, device: str) -> Runti
             embeddings: torch.Tensor = visual(pixels.contiguous(memory_format=torch.channels_last))
             return embeddings
 
-    return TorchRuntime(card, ChannelsLast(), textual, device, precision)
+    return TorchRuntime(card, Reloadable(ChannelsLast()), Reloadable(textual), device, precision)
 
 
 def _compiled(checkpoint: Path, precision: Precision, device: str) -> Runtime:
@@ -72,7 +73,8 @@ def _compiled(checkpoint: Path, precision: Precision, device: str) -> Runtime:
     card, visual, textual = _torch_towers(checkpoint, precision, device)
     compiled: Callable[..., Any] = torch.compile
     visual = compiled(visual, mode=None if device.startswith("cpu") else "reduce-overhead")
-    return TorchRuntime(card, visual, compiled(textual, dynamic=True), device, precision)
+    textual = compiled(textual, dynamic=True)
+    return TorchRuntime(card, Reloadable(visual), Reloadable(textual), device, precision)
 
 
 def _pinned(checkpoint: Path, precision: Precision, device: str) -> Runtime:
@@ -89,12 +91,13 @@ def _pinned(checkpoint: Path, precision: Precision, device: str) -> Runtime:
         return target.numpy()
 
     class Pinned(TorchRuntime):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            self._visual = partial(run, visual)
-            self._textual = partial(run, textual)
+        def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return run(visual, pixels)
 
-    return Pinned(card, visual, textual, device, precision)
+        def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+            return run(textual, tokens)
+
+    return Pinned(card, Reloadable(visual), Reloadable(textual), device, precision)
 
 
 def _padded_texts(checkpoint: Path, precision: Precision, device: str) -> Runtime:
@@ -140,9 +143,11 @@ def _io_binding(checkpoint: Path, precision: Precision, device: str) -> Runtime:
 
     runtime = OnnxRuntime.load("", model_path=checkpoint, device=device, precision=precision)
     card = runtime.card
-    visual = ImageGraph(BoundGraph(runtime._visual._graph), card.image)
-    textual = TextGraph(BoundGraph(runtime._textual._graph), card.text)
-    return OnnxRuntime(card, visual, textual, runtime.device, runtime.precision)
+    with runtime.towers["image"].use() as images, runtime.towers["text"].use() as texts:
+        visual = ImageGraph(BoundGraph(images._graph), card.image)
+        textual = TextGraph(BoundGraph(texts._graph), card.text)
+    towers = Reloadable(visual), Reloadable(textual)
+    return OnnxRuntime(card, *towers, runtime.device, runtime.precision)
 
 
 def _cuda_graphs(checkpoint: Path, precision: Precision, device: str) -> Runtime:

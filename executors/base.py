@@ -69,11 +69,18 @@ class BaseCLIPEncoder(ClipExecutor):
         try:
             self.parameters = self.read_parameters(given)
             runtime = self.build_runtime(self.parameters, self._threads())
+            self.engine = self._engine(runtime)
         except ConfigurationError as error:
             if not self.is_served:
                 raise
             sys.exit(f"clip_server: {error}")
-        self.engine = Engine(
+        policy, limits = self.parameters.allow_uri, self._limits()
+        fetcher = Fetcher(policy, limits.max_item_bytes) if policy else None
+        self.service = Service(self.engine, limits, self.modality, fetcher)
+        self.engine.metrics.set_build_info(__version__, self.fingerprint(self.parameters))
+
+    def _engine(self, runtime: Runtime) -> Engine:
+        return Engine(
             runtime,
             minibatch_size=self.parameters.minibatch_size,
             num_worker_preprocess=self.parameters.num_worker_preprocess,
@@ -83,12 +90,9 @@ class BaseCLIPEncoder(ClipExecutor):
             max_queued_items=self.parameters.max_queued_items,
             cache_bytes=self.parameters.cache_bytes,
             max_length=self.parameters.max_length or 0,
+            idle_seconds=self.parameters.idle_seconds,
             timed=partial(jina_internals.time_stage, self),
         )
-        policy, limits = self.parameters.allow_uri, self._limits()
-        fetcher = Fetcher(policy, limits.max_item_bytes) if policy else None
-        self.service = Service(self.engine, limits, self.modality, fetcher)
-        self.engine.metrics.set_build_info(__version__, self.fingerprint(self.parameters))
 
     @classmethod
     def fingerprint(cls, parameters: EncoderParameters) -> str:

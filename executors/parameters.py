@@ -40,6 +40,7 @@ class EncoderParameters:
     allow_uri: which URIs of items the server fetches; None: none but `data:`.
     max_length: tokens that texts are truncated to, start and end included; None: the model's
         context length.
+    idle_seconds: a tower that is not used for so long is unloaded; 0: both stay loaded.
     aliases: other names of the model, which requests may use.
     matryoshka_dimensions: lengths to which embeddings may be cut, of a model trained for it.
     """
@@ -60,6 +61,7 @@ class EncoderParameters:
     cache_bytes: int = at_least(0, 0)
     max_length: int | None = field(default=None, metadata={"least": 2})
     allow_uri: UriPolicy | None = None
+    idle_seconds: float = field(default=0.0, metadata={"least": 0})
     aliases: tuple[str, ...] = ()
     matryoshka_dimensions: tuple[int, ...] = field(default=(), metadata={"least": 1})
 

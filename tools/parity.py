@@ -31,6 +31,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.model_card import PRECISIONS, ModelCard
 from clip_server.models import weights, zoo
 from clip_server.models.converted import TOWERS, Tower
+from clip_server.runtimes.reloading import Reloadable
 from clip_server.runtimes.torch import TorchRuntime, towers
 from clip_server.towers import onnx_file, registry
 from clip_server.towers.tower import Shapes
@@ -88,7 +89,7 @@ def _rows(architecture: str, folder: Path) -> Iterator[Row]:
     expected = _saved(architecture, card, path)
     tensors = weights.read(path)  # a tokenizer, which might have to be fetched, is not needed
     for dtype in ("fp32", "bf16"):
-        runtime = TorchRuntime(card, *towers(card, tensors, dtype), "cpu", dtype)
+        runtime = TorchRuntime(card, *map(Reloadable, towers(card, tensors, dtype)), "cpu", dtype)
         encode = {"image": runtime.encode_image, "text": runtime.encode_text}
         found: Embeddings = {tower: encode[tower](samples(card, tower)) for tower in TOWERS}
         expected = expected or found

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from clip_server.engine.cache import EmbeddingCache
 from clip_server.engine.halving import Halving
 from clip_server.engine.metrics import Metrics
+from clip_server.engine.residency import Residency
 from clip_server.engine.scheduler import (
     FairScheduler,
     PendingItem,
@@ -40,12 +41,13 @@ from clip_server.engine.scheduler import (
     by_size,
 )
 from clip_server.engine.workers import Workers
-from clip_server.errors import ItemError, RequestError
+from clip_server.errors import ConfigurationError, ItemError, RequestError
 from clip_server.model_card import TextSpec
 from clip_server.models import tokenizer_files
+from clip_server.models.converted import Tower
 from clip_server.preprocess.image import ImageTransform
 from clip_server.preprocess.tokenizer import pad, tokenizer_for
-from clip_server.runtimes.protocol import Runtime
+from clip_server.runtimes.protocol import Runtime, UnloadingRuntime
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ class Engine:
     max_queued_items: further requests are refused while this many items are in flight.
     cache_bytes: size of the embedding cache; 0: no cache.
     max_length: tokens that texts are truncated to; 0, or more than the model's context: to that.
+    idle_seconds: a tower that is not used for so long is unloaded, and loaded again when it is
+        needed; 0: both stay loaded.
     timed: wraps the function of a stage, such as `encode_texts`, to record its calls.
     """
 
@@ -140,6 +144,7 @@ class Engine:
         max_queued_items: int = MAX_QUEUED_ITEMS,
         cache_bytes: int = 0,
         max_length: int = 0,
+        idle_seconds: float = 0,
         timed: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda _, call: call,
     ) -> None:
         self.runtime = runtime
@@ -160,6 +165,11 @@ class Engine:
         # One thread unless the runtime allows two: some frameworks must always be called from the
         # same thread.
         self._device_workers = Workers(2 if runtime.concurrent else 1, "device")
+        self._residency: Residency | None = None
+        if idle_seconds:
+            if not isinstance(runtime, UnloadingRuntime):
+                raise ConfigurationError(f"idle_seconds: {runtime.name} cannot unload its towers")
+            self._residency = Residency(runtime.towers, idle_seconds)
         self._latency = _LatencyEstimate()
         self._request_numbers = itertools.count()
         self._in_flight: dict[Any, PendingItem] = {}  # by fingerprint
@@ -229,6 +239,10 @@ class Engine:
         """Number of batches that did not fit into the device's memory and were halved."""
         return sum(halving.splits for halving in self._halvings)
 
+    def is_loaded(self, tower: Tower) -> bool:
+        """Whether a tower is in memory."""
+        return self._residency is None or self._residency.is_loaded(tower)
+
     def is_stuck(self, seconds: float) -> bool:
         """Whether the device does not come back from a batch. Any thread may ask.
 
@@ -240,6 +254,8 @@ class Engine:
         """Stops the threads, after the work that they have started."""
         self._preprocess_workers.close()
         self._device_workers.close()
+        if self._residency:
+            self._residency.close()
 
     def _refuse_if_full(self, count: int) -> None:
         self.metrics.requests.inc()
@@ -282,12 +298,18 @@ class Engine:
         pending = self._in_flight[fingerprint] = PendingItem(item, request, index)
         if isinstance(item, bytes):
             self._images.push(pending)
-        elif request.size <= INLINE_TEXTS and len(item) <= INLINE_CHARACTERS and item.isascii():
+        elif self._is_tokenized_inline(item, request):
             pending.content, pending.truncated = self._tokenize(item)
             request.count_prepared()
             self._ready_texts.push(pending)
         else:
             self._texts.push(pending)
+
+    def _is_tokenized_inline(self, text: str, request: PendingRequest) -> bool:
+        is_cheap = (
+            request.size <= INLINE_TEXTS and len(text) <= INLINE_CHARACTERS and text.isascii()
+        )
+        return is_cheap and self.is_loaded("text")
 
     def _drop(self, request: PendingRequest) -> None:
         for queue in (self._texts, self._images, self._ready_texts, self._ready_images):
@@ -303,10 +325,14 @@ class Engine:
     def _advance(self) -> None:
         """Starts all work that can start now; called after every change."""
         while self._preprocess_tasks < self._preprocess_workers.count:
-            if self._texts:  # without a bound: tokens are small
+            if self._texts and self._has("text"):  # without a bound: tokens are small
                 leader = self._preprocess_scheduler.next(self._texts.requests())
                 self._prepare(self._texts, TOKENIZE_CHUNK, leader, self._tokenize)
-            elif (request := self._next_to_decode()) is not None:
+            elif (
+                self._images
+                and self._has("image")
+                and (request := self._next_to_decode()) is not None
+            ):
                 self._prepare(self._images, 1, request, self._decode)
             else:
                 break
@@ -315,6 +341,25 @@ class Engine:
             self._infer(self._main_slot, self._next_batches())
         if ready and self._may_run_concurrently():
             self._infer(self._priority_slot, self._next_concurrent_batch())
+
+    def _has(self, tower: Tower) -> bool:
+        """Whether a tower that is needed is loaded. If not, it is being loaded, and items wait."""
+        if self._residency is None or self.is_loaded(tower):
+            return True
+
+        def finish(is_loaded: bool) -> None:
+            if not is_loaded:
+                self._fail_waiting(self._images if tower == "image" else self._texts)
+            self._advance()
+
+        self._residency.load(tower, finish)
+        return False
+
+    def _fail_waiting(self, queue: Queue) -> None:
+        while requests := queue.requests():
+            for pending in queue.take(self._minibatch_size, next(iter(requests))):
+                self._forget(pending)
+                pending.fail("the model could not be loaded again")
 
     def _may_run_concurrently(self) -> bool:
         concurrent = self.runtime.concurrent

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from clip_server.models.converted import TOWERS
 from clip_server.rpc.metrics import SECONDS
 
 if TYPE_CHECKING:
@@ -152,6 +153,14 @@ class _State(Collector):
             "Items of requests in flight, queued and running",
             engine.in_flight_items,
         )
+        loaded = GaugeMetricFamily(
+            "clip_tower_loaded",
+            "1 if the tower for texts or for images is in memory, 0 if it is unloaded",
+            labels=["modality"],
+        )
+        for tower in TOWERS:
+            loaded.add_metric([tower], engine.is_loaded(tower))
+        yield loaded
         yield CounterMetricFamily(
             "clip_oom_splits",
             "Batches halved because the device ran out of memory",

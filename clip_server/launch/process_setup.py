@@ -71,7 +71,7 @@ def return_memory_when_idle() -> None:
     milliseconds, as does getting it back. Thus it is returned only when nothing is being computed,
     and only if the process has grown since it last was.
     """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+    if _can_trim():
         threading.Thread(target=_trim_when_idle, name="malloc-trim", daemon=True).start()
 
 
@@ -85,6 +85,12 @@ def spare_garbage_collector() -> None:
     gc.set_threshold(_COLLECTED_OBJECTS, *gc.get_threshold()[1:])
 
 
+def return_freed_memory() -> None:
+    """Returns freed memory to the system at once, after much of it was freed (glibc only)."""
+    if _can_trim():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def raise_descriptor_limit() -> None:
     """Lets this process have as many open files and connections as the system allows it to."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
@@ -94,15 +100,18 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _can_trim() -> bool:
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
 def _trim_when_idle() -> None:
-    malloc_trim = ctypes.CDLL(None).malloc_trim
     smallest = _resident_bytes()
     while True:
         used = time.process_time()
         time.sleep(_IDLE_SECONDS)
         is_idle = time.process_time() - used < _IDLE_SHARE * _IDLE_SECONDS
         if is_idle and _resident_bytes() > smallest + _GROWTH_BYTES:
-            malloc_trim(0)
+            return_freed_memory()
             smallest = _resident_bytes()
 
 

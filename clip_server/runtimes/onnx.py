@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import converted, zoo
-from clip_server.models.converted import TOWERS
+from clip_server.models.converted import Tower
 from clip_server.runtimes.onnx_graph import ImageGraph, TextGraph
 from clip_server.runtimes.onnx_sessions import Sessions
+from clip_server.runtimes.reloading import Reloadable
 
 
 class OnnxRuntime:
@@ -27,11 +28,18 @@ class OnnxRuntime:
     overlaps = False
 
     def __init__(
-        self, card: ModelCard, visual: ImageGraph, textual: TextGraph, device: str, precision: str
+        self,
+        card: ModelCard,
+        visual: Reloadable[ImageGraph],
+        textual: Reloadable[TextGraph],
+        device: str,
+        precision: str,
     ) -> None:
-        self.card = replace(card, image=visual.image, text=textual.text)
+        with visual.use() as images, textual.use() as texts:
+            self.card = replace(card, image=images.image, text=texts.text)
         self.device, self.precision = device, precision
         self.concurrent = device == "cpu"
+        self.towers: dict[Tower, Reloadable[Any]] = {"image": visual, "text": textual}
         self._visual, self._textual = visual, textual
 
     @classmethod
@@ -70,10 +78,21 @@ class OnnxRuntime:
         from clip_server.runtimes.onnx_towers import Towers
 
         towers = Towers(name, model_path, built_in, sessions)
-        visual, textual = towers.open()
-        card = towers.card
-        image, text = ImageGraph(visual, card.image), TextGraph(textual, card.text)
-        return cls(card, image, text, sessions.device, built_in)
+        towers.check_memory()
+
+        def visual() -> ImageGraph:
+            return ImageGraph(towers.open("image"), towers.card.image)
+
+        def textual() -> TextGraph:
+            return TextGraph(towers.open("text"), towers.card.text)
+
+        return cls(
+            towers.card,
+            Reloadable(visual(), visual, towers.files),
+            Reloadable(textual(), textual, towers.files),
+            sessions.device,
+            built_in,
+        )
 
     @classmethod
     def _load_graphs(
@@ -89,24 +108,45 @@ class OnnxRuntime:
         if described is not None:
             converted.check_precision(own.folder, precision)
         sessions = Sessions(device, threads, described.precision if described else "fp32")
-        image, text = (sessions.open(own.files[each], str(own.files[each])) for each in TOWERS)
-        visual, textual = ImageGraph(image, card.image), TextGraph(text, card.text)
+        files = own.files
+        dims: dict[Tower, int] = {}
+
+        def visual() -> ImageGraph:
+            file = files["image"]
+            opened = ImageGraph(sessions.open(file, str(file)), card.image)
+            if described is None:
+                dims["image"] = opened.try_out(card)
+            return opened
+
+        def textual() -> TextGraph:
+            file = files["text"]
+            opened = TextGraph(sessions.open(file, str(file)), card.text)
+            if described is None:
+                dims["text"] = opened.try_out(card)
+            return opened
+
+        image, text = visual(), textual()
+        towers = (
+            Reloadable(image, visual, [files["image"]]),
+            Reloadable(text, textual, [files["text"]]),
+        )
         if described is not None:
-            return cls(card, visual, textual, sessions.device, described.precision)
-        found = own.precision or ("fp16" if visual.is_half else "fp32")
+            return cls(card, *towers, sessions.device, described.precision)
+        found = own.precision or ("fp16" if image.is_half else "fp32")
         converted.check_precision(own.folder, precision, found)
-        card = replace(card, dim=_tried_out(visual, textual, card))
-        return cls(card, visual, textual, sessions.device, found)
+        return cls(replace(card, dim=_common(dims)), *towers, sessions.device, found)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
-        return self._visual.encode(pixels)
+        with self._visual.use() as tower:
+            return tower.encode(pixels)
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
         # Sorted, so that neighbours have the longest common prefixes: see `layout.of_texts`.
         order = np.lexsort(tokens.T[::-1])
-        embeddings = self._textual.encode(tokens[order])
+        with self._textual.use() as tower:
+            embeddings = tower.encode(tokens[order])
         return embeddings[np.argsort(order)]
 
 
@@ -123,16 +163,15 @@ def open_tower(
     return lambda batch: graph.run({name: batch})
 
 
-def _tried_out(visual: ImageGraph, textual: TextGraph, card: ModelCard) -> int:
-    """The dimensions of both towers' embeddings, after a trial.
+def _common(dims: Mapping[Tower, int]) -> int:
+    """The dimensions of both towers' embeddings.
 
     Raises:
-        ConfigurationError: a graph is not a tower, or the two are of different models.
+        ConfigurationError: they differ, as of different models.
     """
-    image, text = visual.try_out(card), textual.try_out(card)
-    if image != text:
+    if dims["image"] != dims["text"]:
         raise ConfigurationError(
-            f"visual.onnx has embeddings of {image} dimensions and textual.onnx of {text}: "
-            "they are of different models"
+            f"visual.onnx has embeddings of {dims['image']} dimensions and textual.onnx of "
+            f"{dims['text']}: they are of different models"
         )
-    return image
+    return dims["image"]

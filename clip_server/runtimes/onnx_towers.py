@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Towers:
     """Opens the towers of a checkpoint.
 
     name, model_path: as in `load_checkpoint`. precision: that the graphs are built in.
-    card: of the checkpoint.
+    card, files: of the checkpoint.
 
     Raises:
         UnknownModelError, WeightsError: as `load_checkpoint`.
@@ -70,23 +70,29 @@ class Towers:
     ) -> None:
         self._source = name, str(model_path or "")
         self.card, self._tensors = load_checkpoint(name, model_path)
+        self.files = self._tensors.files
         self._precision, self._sessions = precision, sessions
+        self._uses_cache = sessions.device == "cpu"
+        self._folder: Path | None = None
         self._origin = f"a graph of {self.card.name}"
         weights.check(self._tensors, registry.tensor_shapes(self.card.config))
         cost = zoo.cost(self.card)
         self._bytes = cost.memory[precision] if cost else 0
 
-    def open(self) -> Iterator[Graph]:
-        """The image and the text tower."""
-        on_cpu = self._sessions.device == "cpu"
-        if on_cpu:
+    def check_memory(self) -> None:
+        """Raises ConfigurationError if the memory is too small for both towers on the CPU."""
+        if self._sessions.device == "cpu":
             memory.check(self.card.name, self._bytes)
-        folder = self._cached() if on_cpu else None
-        for tower in TOWERS:
-            if folder is None:
-                yield self._open_built(tower)
-            else:
-                yield self._sessions.open_prepared(folder / f"{tower}.onnx", self._origin)
+
+    def open(self, tower: Tower) -> Graph:
+        """Opens a tower."""
+        was_cleared = self._folder is not None and not self._folder.is_dir()
+        if self._uses_cache and (self._folder is None or was_cleared):
+            self._folder = self._cached()
+            self._uses_cache = self._folder is not None
+        if self._folder is None:
+            return self._open_built(tower)
+        return self._sessions.open_prepared(self._folder / f"{tower}.onnx", self._origin)
 
     def _cached(self) -> Path | None:
         """The folder with the prepared towers; None, after a warning, if they cannot be kept."""

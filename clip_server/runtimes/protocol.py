@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.model_card import ModelCard
+from clip_server.models.converted import Tower
+from clip_server.runtimes.reloading import Reloadable
 
 
 class OutOfMemoryError(Exception):
@@ -46,4 +49,14 @@ class Runtime(Protocol):
         Raises:
             OutOfMemoryError: the device has no memory for this batch.
         """
+        ...
+
+
+@runtime_checkable
+class UnloadingRuntime(Runtime, Protocol):
+    """A runtime whose towers can be unloaded and loaded again."""
+
+    @property
+    def towers(self) -> Mapping[Tower, Reloadable[Any]]:
+        """Both towers."""
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clip_server.runtimes import tensorrt_engines
 from clip_server.runtimes.cuda import Buffer, Gpu
 from clip_server.runtimes.loading import load_checkpoint, normalized
 from clip_server.runtimes.protocol import OutOfMemoryError
+from clip_server.runtimes.reloading import Reloadable
 from clip_server.runtimes.tensorrt_engines import Profile, Shape
 
 # The largest batch that engines are built for, unless another is asked for.
@@ -41,12 +43,13 @@ class TensorrtRuntime:
     def __init__(
         self,
         card: ModelCard,
-        visual: EngineTower,
-        textual: EngineTower,
+        visual: Reloadable[EngineTower],
+        textual: Reloadable[EngineTower],
         device: str,
         precision: str,
     ) -> None:
         self.card, self.device, self.precision = card, device, precision
+        self.towers: dict[Tower, Reloadable[EngineTower]] = {"image": visual, "text": textual}
         self._visual, self._textual = visual, textual
 
     @classmethod
@@ -78,12 +81,24 @@ class TensorrtRuntime:
         if own := cls.spec.own_towers(name, model_path):
             precision = converted.check_precision(own.folder, precision)
             card = zoo.resolve(name, model_path)
-            plans = {tower: (str(file), file.read_bytes()) for tower, file in own.files.items()}
+            sources: dict[Tower, Sequence[Path]] = {
+                tower: [file] for tower, file in own.files.items()
+            }
+            plan_of = partial(_read, own.files)
         else:
             precision = built_in = cls.spec.check_precision(precision)
-            with gpu.active():  # kernels are chosen by timing them on it
-                card, plans = _built(name, model_path, built_in, gpu.name, minibatch_size, threads)
-        visual, textual = (cls._tower(gpu, plan, origin) for origin, plan in plans.values())
+            card, tensors = _checkpoint(name, model_path)
+            sources = dict.fromkeys(TOWERS, tensors.files)
+            options = {"batch": minibatch_size, "threads": threads}
+            plan_of = partial(_built, card, tensors, built_in, gpu, options)
+
+        def load_tower(tower: Tower) -> EngineTower:
+            return cls._tower(gpu, *plan_of(tower))
+
+        visual, textual = (
+            Reloadable(load_tower(tower), partial(load_tower, tower), sources[tower], gpu.active)
+            for tower in TOWERS
+        )
         return cls(card, visual, textual, gpu.device, precision)
 
     @staticmethod
@@ -92,17 +107,18 @@ class TensorrtRuntime:
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
-        if self._visual.dtype == np.uint8:
-            return self._visual.run(pixels)
-        return self._visual.run(normalized(pixels, self.card.image))
+        with self._visual.use() as tower:
+            takes_pixels = tower.dtype == np.uint8
+            return tower.run(pixels if takes_pixels else normalized(pixels, self.card.image))
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
         text = self.card.text
         missing = min(-tokens.shape[1] % _LENGTH_STEP, text.context_length - tokens.shape[1])
-        missing = max(missing, self._textual.least[1] - tokens.shape[1])
-        padded = np.pad(tokens, ((0, 0), (0, missing)), constant_values=text.pad_id)
-        return self._textual.run(padded)
+        with self._textual.use() as tower:
+            missing = max(missing, tower.least[1] - tokens.shape[1])
+            padded = np.pad(tokens, ((0, 0), (0, missing)), constant_values=text.pad_id)
+            return tower.run(padded)
 
 
 def open_tower(path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
@@ -240,17 +256,12 @@ def fitting(profiles: Sequence[Profile], shape: Shape) -> int:
     return min(fit, key=lambda index: math.prod(profiles[index].best))
 
 
-def _built(
-    name: str,
-    model_path: str | Path | None,
-    precision: Precision,
-    gpu: str,
-    batch: int,
-    threads: int | None,
-) -> tuple[ModelCard, dict[Tower, tuple[str, bytes]]]:
-    """The card of a checkpoint, and for each tower the origin of its engine and the engine."""
+def _checkpoint(
+    name: str, model_path: str | Path | None
+) -> tuple[ModelCard, weights.CheckpointTensors]:
+    """The card of a checkpoint, and its tensors, which have the shapes that the card says."""
     try:
-        from clip_server.towers import graph, registry
+        from clip_server.towers import registry
     except ImportError as error:
         raise ConfigurationError(
             f"the graphs of engines need onnx: {install_hint('tensorrt')}"
@@ -258,17 +269,33 @@ def _built(
 
     card, tensors = load_checkpoint(name, model_path)
     weights.check(tensors, registry.tensor_shapes(card.config))
+    return card, tensors
+
+
+def _read(files: Mapping[Tower, Path], tower: Tower) -> tuple[bytes, str]:
+    """The engine in a file, and its origin."""
+    return files[tower].read_bytes(), str(files[tower])
+
+
+def _built(
+    card: ModelCard,
+    tensors: weights.CheckpointTensors,
+    precision: Precision,
+    gpu: Gpu,
+    options: Mapping[str, Any],
+    tower: Tower,
+) -> tuple[bytes, str]:
+    """The engine of a checkpoint's tower, from the cache or newly built, and its origin.
+
+    options: of `tensorrt_engines.engine_of`.
+    """
+    from clip_server.towers import graph
+
     kind: Any = {"precision": precision, "target": "tensorrt"}
-    plans = {}
-    for tower in TOWERS:
-        if tower == "image":
-            model = graph.build_visual(card.config, tensors, card.image, **kind)
-        else:
-            model = graph.build_textual(card.config, tensors, **kind)
-        plans[tower] = (
-            f"the {tower} engine of {card.name}",
-            tensorrt_engines.engine_of(
-                model, card, tower, precision, gpu, batch=batch, threads=threads
-            ),
-        )
-    return card, plans
+    if tower == "image":
+        model = graph.build_visual(card.config, tensors, card.image, **kind)
+    else:
+        model = graph.build_textual(card.config, tensors, **kind)
+    with gpu.active():  # kernels are chosen by timing them on it
+        plan = tensorrt_engines.engine_of(model, card, tower, precision, gpu.name, **options)
+    return plan, f"the {tower} engine of {card.name}"

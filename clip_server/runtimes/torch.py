@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,11 @@ from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
+from clip_server.models.converted import Tower
 from clip_server.runtimes import memory
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.protocol import OutOfMemoryError
+from clip_server.runtimes.reloading import Reloadable
 from clip_server.towers import registry
 
 try:
@@ -55,12 +57,16 @@ class TorchRuntime:
     overlaps = False
 
     def __init__(
-        self, card: ModelCard, visual: nn.Module, textual: nn.Module, device: str, precision: str
+        self,
+        card: ModelCard,
+        visual: Reloadable[nn.Module],
+        textual: Reloadable[nn.Module],
+        device: str,
+        precision: str,
     ) -> None:
         self.card, self.device, self.precision = card, device, precision
         self.concurrent = device == "cpu"
-        self._visual = partial(_run, visual, device=device)
-        self._textual = partial(_run, textual, device=device)
+        self.towers: dict[Tower, Reloadable[nn.Module]] = {"image": visual, "text": textual}
 
     @classmethod
     def load(
@@ -94,24 +100,41 @@ class TorchRuntime:
         if own := cls.spec.own_towers(name, model_path):
             precision = converted.check_precision(own.folder, precision)
             card = zoo.resolve(name, model_path)
-            visual, textual = (_loaded(file, place) for file in own.files.values())
+            visual, textual = (
+                Reloadable(load(), load, [file], _emptying_cache)
+                for file in own.files.values()
+                for load in [partial(_loaded, file, place)]
+            )
             return cls(card, visual, textual, str(place), precision)
         precision = _precision(precision, place)
         card, tensors = load_checkpoint(name, model_path)
         if place.type == "cpu":
             memory.check(card.name, sum(file.stat().st_size for file in tensors.files))
-        visual, textual = (tower.to(place) for tower in towers(card, tensors, precision))
-        if jit:
-            visual, textual = _traced(card, visual, textual, place)
+
+        def load_towers(tensors: weights.Tensors) -> Sequence[nn.Module]:
+            visual, textual = (tower.to(place) for tower in towers(card, tensors, precision))
+            return _traced(card, visual, textual, place) if jit else (visual, textual)
+
+        def load_again(index: int) -> nn.Module:
+            return load_towers(load_checkpoint(name, model_path)[1])[index]
+
+        visual, textual = (
+            Reloadable(tower, partial(load_again, index), tensors.files, _emptying_cache)
+            for index, tower in enumerate(load_towers(tensors))
+        )
         return cls(card, visual, textual, str(place), precision)
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
-        return self._visual(pixels)
+        return self._encode("image", pixels)
 
     def encode_text(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, L] token ids, L at most the context length, to [B, D] (not normalised)."""
-        return self._textual(tokens)
+        return self._encode("text", tokens)
+
+    def _encode(self, tower: Tower, batch: NDArray[Any]) -> NDArray[np.float32]:
+        with self.towers[tower].use() as module:
+            return _run(module, batch, self.device)
 
 
 def towers(
@@ -313,6 +336,13 @@ def _trace(tower: nn.Module, batch: Tensor) -> nn.Module:
     with torch.inference_mode(), _no_warnings():
         trace: Callable[..., nn.Module] = torch.jit.trace
         return trace(tower.eval(), batch)
+
+
+@contextmanager
+def _emptying_cache() -> Iterator[None]:
+    """Returns the GPU memory that is freed meanwhile, which torch would keep for later tensors."""
+    yield
+    torch.cuda.empty_cache()
 
 
 @contextmanager
