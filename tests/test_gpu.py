@@ -55,10 +55,10 @@ def driver(request: pytest.FixtureRequest) -> Any:
 
 
 def test_memory_is_copied_both_ways(driver: Any) -> None:
-    source, target = driver.allocate_pinned(1 << 20), driver.allocate_pinned(1 << 20)
-    source[:] = np.random.default_rng(0).integers(0, 256, len(source), dtype=np.uint8)
-    target[:] = 0
     with driver.active():
+        source, target = driver.allocate_pinned(1 << 20), driver.allocate_pinned(1 << 20)
+        source[:] = np.random.default_rng(0).integers(0, 256, len(source), dtype=np.uint8)
+        target[:] = 0
         stream = driver.new_stream()
         memory = driver.allocate(len(source), stream)
         assert driver.address_of(memory) > 0
@@ -126,10 +126,10 @@ def memory_left(size: int) -> Iterator[None]:
 def test_a_batch_that_does_not_fit_is_halved(runtime: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", seeded.SMALL_VIT)
     on_gpu = loaded(runtime, folder)
-    pixels = seeded.random_pixels(seeded.SMALL_VIT, 2**14)
+    pixels = seeded.random_pixels(seeded.SMALL_VIT, 2**16)
     expected = on_gpu.encode_image(pixels[:8])
     halving = Halving(on_gpu.encode_image)
-    with memory_left(2**29):
+    with memory_left(2**31):
         found = halving(pixels)
     assert halving.splits > 0
     assert len(found) == len(pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -445,6 +446,24 @@ def test_halving_ends_at_one() -> None:
     assert (halving(batch) == batch).all()
     assert tried == [5, 2, 3, 1, 2]
     assert halving.splits == 2
+
+
+def test_memory_of_a_failed_batch_is_free_before_its_halves(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Although log records are kept, and with them whatever they refer to."""
+    allocated: list[weakref.ref[NDArray[np.float32]]] = []
+
+    def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert not any(each() is not None for each in allocated)
+        activations = batch * 2
+        allocated.append(weakref.ref(activations))
+        if len(batch) > 1:
+            raise OutOfMemoryError
+        return activations + 0
+
+    Halving(run)(np.ones((4, 2), np.float32))
+    assert len(caplog.records) == 3
 
 
 # --- several GPUs

@@ -36,8 +36,10 @@ class Halving:
         except OutOfMemoryError as error:
             if len(batch) == 1:
                 raise
-            log.warning("out of memory for a batch of %d, which is halved: %s", len(batch), error)
-        # Outside the handler, whose exception keeps alive what the failed attempt allocated.
+            reason = str(error)
+        # Outside the handler and without the exception, which keeps alive what the failed attempt
+        # allocated, as a log record that is kept would.
+        log.warning("out of memory for a batch of %d, which is halved: %s", len(batch), reason)
         self.splits += 1
         half = len(batch) // 2
         return np.concatenate([self(batch[:half]), self(batch[half:])])

@@ -37,6 +37,7 @@ try:
 
     from clip_server.towers import graph, onnx_file, registry
     from clip_server.towers.builder import Store
+    from clip_server.towers.tower import Target
 except ImportError as missing:
     raise ConfigurationError(NOT_INSTALLED) from missing
 
@@ -72,16 +73,17 @@ class Towers:
         self.card, self._tensors = load_checkpoint(name, model_path)
         self.files = self._tensors.files
         self._precision, self._sessions = precision, sessions
-        self._uses_cache = sessions.device == "cpu"
+        self._on_cpu = self._uses_cache = sessions.device == "cpu"
         self._folder: Path | None = None
         self._origin = f"a graph of {self.card.name}"
         weights.check(self._tensors, registry.tensor_shapes(self.card.config))
         cost = zoo.cost(self.card)
         self._bytes = cost.memory[precision] if cost else 0
+        self._target: Target = "onnxruntime" if self._on_cpu else "onnxruntime-cuda"
 
     def check_memory(self) -> None:
         """Raises ConfigurationError if the memory is too small for both towers on the CPU."""
-        if self._sessions.device == "cpu":
+        if self._on_cpu:
             memory.check(self.card.name, self._bytes)
 
     def open(self, tower: Tower) -> Graph:
@@ -180,7 +182,7 @@ class Towers:
         build: Callable[..., onnx.ModelProto] = (
             partial(graph.build_visual, image=card.image)
             if tower == "image"
-            else graph.build_textual
+            else partial(graph.build_textual, target=self._target)
         )
         return build(card.config, tensors, precision=self._precision, store=store)
 

@@ -32,6 +32,9 @@ _LENGTHS = (16, 32)
 # Part of every key; raised when engines are built differently.
 _CACHE_VERSION = 1
 _SECONDS_BETWEEN_MESSAGES = 10
+# TensorRT-RTX builds an engine for a data centre's GPU, and says only when loading it that it
+# cannot run there.
+_UNSUPPORTED_GPU = "does not support this compute capability"
 _MISSING = (
     f"TensorRT is not installed: {install_hint('tensorrt')}; for TensorRT-RTX, on consumer "
     "GPUs, the extra is tensorrt-rtx"
@@ -269,14 +272,21 @@ def load(engine: bytes, name: str) -> Any:
 
     Raises:
         WeightsError: it is damaged, or was built by another version or for another GPU.
+        ConfigurationError: the library does not support this GPU.
     """
     trt = library()
     take_errors()
     loaded = trt.Runtime(_log(trt)).deserialize_cuda_engine(engine)
     if loaded is None:
+        reason = take_errors()
+        if _UNSUPPORTED_GPU in reason:
+            raise ConfigurationError(
+                f"{version()} does not support this GPU; serve onnx-flow.yml or torch-flow.yml, or "
+                f"{install_hint('tensorrt')} ({reason})"
+            )
         raise WeightsError(
             f"{name} is not an engine that {version()} can run on this GPU; rebuild it with "
-            f"python -m clip_server.convert --to tensorrt ({take_errors()})"
+            f"python -m clip_server.convert --to tensorrt ({reason})"
         )
     return loaded
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 # A model's configuration in open_clip's JSON form.
 Config = Mapping[str, Any]
-# Graphs for onnxruntime have shapes that depend on the texts and operators on uint8, which saves
-# work on CPUs; TensorRT supports neither.
-Target = Literal["onnxruntime", "tensorrt"]
+# Graphs for onnxruntime have operators on uint8 and, on CPUs, shapes that depend on the texts: this
+# saves the work of padding. On a GPU, waiting for these shapes takes longer than the padding.
+# TensorRT supports neither.
+Target = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt"]
 # Of an MLP: the exact GELU, OpenAI's approximation by a sigmoid, and that by a hyperbolic tangent.
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 # Keys of `text_cfg` that describe the tokenizer, not the tower.
