@@ -41,6 +41,8 @@ from clip_server.models import weights
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.towers import graph, registry, timm_vit
 
+# Of "test_patch16", which timm has not.
+SMALL_SIZE = timm_vit.Size(64, 2, 2, 3.0)
 SMALL_SIGLIP = config(
     timm("vit_test_patch16_siglip_64", 64, "map", "none"),
     SIGLIP_TEXT | {"hf_tokenizer_name": "here"},
@@ -80,13 +82,16 @@ TEXTS = ["a cat", "the end", "unbelievably hyphenated"]
 def small_members() -> Iterator[None]:
     """Small members of timm's families."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(timm_vit.SIZES, "test_patch16", timm_vit.Size(64, 2, 2, 3.0))
+        patch.setitem(timm_vit.SIZES, "test_patch16", SMALL_SIZE)
         yield
 
 
 @pytest.fixture(scope="module")
 def small_members_in_timm() -> None:
-    """The same in timm itself."""
+    add_small_members_to_timm()
+
+
+def add_small_members_to_timm() -> None:
     from timm.layers import LayerNorm
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer

@@ -45,8 +45,39 @@ def used(onnx_server: Server) -> Server:
 
 
 @pytest.fixture(scope="module")
-def logging_server(start: Start) -> Iterator[Server]:
-    server = start(flow(), CLIP_ACCESS_LOG="1", CLIP_LOG_FORMAT="json")
+def spans() -> Iterator[tuple[int, list[Span]]]:
+    """The port of an OpenTelemetry collector, and what it has received."""
+    received: list[Span] = []
+
+    def export(message: bytes, _: grpc.ServicerContext) -> bytes:
+        for resource in ExportTraceServiceRequest.FromString(message).resource_spans:
+            received.extend(span for scope in resource.scope_spans for span in scope.spans)
+        return b""
+
+    service = "opentelemetry.proto.collector.trace.v1.TraceService"
+    handlers = {"Export": grpc.unary_unary_rpc_method_handler(export)}
+    with ThreadPoolExecutor() as pool:
+        collector = grpc.server(pool)
+        collector.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(service, handlers)]
+        )
+        port = collector.add_insecure_port("127.0.0.1:0")
+        collector.start()
+        yield port, received
+        collector.stop(None)
+
+
+@pytest.fixture(scope="module")
+def observed(start: Start, spans: tuple[int, list[Span]]) -> Iterator[Server]:
+    """A server that traces its requests and logs each of them."""
+    spec = flow()
+    spec["with"] |= {
+        "tracing": True,
+        "traces_exporter_host": "127.0.0.1",
+        "traces_exporter_port": spans[0],
+    }
+    environment = {"CLIP_ACCESS_LOG": "1", "CLIP_LOG_FORMAT": "json"}
+    server = start(spec, OTEL_BSP_SCHEDULE_DELAY="100", **environment)
     yield server
     server.stop()
 
@@ -118,44 +149,23 @@ def test_the_dashboard_reads_what_is_exported(used: Server) -> None:
             assert any(labels <= each.labels.keys() for each in found), expression
 
 
-def test_spans_of_client_gateway_and_executor_are_joined(start: Start) -> None:
-    received: list[Span] = []
+def test_spans_of_client_gateway_and_executor_are_joined(
+    observed: Server, spans: tuple[int, list[Span]]
+) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    url = f"{observed.http}/encode"
+    assert requests.post(url, json={"data": ["a cat"]}, headers=headers, timeout=30).ok
 
-    def export(message: bytes, _: grpc.ServicerContext) -> bytes:
-        for resource in ExportTraceServiceRequest.FromString(message).resource_spans:
-            received.extend(span for scope in resource.scope_spans for span in scope.spans)
-        return b""
+    def received() -> list[Span]:
+        return [span for span in spans[1] if span.trace_id.hex() == trace]
 
-    service = "opentelemetry.proto.collector.trace.v1.TraceService"
-    handlers = {"Export": grpc.unary_unary_rpc_method_handler(export)}
-    with ThreadPoolExecutor() as pool:
-        collector = grpc.server(pool)
-        collector.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(service, handlers)]
-        )
-        port = collector.add_insecure_port("127.0.0.1:0")
-        collector.start()
-        spec = flow()
-        spec["with"] |= {
-            "tracing": True,
-            "traces_exporter_host": "127.0.0.1",
-            "traces_exporter_port": port,
-        }
-        server = start(spec, OTEL_BSP_SCHEDULE_DELAY="100")
-        trace = "0af7651916cd43dd8448eb211c80319c"
-        headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
-        url = f"{server.http}/encode"
-        assert requests.post(url, json={"data": ["a cat"]}, headers=headers, timeout=30).ok
-        assert eventually(lambda: len(received) >= 6)
-        server.stop()
-        collector.stop(None)
-    spans = {span.name: span for span in received}
-    names = [span.name for span in received if span.trace_id.hex() == trace]
-    assert sorted(names) == [
+    assert eventually(lambda: len(received()) >= 6)
+    assert sorted(span.name for span in received()) == [
         *("/encode", "/encode", "inference", "preprocess", "queue", "send /encode")
     ]
-    parents = {span.span_id: span for span in received}
-    chain = [spans["inference"]]
+    parents = {span.span_id: span for span in received()}
+    chain = [span for span in received() if span.name == "inference"]
     while chain[-1].parent_span_id in parents:
         chain.append(parents[chain[-1].parent_span_id])
     assert [span.name for span in chain] == ["inference", "/encode", "send /encode", "/encode"]
@@ -198,19 +208,22 @@ def test_request_ids_over_grpc_and_websocket(used: Server) -> None:
             assert response.request_id == given or re.fullmatch("[0-9a-f]{32}", response.request_id)
 
 
-def test_the_access_log_has_a_line_for_each_request(logging_server: Server) -> None:
-    for address in logging_server.addresses:
+def test_the_access_log_has_a_line_for_each_request(observed: Server) -> None:
+    def logged() -> list[dict[str, Any]]:
+        lines = re.findall(r"^{.*}$", observed.output(), re.M)
+        return [each for each in map(json.loads, lines) if each.get("endpoint") == "/encode"]
+
+    with Client(observed.grpc) as client:
+        client.encode(["after those of other tests"])
+    assert eventually(lambda: logged()[-1:] and logged()[-1]["protocol"] == "grpc")
+    before = len(logged())
+    for address in observed.addresses:
         with Client(address) as client:
             client.encode(["a cat", CAT])
     headers = {"x-request-id": "order-69"}
-    requests.post(f"{logging_server.http}/encode", data="{", headers=headers, timeout=30)
-
-    def logged() -> list[dict[str, Any]]:
-        lines = re.findall(r"^{.*}$", logging_server.output(), re.M)
-        return [each for each in map(json.loads, lines) if each.get("endpoint") == "/encode"]
-
-    assert eventually(lambda: len(logged()) == 4)
-    encoded = logged()
+    requests.post(f"{observed.http}/encode", data="{", headers=headers, timeout=30)
+    assert eventually(lambda: len(logged()) == before + 4)
+    encoded = logged()[before:]
     assert [line["protocol"] for line in encoded] == ["grpc", "http", "websocket", "http"]
     assert [line["status"] for line in encoded] == ["OK", 200, "OK", 400]
     assert [line["items"] for line in encoded] == [2, 2, 2, 0]

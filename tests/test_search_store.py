@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +40,29 @@ Open = Callable[..., Store]
 @pytest.fixture(params=ENGINES)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Opens collections of an engine, each call the same one again."""
-    stores: list[Store] = []
     is_local = request.param == "local"
     location = str(tmp_path / "collection") if is_local else request.getfixturevalue("milvus")
+    with reopening(location, request.param) as open_one:
+        yield open_one
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Open]:
+    """The same of the local engine alone."""
+    with reopening(str(tmp_path / "collection"), "local") as open_one:
+        yield open_one
+
+
+@contextmanager
+def reopening(location: str, engine: str) -> Iterator[Open]:
+    stores: list[Store] = []
     name = f"c{uuid.uuid4().hex}"
 
     def open_one(method: str = "auto", metric: str = "COSINE", model: Any = MODEL) -> Store:
         while stores:
             stores.pop().close()
-        settings = Settings(
-            location, request.param, IndexMethod.parse(method), parse_metric(metric), name
-        )
+        settings = Settings(location, engine, IndexMethod.parse(method), parse_metric(metric), name)
         stores.append(open_store(settings, model))
-        return stores[-1]
-
-    yield open_one
-    for store in stores:
-        store.close()
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Iterator[Open]:
-    """Opens collections of the local engine, each call the same one again."""
-    stores: list[Store] = []
-
-    def open_one(method: str = "auto", metric: str = "COSINE") -> Store:
-        while stores:
-            stores.pop().close()
-        settings = Settings(
-            str(tmp_path / "collection"), "local", IndexMethod.parse(method), parse_metric(metric)
-        )
-        stores.append(open_store(settings, MODEL))
         return stores[-1]
 
     yield open_one
@@ -183,7 +176,7 @@ def test_filters_keep_the_recall(opened: Open, method: str) -> None:
         assert same >= 0.95 * total, name
 
 
-FILTERS = [
+FILTERS: list[tuple[Any, list[int]]] = [
     ({"a": 1}, [1, 4]),
     ({"a": {"$ne": 1}}, [0, 2, 3, 5, 6]),
     ({"a": {"$gt": 1, "$lte": 3}}, [2]),
@@ -207,8 +200,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize(("written", "expected"), FILTERS)
-def test_filters(opened: Open, written: Any, expected: list[int]) -> None:
+def test_filters(opened: Open) -> None:
     store = opened()
     tags: list[dict[str, Any]] = [
         {},
@@ -219,14 +211,18 @@ def test_filters(opened: Open, written: Any, expected: list[int]) -> None:
         {"a": None, "b": ["x", "y"]},
         {"a": True},
     ]
-    stored = zip(tags, vectors(7), strict=True)
-    store.upsert([Row(f"{i}", "text", v, text="t", tags=t) for i, (t, v) in enumerate(stored)])
-    condition = filters.parse(written)
-    found = ids(store, vectors(1), filter=condition)
-    assert sorted(found) == [f"{i}" for i in expected]
-    assert store.count(condition) == len(expected)
-    assert store.delete_matching(condition) == len(expected)
-    assert store.count() == 7 - len(expected)
+    stored = [
+        Row(f"{i}", "text", vector, text="t", tags=each)
+        for i, (each, vector) in enumerate(zip(tags, vectors(7), strict=True))
+    ]
+    for written, expected in FILTERS:
+        store.upsert(stored)
+        condition = filters.parse(written)
+        found = ids(store, vectors(1), filter=condition)
+        assert sorted(found) == [f"{i}" for i in expected], written
+        assert store.count(condition) == len(expected), written
+        assert store.delete_matching(condition) == len(expected), written
+        assert store.count() == 7 - len(expected), written
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import cn_clip_reference as chinese
 import numpy as np
 import pytest
 import seeded
+import test_families as families
 import triton_server
-from cn_clip_reference import drawn
 from conftest import saved
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,16 +28,19 @@ from clip_server.models import weights, zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes import load_runtime
-from clip_server.towers import registry
+from clip_server.towers import registry, timm_vit
 
 pytestmark = pytest.mark.slow
 
-SEEDED = {
-    "ViT-B-32": "ViT-B-32::openai",
-    "RN50": "RN50::openai",
-    "SigLIP": "ViT-B-16-SigLIP::webli",
-    "CoCa": "coca_ViT-B-32::laion2b_s13b_b90k",
-    "Chinese-CLIP": "CN-CLIP/ViT-B-16",
+SMALL_TEXT = seeded.SMALL_CLIP["text_cfg"]
+# Small members of each family.
+SEEDED: dict[str, dict[str, Any]] = {
+    "vision transformer": seeded.SMALL_CLIP,
+    "residual network": seeded.SMALL_RESNET | {"text_cfg": SMALL_TEXT},
+    "SigLIP": families.SMALL_SIGLIP,
+    "CoCa": families.FAMILIES["coca"]
+    | {"text_cfg": SMALL_TEXT | {"context_length": 76, "embed_cls": True, "output_tokens": True}},
+    "Chinese-CLIP": chinese.SMALL,
 }
 TEXTS = ["a cat", "a photo of two dogs on a beach", "x", "一只猫坐在沙发上", "naïve café"]
 DIFFERENCE = 1e-5  # of embeddings of length 1
@@ -105,10 +109,12 @@ def test_embeddings_are_ours(clients: list[Client]) -> None:
 
 @pytest.mark.parametrize("family", SEEDED)
 def test_embeddings_of_other_families_are_ours(
-    installed: Installed, family: str, tmp_path: Path
+    installed: Installed, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = zoo.resolve(SEEDED[family]).config
-    tensors: dict[str, Any] = drawn(registry.tensor_shapes(config))
+    monkeypatch.setitem(timm_vit.SIZES, "test_patch16", families.SMALL_SIZE)
+    families.add_small_members_to_timm()
+    config = SEEDED[family]
+    tensors: dict[str, Any] = chinese.drawn(registry.tensor_shapes(config))
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     save_file(tensors, checkpoint / weights.CHECKPOINT)
