@@ -106,13 +106,14 @@ class BaseCLIPEncoder(ClipExecutor):
 
     @classmethod
     def prepare(cls, given: Mapping[str, Any]) -> None:
-        """Checks before any process starts that this encoder can be built, and downloads its
-        weights.
+        """Checks before any process starts that this encoder can be built, downloads its weights,
+        and imports what its processes share.
 
         Raises:
             ConfigurationError: it cannot be built.
         """
         parameters = cls.read_parameters(given)
+        cls._runtime_spec().preload()
         model = parameters.name, parameters.model_path
         if cls._runtime_spec().own_towers(*model, parameters.dtype):
             zoo.resolve(*model)

@@ -331,3 +331,9 @@ def test_draining_answers_what_was_begun(start: Start) -> None:
     for thread in threads:
         thread.join()
     assert not lost
+
+
+def test_replicas_share_the_runtime_with_the_command(onnx_server: Server) -> None:
+    """A replica that is restarted does not import it again, which takes seconds."""
+    command = onnx_server.family()[0]
+    assert any("onnxruntime" in each.path for each in command.memory_maps())

@@ -76,10 +76,11 @@ class ClipTokenizer(Tokenizer):
             raise ConfigurationError(f"CLIP's own tokenizer cleans as 'lower', not {spec.clean!r}")
         self.spec = spec
         self._start, self._end = spec.vocab_size - 2, spec.vocab_size - 1
-        self._bpe = _byte_pair_encoder(spec.vocab_size)
+        pairs = merges(spec.vocab_size)
+        self._bpe = _byte_pair_encoder(pairs)
         self._bare_bpe = RustTokenizer(self._bpe.model)
         self._symbols = _byte_symbols()
-        self._max_symbol_length = max(len(left + right) for left, right in merges(spec.vocab_size))
+        self._max_symbol_length = max(len(left + right) for left, right in pairs)
         self._word_ids = WordTokenCache(self._merge)
 
     def tokenize(self, text: str) -> Tokens:
@@ -253,11 +254,10 @@ def pad(rows: Sequence[NDArray[np.int32]], spec: TextSpec) -> NDArray[np.int32]:
     return batch
 
 
-def _byte_pair_encoder(vocab_size: int) -> RustTokenizer:
-    """CLIP's encoder with the first merges that fit into a vocabulary of `vocab_size`."""
+def _byte_pair_encoder(pairs: list[tuple[str, str]]) -> RustTokenizer:
+    """CLIP's encoder with the merges of a vocabulary."""
     alphabet = _byte_symbols().values()
     symbols = [*alphabet, *(symbol + _END_OF_WORD for symbol in alphabet)]
-    pairs = merges(vocab_size)
     symbols += [left + right for left, right in pairs]
     encoder = RustTokenizer(
         models.BPE(

@@ -55,6 +55,7 @@ class RuntimeSpec:
     any_architecture: whether it serves every architecture from its checkpoint, or only those
         whose graphs we build.
     options: parameters of the executor that its `load` takes beyond the common ones.
+    preloads: modules whose import takes long, and which a process may import before it forks.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RuntimeSpec:
     any_architecture: bool = False
     serves_exported: bool = False
     options: tuple[str, ...] = ()
+    preloads: tuple[str, ...] = ()
 
     @property
     def executor(self) -> str:
@@ -84,6 +86,16 @@ class RuntimeSpec:
     def install_hint(self) -> str:
         """The command that installs its requirements."""
         return install_hint(self.extras[0])
+
+    def preload(self) -> None:
+        """Imports what replicas need, which they share if they are forked later: each then only
+        loads its model, also when it is restarted.
+
+        Raises:
+            ConfigurationError: the runtime is not installed.
+        """
+        for module in self.preloads:
+            importlib.import_module(module)
 
     def missing_package(self) -> str | None:
         """The first required package that is not installed; None if all are."""
@@ -148,6 +160,7 @@ RUNTIMES: tuple[RuntimeSpec, ...] = (
         flow="torch-flow.yml",
         any_architecture=True,
         options=("jit",),
+        preloads=("clip_server.runtimes.torch",),
     ),
     RuntimeSpec(
         "onnx",
@@ -159,6 +172,7 @@ RUNTIMES: tuple[RuntimeSpec, ...] = (
         precisions=("fp32", "fp16", "int8"),
         files=TowerFiles("onnx", (".onnx",)),
         flow="onnx-flow.yml",
+        preloads=("onnxruntime", "clip_server.runtimes.onnx", "clip_server.runtimes.onnx_towers"),
         serves_exported=True,
     ),
     RuntimeSpec(
