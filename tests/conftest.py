@@ -32,6 +32,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from clip_client.proto import clip_pb2 as pb
+from clip_server.runtimes import prepared
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,6 +48,8 @@ SLOW_EXECUTOR, STUCK_EXECUTOR, GPU_EXECUTOR = (
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
 # Generous: other processes may keep the machine busy.
 PATIENCE_SECONDS = 90
+# Of the prepared models that a module leaves.
+MOST_PREPARED_BYTES = 256 << 20
 HAS_TORCH = find_spec("torch") is not None and find_spec("open_clip") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="the torch extra is not installed")
 
@@ -167,6 +170,14 @@ print("ready", flush=True)
 sys.stdin.read()
 server.stop()
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_models_are_few() -> Iterator[None]:
+    """Large models are prepared by the modules that serve them, and kept on the disk no longer."""
+    yield
+    if prepared.size() > MOST_PREPARED_BYTES:
+        prepared.clear()
 
 
 @pytest.fixture(scope="session")

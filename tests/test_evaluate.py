@@ -29,7 +29,7 @@ from clip_server.preprocess.tokenizer import tokenizer_for
 from clip_server.rpc.probes import PROBE_TEXT
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.search.relevance import relevance
+from clip_server.search.relevance import Unrelated
 
 ONNX = ("--runtime", "onnx", "--device", "cpu", "--threads", "1")
 CARD = zoo.resolve("embedded")
@@ -161,9 +161,9 @@ def test_relevance_is_that_of_brute_force(
                 collection = np.array(images[half::2])
                 cosines = collection @ query
                 score = float(cosines.max())
-                found = relevance(score, cosines, collection @ probe, len(collection))
+                found = Unrelated.fitted(cosines, collection @ probe, len(collection))
                 assert found is not None
-                best[index % 2 == half].append((score, found))
+                best[index % 2 == half].append((score, found.relevance(score)))
     duels = [(here, gone) for here in best[True] for gone in best[False]]
     (result,) = evaluate(tmp_path, "relevance", pairs, *ONNX)["results"]
     for place, name in enumerate(("best cosine ROC AUC", "best relevance ROC AUC")):

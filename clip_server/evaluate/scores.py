@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clip_client.quantization import quantize
 from clip_client.scores import normalize
-from clip_server.search.relevance import relevance
+from clip_server.search.relevance import Unrelated
 
 # Cosines closer than this are equal. Equal embeddings, in float64, differ by 1e-16 or so with
 # their place in a matrix product; different ones, in float32, by 1e-8 at least.
@@ -124,7 +124,8 @@ def presence(
         *found, probed = cosines[:, start::2]
         for row, query in zip(image_of, found, strict=True):
             score = float(query.max())
-            best.append((score, relevance(score, query, probed, len(query)) or 0.0))
+            unrelated = Unrelated.fitted(query, probed, len(query))
+            best.append((score, unrelated.relevance(score) if unrelated else 0.0))
             present.append(row % 2 == start)
     labels = np.array(present)
     by_cosine, by_relevance = np.array(best).T

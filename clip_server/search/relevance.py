@@ -12,6 +12,7 @@ model's probe of the same modality.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
 
@@ -19,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.search.fingerprint import Fingerprint
-from clip_server.search.rows import MODALITIES
 from clip_server.search.store import Hit, Metric, Modality, Store, Target, Vectors
 
 # Rows a query is compared with, and the fewest that say anything.
@@ -49,12 +49,15 @@ class Background:
         probe = self._probes.get(modality, query) if modality else query
         probe = probe * (np.linalg.norm(query) / np.linalg.norm(probe))
         sign = -1.0 if self._metric == "L2" else 1.0
-        backgrounds = {
-            each: self._scores(np.stack([query, probe]), each)
-            for each in MODALITIES
-            if any(hit.modality == each for hit in hits)
+        pair = np.stack([query, probe])
+        unrelated = {
+            each: Unrelated.fitted(*self._scores(pair, each))
+            for each in {hit.modality for hit in hits}
         }
-        return [relevance(sign * hit.score, *backgrounds[hit.modality]) for hit in hits]
+        return [
+            found.relevance(sign * hit.score) if (found := unrelated[hit.modality]) else None
+            for hit in hits
+        ]
 
     def _scores(
         self, pair: Vectors, modality: Modality
@@ -90,24 +93,38 @@ def _probes(model: Fingerprint) -> dict[Modality, Vectors]:
     return {"text": text, "image": image}
 
 
-def relevance(
-    score: float, background: NDArray[np.float64], probe: NDArray[np.float64], rows: int
-) -> float | None:
-    """The probability that the best of `rows` unrelated rows scores lower than a hit.
+@dataclass(frozen=True)
+class Unrelated:
+    """The normal distribution of a query's scores with rows that are unrelated to it.
 
-    background: scores of the query with a sample of the rows, larger is closer. The hit itself
-        and a few others that match may be among them: the best are left out.
-    probe: scores of a fixed query with the sample, whose standard deviation is taken.
+    rows: how many there are.
     """
-    if len(background) < FEWEST:
-        return None
-    spread = float(probe.std(ddof=1)) or 1e-9
-    # From the next best, since the tail of the unrelated is what a hit is compared with.
-    first, last = _next_best(len(background))
-    tail = float(np.sort(background)[::-1][first:last].mean())
-    deviation = (score - tail) / spread + _expected(len(background))
-    below = _NORMAL.cdf(deviation)
-    return below ** max(rows, 1) if below > 0 else 0.0
+
+    mean: float
+    deviation: float
+    rows: int
+
+    @classmethod
+    def fitted(
+        cls, background: NDArray[np.float64], probe: NDArray[np.float64], rows: int
+    ) -> Unrelated | None:
+        """The distribution by a sample of the rows; None if that is too small.
+
+        background: scores of the query with the sample, larger is closer. A few rows that match
+            may be among them: the best are left out.
+        probe: scores of a fixed query with the sample, whose standard deviation is taken.
+        """
+        if len(background) < FEWEST:
+            return None
+        deviation = float(probe.std(ddof=1)) or 1e-9
+        # From the next best, since the tail of the unrelated is what a hit is compared with.
+        first, last = _next_best(len(background))
+        tail = float(np.sort(background)[::-1][first:last].mean())
+        return cls(tail - deviation * _expected(len(background)), deviation, max(rows, 1))
+
+    def relevance(self, score: float) -> float:
+        """The probability that the best of the unrelated rows scores lower than a hit."""
+        return _NORMAL.cdf((score - self.mean) / self.deviation) ** self.rows
 
 
 def _next_best(count: int) -> tuple[int, int]:
