@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -303,13 +303,13 @@ def has_ipv6() -> bool:
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts servers of flows; they end with the tests."""
+@contextmanager
+def starting(folders: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers of flows, and ends them."""
     servers: list[Server] = []
 
     def start_one(spec: dict[str, Any], *, wait: bool = True, **environment: str) -> Server:
-        folder = tmp_path_factory.mktemp("server")
+        folder = folders.mktemp("server")
         file = folder / "flow.yml"
         file.write_text(yaml.safe_dump(spec))
         log = folder / "log"
@@ -337,9 +337,23 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers of flows; they end with the module: an idle one costs memory and time."""
+    with starting(tmp_path_factory) as start_one:
+        yield start_one
+
+
 @pytest.fixture(scope="session")
-def onnx_server(start: Start) -> Server:
-    return start(flow("onnx"))
+def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers of flows; they end with the tests."""
+    with starting(tmp_path_factory) as start_one:
+        yield start_one
+
+
+@pytest.fixture(scope="session")
+def onnx_server(start_shared: Start) -> Server:
+    return start_shared(flow("onnx"))
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +363,7 @@ def http(onnx_server: Server) -> Iterator[Http]:
 
 
 @pytest.fixture(scope="session")
-def two_models(start: Start) -> Server:
+def two_models(start_shared: Start) -> Server:
     """Serves `first`, and `second` in int8, whose embeddings may be cut."""
     spec = flow("onnx", aliases=["text-embedding-3-small", "main"])
     (first,) = spec["executors"]
@@ -361,19 +375,19 @@ def two_models(start: Start) -> Server:
         cache_bytes=1 << 20,
     )["executors"][0]
     spec["executors"] = [{**first, "name": "first"}, {**second, "name": "second"}]
-    return start(spec)
+    return start_shared(spec)
 
 
 @pytest.fixture(scope="session")
-def search_server(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    return start(search_flow(tmp_path_factory.mktemp("collection") / "rows"))
+def search_server(start_shared: Start, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return start_shared(search_flow(tmp_path_factory.mktemp("collection") / "rows"))
 
 
 @pytest.fixture(scope="session")
-def torch_server(start: Start) -> Server:
+def torch_server(start_shared: Start) -> Server:
     if not HAS_TORCH:
         pytest.skip("the torch extra is not installed")
-    return start(flow("torch"))
+    return start_shared(flow("torch"))
 
 
 @pytest.fixture

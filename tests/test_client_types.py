@@ -96,6 +96,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.slow
 def test_types(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     lines = [f"    reveal_type({call})" for call in REVEALED] + [f"    {call}" for call in REFUSED]

@@ -261,7 +261,7 @@ def test_kill_of_the_server_loses_no_acknowledged_row(
     acknowledged: list[str] = []
     server = start(spec)
     for kill in range(1, 5):
-        acknowledged += index_until_killed(server, f"{kill}", 0.35 * (4 * collection + kill))
+        acknowledged += index_until_killed(server, f"{kill}", 0.2 * (4 * collection + kill))
         server = start(spec)
         count = Http(server.http).post("/count", json={}).json()["count"]
         # The batch in flight is stored as a whole or not at all.
