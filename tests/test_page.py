@@ -16,6 +16,7 @@ from browser import Page, chromium, open_page
 from conftest import SAMPLES, Http, Server, Start, flow
 
 from clip_client import Client
+from clip_client.scores import probabilities
 
 TEXTS = ['a cat\'s "smile" \\ $HOME `id`', "a slice of pizza", "a rocket"]
 IMAGES = [SAMPLES / "cat.png", SAMPLES / "pizza.png"]
@@ -56,6 +57,7 @@ def test_comparing(page: Page, onnx_server: Server, tmp_path: Path) -> None:
     page.resize(360)
     page.open(f"{onnx_server.http}/")
     page.wait_for("document.querySelector('#model').innerText.includes('256 dimensions')")
+    assert page.evaluate("document.querySelector('#models-field').hidden")
     assert page.evaluate("document.querySelector('#search').hidden")
     page.evaluate(COMPARE)
     assert page.text("#status") == "Type a text or choose an image first."
@@ -116,6 +118,34 @@ def test_comparing(page: Page, onnx_server: Server, tmp_path: Path) -> None:
     python = [sys.executable, "-c", page.evaluate("document.querySelector('#python').textContent")]
     printed = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "a slice of pizza" in printed.stdout
+
+
+@needs_browser
+@pytest.mark.slow
+def test_choosing_a_model(page: Page, two_models: Server) -> None:
+    page.open(f"{two_models.http}/")
+    page.wait_for("document.querySelector('#model').innerText.includes('fp32')")
+    assert page.text("label[for=models]") == "Model"
+    named = "[...document.querySelectorAll('#models option')].map((each) => each.value)"
+    assert page.evaluate(named) == ["emoji-small::embedded", "second"]
+    page.evaluate("document.querySelector('#models').focus()")
+    page.press("ArrowDown", 40)
+    page.wait_for("document.querySelector('#model').innerText.includes('int8')")
+    page.type("#texts", "\n".join(TEXTS[1:]))
+    page.evaluate(COMPARE)
+    page.wait_for("document.querySelector('#status').innerText === '2 of 2 encoded.'")
+    with Client(two_models.grpc) as client:
+        pizza, rocket = client.encode(TEXTS[1:], normalize=True, model="second")
+    shown = page.evaluate("[...document.querySelectorAll('td')].map((cell) => cell.innerText)")
+    assert [float(cell) for cell in shown if cell][1] == pytest.approx(pizza @ rocket, abs=6e-4)
+    for program in ("curl", "python"):
+        assert '"second"' in page.text(f"#{program}")
+    # SigLIP's probabilities are of each pair by itself, whatever the bias is.
+    for bias in (-12.9, 0.0):
+        page.evaluate(f"info = {{ logit_scale: 112, logit_bias: {bias} }}")
+        expected = probabilities(np.array([0.1, 0.12]), 112, bias)
+        assert np.allclose(page.evaluate("probabilitiesOf([0.1, 0.12])"), expected)
+    assert page.complaints == []
 
 
 @needs_browser

@@ -50,15 +50,18 @@ def _response(html: str, script: str) -> Response:
 def _built(html_name: str, script_name: str) -> tuple[str, str]:
     """The HTML with its style and script, and the policy that allows these alone."""
     folder = resources.files(__name__)
-    html, style, script = (
-        folder.joinpath(name).read_text("utf-8") for name in (html_name, "page.css", script_name)
+    html, head, style, *scripts = (
+        folder.joinpath(name).read_text("utf-8")
+        for name in (html_name, "head.html", "page.css", "shared.js", script_name)
     )
+    script = "\n".join(scripts)
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
         "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return html.replace("/*style*/", style).replace("/*script*/", script), policy
+    html = html.replace("<!--head-->", head.strip()).replace("/*style*/", style)
+    return html.replace("/*script*/", script), policy
 
 
 def _hash(content: str) -> str:

@@ -1,18 +1,7 @@
-"use strict";
-
 const SEARCH_LIMIT = 12;
-const byId = (id) => document.getElementById(id);
 // {name, uri}: the data: URI of a file's content.
 const images = [];
 let info = null;
-
-/** An element with attributes and children; null children are left out. */
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
 
 /** The JSON of an endpoint's answer. Throws an Error with the server's message. */
 async function ask(endpoint, body) {
@@ -36,8 +25,22 @@ async function ask(endpoint, body) {
   return answer;
 }
 
+/** The model that the user chose; empty: the first, as without a choice. */
+function chosenModel() {
+  const models = byId("models");
+  return models.selectedIndex > 0 ? models.value : "";
+}
+
+async function showModels() {
+  const models = (await ask("v1/models")).data.map((model) => model.id);
+  byId("models").replaceChildren(...models.map((id) => element("option", {}, id)));
+  byId("models-field").hidden = models.length < 2;
+  await showModel();
+}
+
 async function showModel() {
-  info = await ask("info");
+  const model = chosenModel();
+  info = await ask(model ? `info?model=${encodeURIComponent(model)}` : "info");
   const precision = `${info.runtime} on ${info.device}, ${info.dtype}`;
   byId("model").textContent = `${info.model}: ${info.dim} dimensions, ${precision}`;
   byId("search").hidden = !info.collection;
@@ -56,9 +59,7 @@ const pictureOf = (item) => ("uri" in item ? element("img", { src: item.uri, alt
 /** Runs one request for the items of the form, and shows what became of it. */
 async function run(doing, answer) {
   const buttons = [...document.querySelectorAll("form button")];
-  byId("errors").replaceChildren();
-  byId("results").replaceChildren();
-  byId("code").hidden = true;
+  clearResults();
   const items = chosenItems();
   if (!items.length) {
     byId("status").textContent = "Type a text or choose an image first.";
@@ -68,7 +69,7 @@ async function run(doing, answer) {
   byId("status").textContent = `${doing}…`;
   buttons.forEach((button) => { button.disabled = true; });
   try {
-    if (!info) await showModel();
+    if (!info) await showModels();
     byId("status").textContent = await answer(items);
     byId("results").focus();
   } catch (error) {
@@ -77,6 +78,12 @@ async function run(doing, answer) {
   } finally {
     buttons.forEach((button) => { button.disabled = false; });
   }
+}
+
+function clearResults() {
+  byId("errors").replaceChildren();
+  byId("results").replaceChildren();
+  byId("code").hidden = true;
 }
 
 function showErrors(messages) {
@@ -92,7 +99,9 @@ function answered(items, data) {
 }
 
 async function compare(items) {
-  const body = { data: items.map(entryOf), parameters: { normalize: true } };
+  const model = chosenModel();
+  const parameters = { normalize: true, ...(model && { model }) };
+  const body = { data: items.map(entryOf), parameters };
   const good = answered(items, (await ask("encode", body)).data);
   const texts = good.filter((item) => "text" in item);
   const pictures = good.filter((item) => "uri" in item);
@@ -103,10 +112,11 @@ async function compare(items) {
   } else if (good.length > 1) {
     showMatrix(good, good, scored(good, good));
   }
-  showCode(items, "encode", { normalize: true }, [
-    "embeddings = client.encode(items, normalize=True)",
+  const argument = model && `, model=${JSON.stringify(model)}`;
+  showCode(items, "encode", parameters, [
+    `embeddings = client.encode(items, normalize=True${argument})`,
     "print(embeddings @ embeddings.T)  # cosines",
-    ...classifying(items),
+    ...classifying(items, argument),
   ]);
   return `${good.length} of ${items.length} encoded.`;
 }
@@ -123,10 +133,12 @@ function scored(rows, columns) {
 
 const dot = (a, b) => a.reduce((sum, value, index) => sum + value * b[index], 0);
 
+const hasLogitBias = () => info.logit_bias !== undefined;
+
 /** Sigmoids for a model with a bias, as SigLIP; else the softmax. */
 function probabilitiesOf(cosines) {
-  const logits = cosines.map((cosine) => cosine * info.logit_scale + (info.logit_bias || 0));
-  if (info.logit_bias) return logits.map((logit) => 1 / (1 + Math.exp(-logit)));
+  const logits = cosines.map((cosine) => cosine * info.logit_scale + (info.logit_bias ?? 0));
+  if (hasLogitBias()) return logits.map((logit) => 1 / (1 + Math.exp(-logit)));
   const largest = Math.max(...logits);
   const powers = logits.map((logit) => Math.exp(logit - largest));
   const sum = powers.reduce((a, b) => a + b);
@@ -137,7 +149,7 @@ const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 function showMatrix(rows, columns, scores) {
   const hasShares = scores[0][0].probability !== null;
-  const how = info.logit_bias ? "of each pair alone" : "over the texts";
+  const how = hasLogitBias() ? "of each pair alone" : "over the texts";
   const explained = hasShares ? `Cosine, and probability ${how}` : "Cosine";
   const head = element("tr", {}, element("td"), ...columns.map((column) =>
     element("th", { scope: "col" }, pictureOf(column), nameOf(column))));
@@ -209,12 +221,12 @@ function cardOf(match) {
   return scoreOf(card, metric, value.toFixed(3), relevance?.value ?? closeness);
 }
 
-function classifying(items) {
+function classifying(items, argument) {
   const names = images.map((image) => image.name);
   const texts = items.filter((item) => "text" in item).map((item) => item.text);
   if (!names.length || !texts.length) return [];
   return [
-    `for labels in client.classify(${JSON.stringify(names)}, ${JSON.stringify(texts)}, prompt="{}"):`,
+    `for labels in client.classify(${JSON.stringify(names)}, ${JSON.stringify(texts)}, prompt="{}"${argument}):`,
     "    print([(label.label, label.probability) for label in labels])",
   ];
 }
@@ -250,7 +262,6 @@ function showCode(items, endpoint, parameters, calls) {
   byId("code").hidden = false;
 }
 
-const quoted = (word) => `'${word.replaceAll("'", "'\\''")}'`;
 const inHereDocument = (text) => text.replace(/[\\$`]/g, "\\$&");
 
 /** Adds files to the chosen images. */
@@ -311,7 +322,11 @@ document.addEventListener("drop", (event) => {
   byId("drop").classList.remove("over");
   add([...event.dataTransfer.files]);
 });
-byId("key").addEventListener("change", () => showModel().catch((error) => showErrors([error.message])));
+byId("key").addEventListener("change", begin);
+byId("models").addEventListener("change", () => {
+  clearResults();
+  showModel().catch((error) => showErrors([error.message]));
+});
 document.querySelectorAll("[data-copies]").forEach((button) => {
   button.addEventListener("click", async () => {
     await copy(byId(button.dataset.copies));
@@ -329,7 +344,11 @@ async function copy(code) {
   document.execCommand("copy");
 }
 
-showModel().catch((error) => {
-  byId("model").textContent = "";
-  showErrors([error.message]);
-});
+function begin() {
+  showModels().catch((error) => {
+    byId("model").textContent = "";
+    showErrors([error.message]);
+  });
+}
+
+begin();

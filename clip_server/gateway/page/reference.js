@@ -1,18 +1,6 @@
-"use strict";
-
-const byId = (id) => document.getElementById(id);
 const SCHEMAS = "#/components/schemas/";
 
-/** An element with attributes and children; null children are left out. */
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
-
 const block = (text, label) => element("pre", { tabindex: "0", "aria-label": label }, element("code", {}, text));
-const quote = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
 /** A schema as indented JSON, in which references are the names of schemas. */
 function schemaText(schema) {
@@ -37,13 +25,13 @@ function curl(path, method, operation) {
   const base = new URL(".", location).href.replace(/\/$/, "");
   const named = (operation.parameters ?? []).filter((parameter) => parameter.in === "path");
   const filled = named.reduce((so, each) => so.replace(`{${each.name}}`, each.example), path);
-  const lines = [`curl -s -X ${method.toUpperCase()} ${quote(base + filled)}`];
+  const lines = [`curl -s -X ${method.toUpperCase()} ${quoted(base + filled)}`];
   for (const [type, { example }] of Object.entries(operation.requestBody?.content ?? {})) {
     if (example === undefined) continue;
     if (type === "multipart/form-data") {
-      for (const [name, value] of Object.entries(example)) lines.push(`-F ${quote(`${name}=${value}`)}`);
+      for (const [name, value] of Object.entries(example)) lines.push(`-F ${quoted(`${name}=${value}`)}`);
     } else {
-      lines.push(`-H ${quote(`Content-Type: ${type}`)}`, `-d ${quote(JSON.stringify(example))}`);
+      lines.push(`-H ${quoted(`Content-Type: ${type}`)}`, `-d ${quoted(JSON.stringify(example))}`);
     }
   }
   return lines.join(" \\\n  ");
