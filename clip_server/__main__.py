@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from clip_server import logs
 from clip_server.commands import console
@@ -104,10 +105,15 @@ def _is_port(word: str) -> bool:
     return word.isdecimal() and int(word) <= 65535
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Runs the command as this process, and ends it."""
     tolerate_closed_output()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # Python itself would clean up for a second, and wait for a process that nothing can kill.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run()

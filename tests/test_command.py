@@ -131,6 +131,26 @@ def test_options_override_the_flow(
     assert message in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "executor",
+    [
+        {"uses": "CLIPEncoder", "py_modules": ["clip_server.executors.clip_onnx"]},
+        {
+            "uses": "CLIPEncoder",
+            "uses_with": {"name": "embedded"},
+            "py_modules": ["clip_server.executors.clip_onnx"],
+        },
+        {**flow(ports=[0, 0, 0])["executors"][0], "uses_with": {"name": "embedded"}},
+    ],
+)
+def test_options_override_an_encoder_however_it_is_written(
+    executor: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flow.yml").write_text(yaml.safe_dump({"jtype": "Flow", "executors": [executor]}))
+    assert main([str(tmp_path / "flow.yml"), "--port", "0", "--model", "ViT-B/23"]) == 1
+    assert "named 'ViT-B/23'" in capfd.readouterr().err
+
+
 def test_a_device_that_is_not_there() -> None:
     """Never silently another one."""
     spec = flow(device="cuda")

@@ -206,7 +206,7 @@ def test_served_from_wheels(wheels: tuple[Path, Path], tmp_path: Path, minor: in
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [inside, "-m", "clip_server", "flow.yml"],
+            [Path(inside).with_name("clip-server"), "flow.yml"],
             cwd=tmp_path,
             stdout=output,
             stderr=subprocess.STDOUT,

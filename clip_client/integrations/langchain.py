@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from clip_client.client import Client
+from clip_client.integrations.unit_embedder import UnitEmbedder
 
 try:
     from langchain_core.embeddings import Embeddings
@@ -25,12 +25,11 @@ class ClipEmbeddings(Embeddings):
     """
 
     def __init__(self, server: str, *, model: str | None = None, **options: Any) -> None:
-        self.client = Client(server, **options)
-        self.model = model
+        self._embedder = UnitEmbedder(server, model, options)
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embeds texts: [N, D]. None of them is taken for a path."""
-        return self._embed([{"text": text} for text in texts])
+        return self._embedder.texts(texts)
 
     def embed_query(self, text: str) -> list[float]:
         """Embeds a text: [D]."""
@@ -38,24 +37,13 @@ class ClipEmbeddings(Embeddings):
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Embeds images: [N, D]. uris: paths, URLs, `data:` URIs, bytes or PIL images."""
-        return self._embed([{"image": uri} for uri in uris])
+        return self._embedder.images(uris)
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        return await self._aembed([{"text": text} for text in texts])
+        return await self._embedder.atexts(texts)
 
     async def aembed_query(self, text: str) -> list[float]:
         return (await self.aembed_documents([text]))[0]
 
     async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
-        return await self._aembed([{"image": uri} for uri in uris])
-
-    def _embed(self, items: list[dict[str, Any]]) -> list[list[float]]:
-        rows: list[list[float]] = self.client.encode(
-            items, normalize=True, model=self.model
-        ).tolist()
-        return rows
-
-    async def _aembed(self, items: list[dict[str, Any]]) -> list[list[float]]:
-        embeddings = await self.client.aencode(items, normalize=True, model=self.model)
-        rows: list[list[float]] = embeddings.tolist()
-        return rows
+        return await self._embedder.aimages(uris)

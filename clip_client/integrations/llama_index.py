@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
-from clip_client.client import Client
+from clip_client.integrations.unit_embedder import UnitEmbedder
 
 try:
     from llama_index.core.base.embeddings.base import Embedding
@@ -28,8 +29,7 @@ class ClipEmbedding(MultiModalEmbedding):
     Every method raises as `Client.encode`.
     """
 
-    _client: Client = PrivateAttr()
-    _model: str | None = PrivateAttr()
+    _embedder: UnitEmbedder = PrivateAttr()
 
     def __init__(
         self,
@@ -44,8 +44,7 @@ class ClipEmbedding(MultiModalEmbedding):
         super().__init__(
             model_name=model_name or server, embed_batch_size=embed_batch_size, **shown
         )
-        self._client = Client(server, **options)
-        self._model = model_name
+        self._embedder = UnitEmbedder(server, model_name, options)
 
     @classmethod
     def class_name(cls) -> str:
@@ -59,13 +58,13 @@ class ClipEmbedding(MultiModalEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._embed([{"text": text} for text in texts])
+        return self._embedder.texts(texts)
 
     def _get_image_embedding(self, img_file_path: ImageType) -> Embedding:
         return self._get_image_embeddings([img_file_path])[0]
 
     def _get_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
-        return self._embed([_image(each) for each in img_file_paths])
+        return self._embedder.images(_readable(img_file_paths))
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         return (await self._aget_text_embeddings([query]))[0]
@@ -74,24 +73,14 @@ class ClipEmbedding(MultiModalEmbedding):
         return (await self._aget_text_embeddings([text]))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return await self._aembed([{"text": text} for text in texts])
+        return await self._embedder.atexts(texts)
 
     async def _aget_image_embedding(self, img_file_path: ImageType) -> Embedding:
         return (await self._aget_image_embeddings([img_file_path]))[0]
 
     async def _aget_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
-        return await self._aembed([_image(each) for each in img_file_paths])
-
-    def _embed(self, items: list[dict[str, Any]]) -> list[Embedding]:
-        embeddings = self._client.encode(items, normalize=True, model=self._model)
-        rows: list[Embedding] = embeddings.tolist()
-        return rows
-
-    async def _aembed(self, items: list[dict[str, Any]]) -> list[Embedding]:
-        embeddings = await self._client.aencode(items, normalize=True, model=self._model)
-        rows: list[Embedding] = embeddings.tolist()
-        return rows
+        return await self._embedder.aimages(_readable(img_file_paths))
 
 
-def _image(image: ImageType) -> dict[str, Any]:
-    return {"image": image.getvalue() if isinstance(image, BytesIO) else image}
+def _readable(images: Iterable[ImageType]) -> list[Any]:
+    return [each.getvalue() if isinstance(each, BytesIO) else each for each in images]

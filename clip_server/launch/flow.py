@@ -200,18 +200,21 @@ def override_encoders(spec: dict[str, Any], parameters: Mapping[str, Any]) -> No
     parameters: None leaves what the flow says.
 
     Raises:
-        ConfigurationError: there are some, and the flow has no encoder with `uses: {jtype: ...}`.
+        ConfigurationError: there are some, and the flow has no CLIPEncoder.
     """
     given = {key: value for key, value in parameters.items() if value is not None}
+    if not given:
+        return
     encoders = [
-        uses
+        executor
         for executor in spec.get("executors") or spec["deployments"]
-        if isinstance(uses := executor.get("uses"), dict) and uses.get("jtype") == "CLIPEncoder"
+        if _class_name(executor) == "CLIPEncoder"
     ]
-    if given and not encoders:
+    if not encoders:
         raise ConfigurationError(f"{', '.join(given)}: the flow has no CLIPEncoder to set this for")
-    for uses in encoders:
-        uses["with"] = {**(uses.get("with") or {}), **given}
+    for executor in encoders:
+        # It has precedence over `with:` under `uses:`.
+        executor["uses_with"] = as_mapping(executor.get("uses_with"), "uses_with") | given
 
 
 def prepare(
@@ -401,6 +404,12 @@ def _check_access(gateway: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{switch}: {gateway[switch]!r} is not true or false")
     if "uses" not in gateway:
         open_keyring(gateway.get("auth_file"))
+
+
+def _class_name(executor: Mapping[str, Any]) -> Any:
+    """`uses: CLASS`, or `uses: {jtype: CLASS}`."""
+    uses = executor.get("uses")
+    return uses.get("jtype") if isinstance(uses, dict) else uses
 
 
 def _place(executor: Mapping[str, Any], index: int) -> str:
