@@ -42,8 +42,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip-server-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
-SLOW_EXECUTOR, STUCK_EXECUTOR, GPU_EXECUTOR = (
-    str(ROOT / "tests" / f"{name}_executor.py") for name in ("slow", "stuck", "gpu")
+SLOW_EXECUTOR, STUCK_EXECUTOR, HELD_EXECUTOR, GPU_EXECUTOR = (
+    str(ROOT / "tests" / f"{name}_executor.py") for name in ("slow", "stuck", "held", "gpu")
 )
 SAMPLES = ROOT / "clip_server" / "models" / "embedded" / "samples"
 # Generous: other processes may keep the machine busy.

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import eventually
 from fake_server import DIM, SCHEMES, FakeServer, vector
 
 import clip_client
@@ -121,7 +122,8 @@ def test_a_generator_is_read_as_far_as_needed(
     grpc_server.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(grpc_client.encode, paths(), batch_size=2, prefetch=3)
-        time.sleep(0.5)
+        assert eventually(lambda: grpc_server.most_in_flight == 3)
+        time.sleep(0.2)  # for one too many to show
         # Those on their way, those in the next request, and those being read.
         assert 0 < pulled <= 3 * 2 + 2 + READ_AHEAD + 1
         grpc_server.gate.set()
@@ -450,7 +452,7 @@ def test_a_restarted_server_is_found_again(server: FakeServer, client: Client) -
     assert client.encode(["a"]).shape == (1, DIM)
     server.stop()
     with pytest.raises(ConnectionFailedError, match="no server answered at"):
-        client.encode(["a"], timeout=0.5)
+        client.encode(["a"], timeout=1)
     with FakeServer(server.scheme, server.port) as again:
         assert np.array_equal(client.encode(TEXTS, batch_size=20), vectors(TEXTS))
         assert again.connections >= 1
@@ -844,7 +846,7 @@ def test_close_ends_requests_under_way(server: FakeServer) -> None:
         time.sleep(0.1)
         client.close()
         with pytest.raises((ConnectionFailedError, RuntimeError)):
-            running.result(5)
+            running.result(60)
         server.gate.set()
 
 

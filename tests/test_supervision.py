@@ -14,6 +14,7 @@ import psutil
 import pytest
 import requests
 from conftest import (
+    HELD_EXECUTOR,
     PATIENCE_SECONDS,
     SLOW_EXECUTOR,
     STUCK_EXECUTOR,
@@ -121,16 +122,19 @@ def two_replicas(start: Start) -> Server:
 
 def test_what_dies_comes_back(start: Start) -> None:
     """The only replica, then the gateway; readiness and health follow."""
-    server = start(flow())
+    server = start(flow(module=HELD_EXECUTOR))
+    hold = server.log.parent / "hold"
     with Client(server.grpc) as client:
         expected = client.encode(TEXTS)
         victim = executors(server)[0]
         with replaced(server, [victim]):
+            hold.touch()  # so that it does not come back too soon to be seen away
             victim.kill()
             assert eventually(lambda: not is_ready(server))
             assert eventually(lambda: health(server) == health_pb2.HealthCheckResponse.NOT_SERVING)
             answer = requests.post(f"{server.http}/encode", json={"data": [{"text": "a cat"}]})
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            hold.unlink()
             np.testing.assert_allclose(client.encode(TEXTS), expected, atol=1e-4)
         assert eventually(lambda: health(server) == health_pb2.HealthCheckResponse.SERVING)
         with replaced(server, [gateway(server)]):
