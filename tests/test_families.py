@@ -31,6 +31,7 @@ from test_models_parity import (
     references,
     timm,
 )
+from test_tokenizer_hugging_face import roberta as write_roberta_tokenizer
 from test_tokenizer_hugging_face import t5 as write_tokenizer
 
 from clip_client import Client
@@ -39,7 +40,7 @@ from clip_server.convert.parity import Parity
 from clip_server.model_card import ImageSpec
 from clip_server.models import weights
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers import graph, registry, timm_vit
+from clip_server.towers import bert, eva, graph, registry, timm_vit
 
 # Of "test_patch16", which timm has not.
 SMALL_SIZE = timm_vit.Size(64, 2, 2, 3.0)
@@ -73,6 +74,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         embed_dim=64,
         multimodal_cfg=CAPTIONS | {"layers": 1, "attn_pooler_heads": 4},
     ),
+    **{
+        name: config(timm(trunk, 64, pool, None), TEXT, custom_text=True)
+        for name, (trunk, pool) in {
+            "eva-01": ("eva_test_patch16_64", "token"),
+            "eva-02": ("eva02_test_patch16_clip_64", "token"),
+            "eva-02, norms last": ("eva02_last_patch16_clip_64", "token"),
+            "pe-core": ("vit_pe_core_test_patch16_64", "map"),
+            "pe-core, no class token": ("vit_pe_core_bare_patch16_64", "map"),
+        }.items()
+    },
     "metaclip worldwide": config(VIT, TEXT | {"pool_type": "eos", "eos_id": 2}),
 }
 TEXTS = ["a cat", "the end", "unbelievably hyphenated"]
@@ -83,6 +94,17 @@ def small_members() -> Iterator[None]:
     """Small members of timm's families."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(timm_vit.SIZES, "test_patch16", SMALL_SIZE)
+        turned = eva.Rotation(6, offset=1, across_first=True)
+        perception = eva.Style(turned, key_bias=True, pools=True)
+        gated = eva.Style(eva.Rotation(6), fused=False, gated=True)
+        for name, size in {
+            "eva_test_patch16": eva.Size(64, 2, 2, 192, eva.Style()),
+            "eva02_test_patch16_clip": eva.Size(64, 2, 2, 192, gated),
+            "eva02_last_patch16_clip": eva.Size(64, 2, 2, 192, eva.Style(norm_after=True)),
+            "vit_pe_core_test_patch16": eva.Size(64, 2, 2, 192, perception),
+            "vit_pe_core_bare_patch16": eva.Size(64, 2, 2, 192, perception, class_token=False),
+        }.items():
+            patch.setitem(eva.SIZES, name, size)
         yield
 
 
@@ -107,6 +129,41 @@ def add_small_members_to_timm() -> None:
         norm = partial(LayerNorm, eps=1e-5)
         return VisionTransformer(64, 16, pre_norm=True, norm_layer=norm, **size, **options)
 
+    from timm.models.eva import Eva
+
+    rotated = {"use_rot_pos_emb": True, "ref_feat_shape": (6, 6)}
+    eva02 = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+    perception = rotated | {
+        "attn_type": "rope",
+        "rope_grid_offset": 1.0,
+        "rope_grid_indexing": "xy",
+        "use_pre_transformer_norm": True,
+        "norm_layer": partial(LayerNorm, eps=1e-5),
+        "attn_pool_num_heads": 8,
+        "attn_pool_mlp_ratio": 4.0,
+    }
+
+    def eva_test_patch16_64(*_: Any, num_classes: int, global_pool: str, **more: Any) -> Any:
+        options = {"num_classes": num_classes, "global_pool": global_pool}
+        return Eva(64, 16, **size, **options, **more.get("style", {}))
+
+    def eva02_test_patch16_clip_64(*_: Any, **options: Any) -> Any:
+        return eva_test_patch16_64(**options, style=eva02 | rotated)
+
+    def eva02_last_patch16_clip_64(*_: Any, **options: Any) -> Any:
+        return eva_test_patch16_64(**options, style={"use_post_norm": True})
+
+    def vit_pe_core_test_patch16_64(*_: Any, **options: Any) -> Any:
+        return eva_test_patch16_64(**options, style=perception)
+
+    def vit_pe_core_bare_patch16_64(*_: Any, **options: Any) -> Any:
+        return eva_test_patch16_64(**options, style=perception | {"class_token": False})
+
+    register_model(eva_test_patch16_64)
+    register_model(eva02_test_patch16_clip_64)
+    register_model(eva02_last_patch16_clip_64)
+    register_model(vit_pe_core_test_patch16_64)
+    register_model(vit_pe_core_bare_patch16_64)
     register_model(vit_test_patch16_siglip_64)
     register_model(vit_test_patch16_clip_64)
 
@@ -145,6 +202,48 @@ def test_graphs_equal_open_clip(family: str, tmp_path: Path) -> None:
             kept = CONTEXT if runtime.card.text.trim == "fixed" else longest
             assert Parity.of(runtime.encode_image(pixels), images).suffices(precision)
             assert Parity.of(runtime.encode_text(tokens[:, :kept]), texts).suffices(precision)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta"])
+def test_text_towers_of_hugging_faces_equal_open_clip(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from clip_server.runtimes.torch import TorchRuntime
+
+    size = {"width": 48, "layers": 2, "heads": 4, "mlp_width": 96, "vocab_size": 600}
+    tower = tmp_path / "tower"
+    getattr(transformers, f"{kind}Config")(
+        vocab_size=600,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+    ).save_pretrained(tower)
+    named = {"hf_model_name": str(tower), "hf_tokenizer_name": "here", "vocab_size": 600}
+    model = seeded_model(config(VIT, named | {"hf_model_pretrained": False}, custom_text=True))
+    described = config(VIT, named, custom_text=True)
+    folder = seeded.save(model, tmp_path, described)
+    write_roberta_tokenizer(folder)
+    monkeypatch.setitem(bert._HUGGING_FACE, str(tower), size)
+    tokens = np.random.default_rng(0).integers(3, 600, (3, CONTEXT), dtype=np.int32)
+    tokens[0, 5:] = tokens[1, 9:] = 1
+    pixels = seeded.random_pixels(described, 3)
+    _, texts = references(model, pixels, tokens)
+    for runtime, precision in (
+        (OnnxRuntime.load("mine", model_path=folder), "fp32"),
+        (OnnxRuntime.load("mine", model_path=folder, precision="int8"), "int8"),
+        (TorchRuntime.load("mine", model_path=folder, device="cpu"), "fp32"),
+    ):
+        assert (runtime.card.text.trim, runtime.card.text.pad_id) == ("masked", 1)
+        assert Parity.of(runtime.encode_text(tokens), texts).suffices(precision)
+        alone = runtime.encode_text(tokens[:1, :5])
+        assert Parity.of(alone, texts[:1]).suffices(precision)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

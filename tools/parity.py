@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip_server.convert.parity import Parity, samples
+from clip_server.convert.parity import Parity
 from clip_server.convert.rewrite import rewrite
 from clip_server.convert.writers import OnnxWriter, TorchScriptWriter
 from clip_server.errors import ConfigurationError
@@ -32,6 +32,7 @@ from clip_server.model_card import PRECISIONS, ModelCard
 from clip_server.models import weights, zoo
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes.reloading import Reloadable
+from clip_server.runtimes.samples import samples
 from clip_server.runtimes.torch import TorchRuntime, towers
 from clip_server.towers import onnx_file, registry
 from clip_server.towers.tower import Shapes
@@ -49,6 +50,7 @@ ARCHITECTURES = (
     "CN-CLIP/ViT-B-16",
     "ViT-B-16",
     "ViT-B-32-SigLIP2-256",
+    "PE-Core-S-16-384",
 )
 _LEAST_OF_BF16 = 0.999
 Embeddings = dict[Tower, NDArray[np.float32]]

@@ -79,13 +79,18 @@ def _affine(tensors: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, 
     return {f"{ours}{part}": tensors[f"{theirs}.{part}"] for part in ("weight", "bias")}
 
 
-def _projection(tower: BertText, tensors: Mapping[str, Tensor]) -> nn.Linear:
-    bias = tower.projection_bias
-    weight = tensors[f"{tower.projection}.weight"] if bias else tensors[tower.projection].T
+def _projection(tower: BertText, tensors: Mapping[str, Tensor]) -> nn.Module:
+    if tower.projection_mlp:
+        first, second = (_linear(tensors[name]) for name in tower.projection_layers)
+        return nn.Sequential(first, nn.GELU(), second)
+    if tower.projection_bias:
+        return _linear(*(tensors[f"{tower.projection}.{part}"] for part in ("weight", "bias")))
+    return _linear(tensors[tower.projection].T)
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     dim, width = weight.shape
-    projection = nn.Linear(width, dim, bias=bias, device="meta")
-    state = {"weight": weight.contiguous()}
-    if bias:
-        state["bias"] = tensors[f"{tower.projection}.bias"]
-    projection.load_state_dict(state, assign=True)
-    return projection
+    linear = nn.Linear(width, dim, bias=bias is not None, device="meta")
+    state = {"weight": weight.contiguous()} | ({} if bias is None else {"bias": bias})
+    linear.load_state_dict(state, assign=True)
+    return linear

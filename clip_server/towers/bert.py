@@ -1,4 +1,4 @@
-"""BERT as a text tower: Chinese-CLIP's, and M-CLIP's.
+"""BERT as a text tower: Chinese-CLIP's, M-CLIP's, and open_clip's RoBERTa and XLM-RoBERTa.
 
 Unlike CLIP's own, a block normalises after it adds, every position sees every other that is not
 padding, and an embedding is that of the first position or the mean over all.
@@ -35,6 +35,20 @@ _MASKED = -10000.0
 # The number of tokens that Chinese-CLIP was trained with; it has positions for more.
 _CHINESE_CONTEXT = 52
 
+# The towers that `hf_model_name` may name.
+_BASE: dict[str, Any] = {"width": 768, "layers": 12, "heads": 12, "mlp_width": 3072}
+_HUGGING_FACE: dict[str, dict[str, Any]] = {
+    "roberta-base": _BASE | {"vocab_size": 50265},
+    "xlm-roberta-base": _BASE | {"vocab_size": 250002},
+    "xlm-roberta-large": {
+        "width": 1024,
+        "layers": 24,
+        "heads": 16,
+        "mlp_width": 4096,
+        "vocab_size": 250002,
+    },
+}
+
 
 @dataclass(frozen=True)
 class BertText(TextTower):
@@ -45,7 +59,8 @@ class BertText(TextTower):
     positions: that have embeddings; the first token stands at `first_position`.
     types: of tokens; ours are all of the first.
     pool: what becomes the embedding: the first position, or the mean over all.
-    projection: the tensor [width, dim], or the Linear with a bias, that ends the tower.
+    projection: the tensor [width, dim], or the Linear with a bias, that ends the tower; or the MLP
+        of two Linear layers without a bias.
     """
 
     width: int
@@ -62,8 +77,12 @@ class BertText(TextTower):
     prefix: str = "bert."
     projection: str = "text_projection"
     projection_bias: bool = False
+    projection_mlp: bool = False
 
-    keys = TOKENIZER_KEYS | {"bert", "context_length", "vocab_size", "vocabulary"}
+    keys = TOKENIZER_KEYS | {
+        *("bert", "context_length", "vocab_size", "vocabulary"),
+        *("hf_model_name", "hf_pooler_type", "hf_proj_type"),
+    }
     # BERT's own pooling, in Chinese-CLIP's checkpoints and in M-CLIP's.
     unused = ("bert.pooler.", "transformer.pooler.")
     trim = "masked"
@@ -94,9 +113,10 @@ class BertText(TextTower):
 
     @classmethod
     def from_config(cls, config: Config) -> BertText | None:
-        described = config["text_cfg"].get("bert")
-        if not described:
-            return None
+        text = config["text_cfg"]
+        if "bert" not in text:
+            return _of_hugging_face(text) if text.keys() <= cls.keys else None
+        described = text["bert"]
         known = {field.name: field for field in fields(cls)}
         required = {name for name, field in known.items() if field.default is MISSING}
         if unknown := sorted(described.keys() - known.keys()):
@@ -138,7 +158,16 @@ class BertText(TextTower):
             shapes |= self._block_shapes(self.block(index))
         if self.projection_bias:
             return shapes | linear_shapes(self.projection, width, dim)
+        if self.projection_mlp:
+            first, second = self.projection_layers
+            hidden = (width + dim) // 2
+            return shapes | {first: (hidden, width), second: (dim, hidden)}
         return shapes | {self.projection: (width, dim)}
+
+    @property
+    def projection_layers(self) -> tuple[str, str]:
+        """The weights of the MLP that ends the tower."""
+        return f"{self.projection}.0.weight", f"{self.projection}.2.weight"
 
     def block(self, index: int) -> str:
         """The prefix of a block's tensors."""
@@ -164,7 +193,9 @@ class BertText(TextTower):
 
     def macs(self, dim: int, length: int) -> int:
         blocks = transformer_macs(self.width, self.mlp_width, self.layers, length)
-        return blocks + self.width * dim
+        hidden = (self.width + dim) // 2
+        end = hidden * (self.width + dim) if self.projection_mlp else self.width * dim
+        return blocks + end
 
     def build(self, graph: GraphBuilder, target: Target) -> str:
         del target  # the same graph for all
@@ -182,6 +213,11 @@ class BertText(TextTower):
             states = self._mean(graph, states, length, present)
         if self.projection_bias:
             return graph.stored_linear(states, self.projection)
+        if self.projection_mlp:
+            first, second = (graph.weight(name).T for name in self.projection_layers)
+            states = graph.product(states, f"{self.projection}.hidden", first)
+            states = graph.gelu(states, f"{self.projection}.gelu")
+            return graph.product(states, self.projection, second)
         return graph.projection(states, self.projection)
 
     def _present(self, graph: GraphBuilder) -> str:
@@ -249,6 +285,26 @@ class BertText(TextTower):
         axis = graph.integers(1)
         count = graph.op("ReduceSum", present, axis, name="tokens.count", keepdims=1)
         return graph.op("Div", summed, count, name="texts.mean")
+
+
+def _of_hugging_face(text: Mapping[str, Any]) -> BertText | None:
+    """The tower that open_clip takes from transformers, by its name; None if it is not known."""
+    size = _HUGGING_FACE.get(text.get("hf_model_name", ""))
+    end = text.get("hf_pooler_type", "mean_pooler"), text.get("hf_proj_type", "mlp")
+    if size is None or end != ("mean_pooler", "mlp"):
+        return None
+    return BertText(
+        **size,
+        positions=514,
+        first_position=2,
+        types=1,
+        pad_id=1,
+        epsilon=1e-5,
+        pool="mean",
+        prefix="transformer.",
+        projection="proj",
+        projection_mlp=True,
+    )
 
 
 def _mask(graph: GraphBuilder, present: str) -> str:

@@ -6,6 +6,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.towers.bert import BertText
 from clip_server.towers.clip_text import ClipText
 from clip_server.towers.coca_text import CocaText
+from clip_server.towers.eva import Eva
 from clip_server.towers.resnet import ResNet
 from clip_server.towers.siglip import SiglipText, SiglipVision
 from clip_server.towers.timm_vit import TimmVisionTransformer
@@ -19,6 +20,7 @@ IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
     ResNet,
     TimmVisionTransformer,
     SiglipVision,
+    Eva,
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     ClipText,
