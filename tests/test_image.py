@@ -7,7 +7,6 @@ import io
 import logging
 import struct
 import sys
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import Start, flow, saved
+from conftest import Start, eventually, flow, saved
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -487,10 +486,7 @@ def test_a_server_returns_the_memory_of_large_images(start: Start) -> None:
     before = resident(processes)
     for number in range(4):
         client.encode([data + bytes([number]) for data in large], on_item_error="return")
-    deadline = time.monotonic() + 60
-    while resident(processes) > 1.1 * before:
-        assert time.monotonic() < deadline, (before, resident(processes))
-        time.sleep(1)
+    assert eventually(lambda: resident(processes) <= 1.1 * before), (before, resident(processes))
 
 
 def test_a_tile_larger_than_its_image_counts() -> None:

@@ -157,7 +157,7 @@ def test_answers_that_come_before_the_end_of_the_requests(onnx_server: Server) -
             yield request
             assert answered.acquire(timeout=30)
 
-    with grpc.insecure_channel(f"127.0.0.1:{onnx_server.ports[0]}") as channel:
+    with onnx_server.channel() as channel:
         call = jina_pb2_grpc.JinaRPCStub(channel).Call
         metadata = [("__results_in_order__", "true")]
         answers = []
@@ -171,7 +171,7 @@ def test_grpc_health_and_reflection(onnx_server: Server) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-    with grpc.insecure_channel(f"127.0.0.1:{onnx_server.ports[0]}") as channel:
+    with onnx_server.channel() as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "clip.v1.Clip", "jina.JinaRPC"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service))

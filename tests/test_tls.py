@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from certificates import joined, make_pair, needs_openssl
-from conftest import Start, flow
+from conftest import Start, eventually, flow
 
 from clip_client import Client, ConnectionFailedError, InvalidInputError
 from clip_server.errors import ConfigurationError
@@ -103,11 +103,7 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
     shutil.copy(second, served)
     expected = ssl.PEM_cert_to_DER_cert(second.with_suffix(".crt").read_text())
     for port in server.ports:
-        deadline = time.monotonic() + 30
-        shown = b""
-        while shown != expected:
-            assert time.monotonic() < deadline, "the old certificate is still shown"
-            shown = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("localhost", port)))
+        assert eventually(lambda port=port: shown(port) == expected)  # type: ignore[misc]
     for client, address in zip(old, addresses, strict=True):
         with client:
             assert client.encode(["a dog"]).shape == (1, 256)
@@ -119,6 +115,11 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
         ):
             late.encode(["a cat"])
     server.stop()
+
+
+def shown(port: int) -> bytes:
+    """The certificate of the server at a port of this machine."""
+    return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("localhost", port)))
 
 
 @needs_openssl
