@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import workload
 from benchmarks.cost import cost
+from benchmarks.faults import faults
 from benchmarks.options import Options
 from benchmarks.peers import (
     CLIP_AS_SERVICE,
@@ -337,6 +338,7 @@ LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
         mixed,
         decode,
         cost,
+        faults,
         soak,
     )
 }

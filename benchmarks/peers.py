@@ -31,6 +31,7 @@ SCHEMES = {"grpc": "grpc", "http": "http", "websocket": "ws"}
 OURS, INT8, RAW = "clip-server", "clip-server int8", "raw runtime"
 INFINITY, CLIP_AS_SERVICE, TRITON = "infinity", "clip-as-service", "Triton"
 EMBEDDED, NULL = "clip-server embedded", "clip-server null"
+EMBEDDED_REPLICAS = "clip-server embedded, two replicas"
 # With a model that takes no time: what is measured is the server around it.
 THIN, THIN_INFINITY = "clip-server thin", "infinity thin"
 TORCH, TWO_REPLICAS = "clip-server torch", "clip-server two replicas"
@@ -97,6 +98,10 @@ class Peers:
     def another(self, name: str) -> Driver:
         """One more driver of a server, to be used beside the first."""
         return self._drive(name)
+
+    def another_server(self, name: str) -> Started:
+        """One more server, such as one to be ended."""
+        return self._start(name)
 
     def first_start(self, name: str) -> Server:
         """Starts one of our servers with nothing prepared, and ends it."""
@@ -245,7 +250,7 @@ def _encoder(name: str) -> dict[str, Any]:
         parameters["dtype"] = "int8"
     elif name == THIN:
         parameters = {"name": str(workload.thin_checkpoint())}
-    elif name == EMBEDDED:
+    elif name in (EMBEDDED, EMBEDDED_REPLICAS):
         parameters = {"name": "embedded"}
     return {"encoder": "CLIPEncoder", "module": module, "parameters": parameters}
 
@@ -264,7 +269,7 @@ def _write_flow(
             "name": executor,
             "host": HOST,
             "timeout_ready": -1,
-            "replicas": 2 if name == TWO_REPLICAS else 1,
+            "replicas": 2 if name in (TWO_REPLICAS, EMBEDDED_REPLICAS) else 1,
             "uses": uses,
         }
         for executor, uses in (("clip", clip), ("indexer", indexer))

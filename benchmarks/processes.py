@@ -129,6 +129,23 @@ class Server:
         times = (process.cpu_times() for process in self._processes())
         return sum(each.user + each.system for each in times)
 
+    def listeners(self) -> dict[int, psutil.Process]:
+        """Its gateway and executors, by each port that they listen on."""
+        return {
+            connection.laddr.port: process
+            for process in self._processes()[1:]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the command."""
+        self._process.send_signal(number)
+
+    def is_running(self) -> bool:
+        """Whether the command has not ended."""
+        return self._process.poll() is None
+
     def _processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self._process.pid)
         return [parent, *parent.children(recursive=True)]
