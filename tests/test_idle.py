@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from conftest import ROOT, SAMPLES, Server, Start, flow, needs_torch
+from conftest import ROOT, SAMPLES, Server, Start, eventually, flow, needs_torch
 from prometheus_client.parser import text_string_to_metric_families as read_metrics
 
 from benchmarks import workload
@@ -25,14 +23,6 @@ from clip_server.errors import ConfigurationError
 CAT = (SAMPLES / "cat.png").read_bytes()
 EMBEDDED = ROOT / "clip_server" / "models" / "embedded"
 FREED_BYTES = 60 << 20
-WAIT_SECONDS = 60
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def encoder_class(runtime: str) -> Any:
@@ -60,7 +50,7 @@ def test_each_tower_alone_is_unloaded_and_loaded_again(runtime: str) -> None:
     towers = encoder.engine.runtime.towers
     expected = embedding(encoder, text), embedding(encoder, image)
 
-    wait_until(lambda: not (towers["image"].is_loaded or towers["text"].is_loaded))
+    assert eventually(lambda: not (towers["image"].is_loaded or towers["text"].is_loaded))
     np.testing.assert_allclose(embedding(encoder, text), expected[0], atol=1e-5)
     assert not towers["image"].is_loaded
 
@@ -79,7 +69,7 @@ def test_a_tower_whose_files_changed_is_not_loaded_again(tmp_path: Path) -> None
     checkpoint = folder / "open_clip_model.safetensors"
     kept = checkpoint.rename(tmp_path / "kept")
     shutil.copy(kept, checkpoint)
-    wait_until(lambda: not encoder.engine.is_loaded("text"))
+    assert eventually(lambda: not any(map(encoder.engine.is_loaded, ("text", "image"))))
     request = pb.Request(encode=pb.EncodeRequest(items=[text, text, pb.Item(image=CAT)]))
     response = asyncio.run(encoder.handle(request))
     assert {each.message for each in response.encode.errors} == {
@@ -135,13 +125,13 @@ def vit() -> Path:
 def test_memory_is_returned_and_waiting_requests_lose_nothing(
     start: Start, vit: Path, runtime: str
 ) -> None:
-    server = start(flow(runtime, name=str(vit), device="cpu", idle_seconds=1))
+    server = start(flow(runtime, name=str(vit), device="cpu", idle_seconds=2))
     photo = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     unloaded = {"text": 0.0, "image": 0.0}
     with Client(server.grpc) as client:
         info = client.info()
         expected = client.encode(["a cat", photo])
-        wait_until(lambda: loaded(server) == unloaded)
+        assert eventually(lambda: loaded(server) == unloaded)
         process = replica(server)
         before = resident_bytes(process)
 
@@ -154,8 +144,8 @@ def test_memory_is_returned_and_waiting_requests_lose_nothing(
                 for found in pool.map(client.encode, [items] * 8):
                     np.testing.assert_allclose(found, rows, atol=1e-4)
             assert resident_bytes(process) > before + FREED_BYTES
-            wait_until(lambda: loaded(server) == unloaded)
-            assert resident_bytes(process) < before + FREED_BYTES
+            assert eventually(lambda: loaded(server) == unloaded)
+            assert eventually(lambda: resident_bytes(process) < before + FREED_BYTES)
             # An unloaded server is ready, and knows its model.
             assert requests.get(f"{server.http}/readyz", timeout=30).status_code == 200
             assert client.info() == info
