@@ -4,7 +4,7 @@ the model, and the server runs them without torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,9 @@ def small_members_in_timm() -> None:
     add_small_members_to_timm()
 
 
+@cache
 def add_small_members_to_timm() -> None:
+    """Registers them once: timm warns of names that it knows."""
     from timm.layers import LayerNorm
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer

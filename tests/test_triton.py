@@ -43,6 +43,7 @@ SEEDED: dict[str, dict[str, Any]] = {
     "Chinese-CLIP": chinese.SMALL,
 }
 TEXTS = ["a cat", "a photo of two dogs on a beach", "x", "一只猫坐在沙发上", "naïve café"]
+PROMPTS = ["a cat", "a dog", "a red car"]
 DIFFERENCE = 1e-5  # of embeddings of length 1
 
 
@@ -55,7 +56,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded")
     prompts = folder.with_suffix(".txt")
-    prompts.write_text("a cat\na dog\na red car\n")
+    prompts.write_text("\n".join(PROMPTS))
     command = ["embedded", "--to", "triton", "--towers", "python", "--out", str(folder)]
     assert main([*command, "--labels", str(prompts)]) == 0
     return folder
@@ -131,6 +132,7 @@ def test_embeddings_of_other_families_are_ours(
             with Client(address) as client:
                 assert client.info().dim == theirs.shape[1]
                 assert_equal(client.encode([*TEXTS, *IMAGES]), theirs)
+                assert_zero_shot_is_rank(server, client, PROMPTS)
 
 
 def test_requests_are_served_in_batches(triton: Triton, clients: list[Client]) -> None:
@@ -183,11 +185,15 @@ def test_rank_and_classify(clients: list[Client]) -> None:
         assert [len(each) for each in labels] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("prompts", [["a cat", "a dog", "a red car"], None])
+@pytest.mark.parametrize("prompts", [PROMPTS, None])
 def test_zero_shot_is_what_rank_finds(
     triton: Triton, clients: list[Client], prompts: list[str] | None
 ) -> None:
     """Without prompts those of `--labels` are meant."""
+    assert_zero_shot_is_rank(triton, clients[0], prompts)
+
+
+def assert_zero_shot_is_rank(triton: Triton, client: Client, prompts: list[str] | None) -> None:
     from tritonclient import grpc
 
     library = grpc.InferenceServerClient(f"127.0.0.1:{triton.grpc_port}")
@@ -198,12 +204,12 @@ def test_zero_shot_is_what_rank_finds(
         inputs[1].set_data_from_numpy(np.array(prompts, dtype=object))
     found = library.infer("zero_shot", inputs)
     library.close()
-    ranked = clients[0].rank(IMAGES[0], prompts or ["a cat", "a dog", "a red car"])
+    ranked = client.rank(IMAGES[0], prompts or PROMPTS)
     by_prompt = sorted(ranked, key=lambda each: each.index)
     probabilities = [each.probability for each in by_prompt]
     np.testing.assert_allclose(found.as_numpy("PROBABILITIES"), probabilities, atol=1e-4)
-    scale = clients[0].info().logit_scale
-    logits = [scale * each.cosine for each in by_prompt]
+    info = client.info()
+    logits = [info.logit_scale * each.cosine + (info.logit_bias or 0) for each in by_prompt]
     np.testing.assert_allclose(found.as_numpy("LOGITS"), logits, atol=1e-3)
 
 
