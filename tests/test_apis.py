@@ -84,7 +84,16 @@ def test_embeddings_in_every_form(api: Http, unit: dict[str, NDArray[np.float32]
             ]
             np.testing.assert_array_equal(found, quantize(raw, form))
     assert openai(api, input=TEXTS, encoding_format="int4").status_code == 400
-    assert openai(api, input=TEXTS, embedding_type=["float"]).status_code == 200
+    (each,) = openai(api, input=TEXTS[:1], embedding_type=["float"]).json()["data"]
+    assert close([each["embedding"]], rows[:1])
+    several = openai(api, input=TEXTS, embedding_type=["base64", "ubinary"]).json()["data"]
+    assert [list(each["embedding"]) for each in several] == [["base64", "ubinary"]] * 2
+    decoded = [np.frombuffer(base64.b64decode(e["embedding"]["base64"]), "<f4") for e in several]
+    assert close(np.array(decoded), raw)
+    packed = [each["embedding"]["ubinary"] for each in several]
+    np.testing.assert_array_equal(packed, quantize(raw, "ubinary"))
+    for wrong in ([], ["float", "int4"], {"float": True}):
+        assert openai(api, input=TEXTS, embedding_type=wrong).status_code == 400
 
 
 def test_quantized_embeddings_follow_their_scheme() -> None:

@@ -12,7 +12,6 @@ from starlette.routing import Route
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway.apis.embeddings import (
-    FORMATS,
     Dialect,
     Named,
     Wanted,
@@ -23,7 +22,6 @@ from clip_server.gateway.apis.embeddings import (
     read_options,
     text_item,
 )
-from clip_server.rpc.request_parameters import shown
 
 _INPUT_TYPES = ("search_document", "search_query", "classification", "clustering", "image")
 
@@ -46,12 +44,11 @@ class CohereApi(Dialect):
         # Its truncate is no flag, and is read below.
         options = read_options(
             {key: value for key, value in body.items() if key != "truncate"},
-            {"output_dimension": "dimensions"},
+            {"output_dimension": "dimensions", "embedding_types": "forms"},
             {"input_type": only(*_INPUT_TYPES)},
         )
         options.pop("input_type", None)
-        options.pop("format", None)
-        forms = _forms(body.get("embedding_types"))
+        forms = options.pop("forms", ["float"])
         wanted = Wanted(_items(body), truncate=_truncates(body.get("truncate")), **options)
         embedded = await self._embed(wanted, request)
         answer = {
@@ -82,17 +79,6 @@ def _input_item(value: Any, place: str) -> pb.Item:
             'one part, as [{"type": "text", "text": "a cat"}]'
         )
     return part_item(content[0], f"{place}.content[0]")
-
-
-def _forms(value: Any) -> list[str]:
-    """The forms in which embeddings are returned."""
-    if value is None:
-        return ["float"]
-    if not isinstance(value, list) or not value or not all(each in FORMATS for each in value):
-        raise RequestError(
-            f"embedding_types is {shown(value)}, which is not a list of {', '.join(FORMATS)}"
-        )
-    return list(dict.fromkeys(value))
 
 
 def _truncates(value: Any) -> bool:

@@ -89,6 +89,13 @@ class Embedded:
             return [base64.b64encode(row.tobytes()).decode() for row in rows]
         return list(self.embeddings if form == "float" else quantize(self.embeddings, form))
 
+    def shown_in(self, forms: Sequence[str]) -> list[Any]:
+        """The embeddings in a single form, or each of them as an object by form."""
+        if len(forms) == 1:
+            return self.shown(forms[0])
+        columns = [self.shown(form) for form in forms]
+        return [dict(zip(forms, row, strict=True)) for row in zip(*columns, strict=True)]
+
 
 class Dialect(ABC):
     """The routes of another server's API.
@@ -252,7 +259,7 @@ def read_options(
     aliases: Mapping[str, str],
     more: Mapping[str, Callable[[str, Any], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Fields of a body that are arguments of `Wanted`, and `format` with one of `FORMATS`.
+    """Fields of a body that are arguments of `Wanted`, and `forms`, a list of `FORMATS`.
 
     aliases: what the dialect calls them.
     more: readers of further fields.
@@ -276,12 +283,12 @@ def only(*allowed: Any) -> Callable[[str, Any], Any]:
     return read
 
 
-def _format(name: str, value: Any) -> str:
-    # Jina's may be a list.
-    chosen = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if chosen not in FORMATS:
+def _forms(name: str, value: Any) -> list[str]:
+    """A form, or a list of at least one."""
+    forms = value if isinstance(value, list) else [value]
+    if not forms or not all(each in FORMATS for each in forms):
         raise RequestError(f"{name} is {shown(value)}: the allowed are {', '.join(FORMATS)}")
-    return str(chosen)
+    return list(dict.fromkeys(forms))
 
 
 def _dimensions(name: str, value: Any) -> int:
@@ -295,5 +302,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "normalize": flag,
     "dimensions": _dimensions,
     "truncate": flag,
-    "format": _format,
+    "forms": _forms,
 }

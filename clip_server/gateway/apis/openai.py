@@ -33,9 +33,9 @@ from clip_server.gateway.topology import FlowExecutor
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ALIASES = {
-    "encoding_format": "format",
-    "embedding_type": "format",
-    "encoding_type": "format",
+    "encoding_format": "forms",
+    "embedding_type": "forms",
+    "encoding_type": "forms",
     "normalized": "normalize",
 }
 
@@ -76,14 +76,14 @@ class OpenAIApi(Dialect):
 
     async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
         options = read_options(body, _ALIASES, jina.REFUSED)
-        form = options.pop("format", "float")
+        forms = options.pop("forms", ["float"])
         wanted = {key: value for key, value in options.items() if key not in jina.REFUSED}
         embedded = await self._embed(Wanted(_items(body), **wanted), request)
         return {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": embedding}
-                for index, embedding in enumerate(embedded.shown(form))
+                for index, embedding in enumerate(embedded.shown_in(forms))
             ],
             "model": embedded.model,
             "usage": {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens},

@@ -54,7 +54,7 @@ class TeiApi(Dialect):
 
     async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
         options = read_options(body, {}, _REFUSED)
-        for key in (*_REFUSED, "format"):
+        for key in (*_REFUSED, "forms"):
             options.pop(key, None)
         given = body.get("inputs")
         refuse_token_ids(given, "inputs")
