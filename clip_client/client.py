@@ -5,7 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    SupportsIndex,
+    TypeVar,
+    cast,
+    get_args,
+    overload,
+)
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +37,7 @@ from clip_client.results import Info, Label, Match, Ranking
 from clip_client.sansio import drive_async, drive_sync
 from clip_client.search_parameters import SearchParameters, Target
 from clip_client.tls import Trust
+from clip_client.transports.base import Compression
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,6 +83,8 @@ class Client:
         one; key_file may be left out where cert_file holds both.
     connect_timeout: seconds to wait for a server that has not answered this Client yet; one that
         has answered is waited for until the `timeout` of a call.
+    compression: of requests, `gzip` or `deflate`: for many texts on a slow network. Images are
+        compressed already. WebSocket has permessage-deflate for both.
 
     It connects at the first call, keeps the connection, and reconnects if it drops. Close it, or
     use it in `with` or `async with`. Raises InvalidInputError for an invalid address.
@@ -92,6 +105,7 @@ class Client:
         cert_file: str | os.PathLike[str] | None = None,
         key_file: str | os.PathLike[str] | None = None,
         connect_timeout: float = CONNECT_TIMEOUT,
+        compression: str | None = None,
     ) -> None:
         check_seconds("connect_timeout", connect_timeout)
         self._state = {
@@ -102,12 +116,14 @@ class Client:
             "cert_file": cert_file,
             "key_file": key_file,
             "connect_timeout": connect_timeout,
+            "compression": compression,
         }
         self._connection = Connection(
             Address.parse(server),
             _headers(credential),
             Trust(ca_file, verify, cert_file, key_file),
             connect_timeout,
+            _compression(compression),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1271,3 +1287,14 @@ def _headers(credential: str | Mapping[str, str] | None) -> dict[str, str]:
     if not value or not value.isascii() or not value.isprintable():
         raise InvalidInputError("a credential is of printable ASCII characters")
     return {"authorization": value}
+
+
+def _compression(name: str | None) -> Compression | None:
+    """The format of a name, which may be written as Jina does: `Gzip`, `NoCompression`."""
+    lower = name.lower() if isinstance(name, str) else name
+    if lower in (None, "nocompression"):
+        return None
+    for known in get_args(Compression):
+        if lower == known:
+            return cast("Compression", known)
+    raise InvalidInputError(f"compression is gzip, deflate or None, not {name!r}")

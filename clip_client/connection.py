@@ -25,7 +25,7 @@ from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust, explain
 from clip_client.transports import get_transport_factory
-from clip_client.transports.base import Transport
+from clip_client.transports.base import Compression, Transport
 
 Failure = ConnectionFailedError | ServerError
 log = logging.getLogger("clip_client")
@@ -47,11 +47,17 @@ class Connection:
     """
 
     def __init__(
-        self, address: Address, headers: dict[str, str], trust: Trust, connect_timeout: float
+        self,
+        address: Address,
+        headers: dict[str, str],
+        trust: Trust,
+        connect_timeout: float,
+        compression: Compression | None = None,
     ) -> None:
         self.address = address
         self._headers = headers
         self._trust = trust
+        self._compression = compression
         self._connect_timeout = connect_timeout
         # Imports its libraries here, in the caller's thread, and not on the event loop.
         self._open_transport = get_transport_factory(address.scheme)
@@ -174,7 +180,9 @@ class Connection:
             raise ClientClosedError
         if self._transport is None or self._pid != os.getpid():
             self._pid = os.getpid()
-            self._transport = self._open_transport(self.address, self._headers, self._trust)
+            self._transport = self._open_transport(
+                self.address, self._headers, self._trust, self._compression
+            )
             self._closer = weakref.finalize(self, _close, self._transport, self._pid)
         return self._transport
 
@@ -192,7 +200,8 @@ def _is_passing(error: Failure) -> bool:
 
 
 def _error_in(response: clip_pb2.Response) -> ServerError:
-    return server_error(clip_pb2.Error.Code.Name(response.error.code), response.error.message)
+    code = clip_pb2.Error.Code.Name(response.error.code)
+    return server_error(code, response.error.message, response.request_id)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -82,13 +82,17 @@ class ItemsError(ClipError):
 
 
 class ServerError(ClipError):
-    """The server refused or failed a whole request. `.code` is clip.v1's `Error.Code` name."""
+    """The server refused or failed a whole request. `.code` is clip.v1's `Error.Code` name.
+
+    `.request_id` is the request's name in the server's log; empty if the server gave none.
+    """
 
     code = "UNKNOWN"
 
-    def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, code: str | None = None, request_id: str = "") -> None:
+        super().__init__(f"{message} [request {request_id}]" if request_id else message)
         self.code = code or type(self).code
+        self.request_id = request_id
 
 
 class AuthenticationError(ServerError):
@@ -147,6 +151,6 @@ _BY_CODE: dict[str, type[ServerError]] = {
 }
 
 
-def server_error(code: str, message: str) -> ServerError:
+def server_error(code: str, message: str, request_id: str = "") -> ServerError:
     """The error for a code of clip.v1's `Error.Code`."""
-    return _BY_CODE.get(code, ServerError)(message or code, code)
+    return _BY_CODE.get(code, ServerError)(message or code, code, request_id)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from clip_client import Client, InvalidInputError, TruncationWarning
 from clip_client.proto import clip_pb2 as pb
 
 CAT = (SAMPLES / "cat.png").read_bytes()
@@ -253,3 +255,54 @@ def test_responses_are_compressed_where_the_flow_says_so(start: Start, onnx_serv
     with connect(server.websocket, proxy=None) as socket:
         response = ask(socket, TEXTS).encode
     assert response.count == len(TEXTS)
+
+
+class Relay:
+    """Forwards connections to a port, and counts the bytes that clients send."""
+
+    def __init__(self, port: int) -> None:
+        self.sent, self._port = 0, port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=ends, daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if target.getpeername()[1] == self._port:
+                    self.sent += len(data)
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize("compression", ["gzip", "Deflate"])
+@pytest.mark.parametrize("scheme", ["grpc", "http", "ws"])
+def test_the_client_compresses_its_requests(
+    onnx_server: Server, scheme: str, compression: str
+) -> None:
+    texts = ["a cat that sleeps " * 200 + str(number) for number in range(20)]
+    relay = Relay(onnx_server.ports[["grpc", "http", "ws"].index(scheme)])
+    with Client(onnx_server.grpc) as client, pytest.warns(TruncationWarning):
+        expected = client.encode(texts)
+    address = f"{scheme}://127.0.0.1:{relay.port}"
+    with Client(address, compression=compression) as client, pytest.warns(TruncationWarning):
+        np.testing.assert_allclose(client.encode(texts), expected, atol=1e-4)
+    assert 0 < relay.sent < sum(map(len, texts)) / 5
+    relay.close()
+
+
+def test_an_unknown_compression_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="gzip, deflate or None, not 'br'"):
+        Client("grpc://127.0.0.1:1", compression="br")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.sync.client import connect
 
-from clip_client import Client
+from clip_client import Client, ServerError
 from clip_client.proto import clip_pb2 as pb
 
 CAT = str(ROOT / "clip_server/models/embedded/samples/cat.png")
@@ -188,6 +189,18 @@ def test_an_id_that_does_not_fit_a_log_is_replaced(used: Server) -> None:
         request = urllib.request.Request(f"{used.http}/livez", headers={"x-request-id": given})
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
+def test_the_clients_errors_name_the_request(onnx_server: Server, protocol: str) -> None:
+    client = Client(getattr(onnx_server, protocol))
+    with client, pytest.raises(ServerError, match="none") as caught:
+        client.encode(["a cat"], model="none")
+    error = caught.value
+    assert re.fullmatch("[0-9a-f]{32}", error.request_id)
+    assert str(error).endswith(f" [request {error.request_id}]")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.request_id) == (str(error), error.request_id)
 
 
 def test_request_ids_over_grpc_and_websocket(used: Server) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clip_client.address import Address
     from clip_client.tls import Trust
-    from clip_client.transports.base import Transport
+    from clip_client.transports.base import Compression, Transport
 
 _MODULES = {
     "grpc": "grpc",
@@ -25,11 +25,15 @@ _MODULES = {
 }
 
 
-def get_transport_factory(scheme: str) -> Callable[[Address, dict[str, str], Trust], Transport]:
-    """The function that opens a transport for a scheme, from address, headers and trust.
+def get_transport_factory(
+    scheme: str,
+) -> Callable[[Address, dict[str, str], Trust, Compression | None], Transport]:
+    """The function that opens a transport for a scheme: from address, headers, trust and the
+    compression of requests.
 
     Call it on the event loop that the transport lives on. It connects at its first request.
     """
     module = import_module(f"clip_client.transports.{_MODULES[scheme]}")
-    open_transport: Callable[[Address, dict[str, str], Trust], Transport] = module.open_transport
-    return open_transport
+    found: Callable[[Address, dict[str, str], Trust, Compression | None], Transport]
+    found = module.open_transport
+    return found

@@ -5,13 +5,17 @@ A transport carries envelopes and knows nothing of their meaning. It lives on on
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from clip_client.errors import ClipError, ConnectionFailedError, server_error
 from clip_client.proto import clip_pb2
 from clip_client.proxies import through
 
 CONNECT_SECONDS = 10.0
+# The header or metadata with a request's name in the server's log.
+REQUEST_ID = "x-request-id"
+# The formats of compressed requests.
+Compression: TypeAlias = Literal["gzip", "deflate"]
 
 # The code for a status whose body does not name one: mostly a proxy's answer.
 STATUS_CODES = {

@@ -25,7 +25,7 @@ from clip_client.errors import (
 from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust, server_certificate
-from clip_client.transports.base import CONNECT_SECONDS, broken
+from clip_client.transports.base import CONNECT_SECONDS, REQUEST_ID, Compression, broken
 from clip_client.transports.jina_gateway import STATUS, jina_gateway_error
 from clip_client.transports.multiplex import Multiplexer
 
@@ -43,6 +43,11 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 _TRUST = Trust()
+_COMPRESSIONS: dict[Compression | None, grpc.Compression] = {
+    None: grpc.Compression.NoCompression,
+    "gzip": grpc.Compression.Gzip,
+    "deflate": grpc.Compression.Deflate,
+}
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNAUTHENTICATED,
@@ -52,7 +57,12 @@ _CODES = {
 }
 
 
-def open_transport(address: Address, headers: dict[str, str], trust: Trust = _TRUST) -> Multiplexer:
+def open_transport(
+    address: Address,
+    headers: dict[str, str],
+    trust: Trust = _TRUST,
+    compression: Compression | None = None,
+) -> Multiplexer:
     """The transport for `grpc://` and `grpcs://`."""
     proxy = environment_proxy(str(address))
     if proxy and not proxy.startswith("http://"):
@@ -60,15 +70,18 @@ def open_transport(address: Address, headers: dict[str, str], trust: Trust = _TR
 
     async def open_link() -> _StreamLink:
         _refuse_after_fork()
-        return _StreamLink(address, headers, proxy, await _open_channel(address, proxy, trust))
+        channel = await _open_channel(address, proxy, trust, compression)
+        return _StreamLink(address, headers, proxy, channel)
 
     return Multiplexer(open_link)
 
 
-async def _open_channel(address: Address, proxy: str | None, trust: Trust) -> grpc.aio.Channel:
+async def _open_channel(
+    address: Address, proxy: str | None, trust: Trust, compression: Compression | None
+) -> grpc.aio.Channel:
     options = [*_OPTIONS, ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0)]
     if not address.secure:
-        return grpc.aio.insecure_channel(address.target, options)
+        return grpc.aio.insecure_channel(address.target, options, _COMPRESSIONS[compression])
     # The roots that https and wss use, not gRPC's own.
     roots = trust.roots() if trust.verify else None
     if not trust.verify:
@@ -78,7 +91,7 @@ async def _open_channel(address: Address, proxy: str | None, trust: Trust) -> gr
             raise address.unreachable(f"its certificate could not be fetched: {error}") from None
         options.append(("grpc.ssl_target_name_override", name))
     credentials = grpc.ssl_channel_credentials(roots, *trust.own_pair())
-    return grpc.aio.secure_channel(address.target, credentials, options)
+    return grpc.aio.secure_channel(address.target, credentials, options, _COMPRESSIONS[compression])
 
 
 def _refuse_after_fork() -> None:
@@ -162,7 +175,8 @@ class _StreamLink:
     def _error(self, error: grpc.aio.AioRpcError) -> ClipError:
         code, details = error.code(), error.details() or ""
         if code in _CODES and "RST_STREAM" not in details:
-            return server_error(code.name, details)
+            request_id = dict(error.trailing_metadata() or ()).get(REQUEST_ID, "")
+            return server_error(code.name, details, str(request_id))
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return server_error(code.name, f"{self._address} is no CLIP server: {details}")
         # The last of a chain of reasons: the rest of it is how gRPC got there.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
+import zlib
 from contextlib import AbstractAsyncContextManager
 
 import aiohttp
@@ -16,24 +18,44 @@ from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.sessions import open_session, reason
 from clip_client.tls import Trust
-from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
+from clip_client.transports.base import (
+    CONNECT_SECONDS,
+    REQUEST_ID,
+    Compression,
+    broken,
+    status_error,
+)
 from clip_client.transports.jina_gateway import is_jina_gateway, jina_gateway_error
 
 _PROTOBUF = "application/x-protobuf"
+# Of compressed requests: texts shrink hardly more at the slower levels.
+_LEVEL = 1
 # The most requests in flight, and so connections.
 _MAX_IN_FLIGHT = 32
 
 
-def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> HttpTransport:
+def open_transport(
+    address: Address,
+    headers: dict[str, str],
+    trust: Trust,
+    compression: Compression | None = None,
+) -> HttpTransport:
     """The transport for `http://` and `https://`."""
-    return HttpTransport(address, headers, trust)
+    return HttpTransport(address, headers, trust, compression)
 
 
 class HttpTransport:
     """One HTTP request for each request."""
 
-    def __init__(self, address: Address, headers: dict[str, str], trust: Trust) -> None:
+    def __init__(
+        self,
+        address: Address,
+        headers: dict[str, str],
+        trust: Trust,
+        compression: Compression | None,
+    ) -> None:
         self._address = address
+        self._compression = compression
         self._trust = trust
         self._proxy = environment_proxy(str(address))
         self._http = open_session(
@@ -52,7 +74,7 @@ class HttpTransport:
             async with self._free:
                 if self._http.closed:
                     raise ClientClosedError
-                async with self._ask(kind, request) as reply:
+                async with await self._ask(kind, request) as reply:
                     content = await reply.read()
                     if reply.status == 404 and await is_jina_gateway(
                         self._address, self._trust, self._proxy
@@ -68,20 +90,29 @@ class HttpTransport:
     async def close(self) -> None:
         await self._http.close()
 
-    def _ask(
+    async def _ask(
         self, kind: str, request: clip_pb2.Request
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         url = f"{self._address}/{kind}"
         if kind == "info":
             model = {"model": request.info.model} if request.info.model else None
             return self._http.get(url, params=model, proxy=self._proxy, allow_redirects=False)
-        # Not the bytes themselves: aiohttp warns of large ones.
-        content = io.BytesIO(getattr(request, kind).SerializeToString())
-        return self._http.post(url, data=content, proxy=self._proxy, allow_redirects=False)
+        content, headers = getattr(request, kind).SerializeToString(), {}
+        if self._compression:
+            content = await asyncio.to_thread(_deflated, content, self._compression)
+            headers["content-encoding"] = self._compression
+        return self._http.post(
+            url,
+            data=io.BytesIO(content),  # not the bytes themselves: aiohttp warns of large ones
+            headers=headers,
+            proxy=self._proxy,
+            allow_redirects=False,
+        )
 
     def _read(self, kind: str, reply: aiohttp.ClientResponse, content: bytes) -> clip_pb2.Response:
         succeeded = 200 <= reply.status < 300
-        response = clip_pb2.Response()
+        request_id = reply.headers.get(REQUEST_ID, "")
+        response = clip_pb2.Response(request_id=request_id)
         try:
             if reply.content_type == _PROTOBUF:
                 body = getattr(response, kind if succeeded else "error")
@@ -94,6 +125,13 @@ class HttpTransport:
             raise server_error("UNKNOWN", f"{reply.url} answered, but not with a clip.v1 message")
         try:
             error = json.loads(content)["error"]
-            raise server_error(str(error["code"]), str(error["message"]))
+            raise server_error(str(error["code"]), str(error["message"]), request_id)
         except (ValueError, KeyError, TypeError):
             raise status_error(str(reply.url), reply.status, content, self._proxy) from None
+
+
+def _deflated(content: bytes, compression: Compression) -> bytes:
+    """A body in the format of a `content-encoding`."""
+    if compression == "gzip":
+        return gzip.compress(content, _LEVEL)
+    return zlib.compress(content, _LEVEL)

@@ -22,7 +22,7 @@ from clip_client.data_uri import read_data_uri
 from clip_client.errors import ClipError, InvalidInputError, server_error
 from clip_client.proto import clip_pb2
 from clip_client.tls import Trust
-from clip_client.transports.base import STATUS_CODES
+from clip_client.transports.base import STATUS_CODES, Compression
 
 # The ensembles, and their inputs.
 _MODELS: Mapping[type, tuple[str, str]] = {
@@ -35,8 +35,19 @@ _ITEM_ERROR = re.compile(r"^(?:in ensemble '\w+', )?item (\d+): (.*)$", re.MULTI
 _CONCURRENCY = 32
 
 
-def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> TritonTransport:
-    """The transport for `triton://`, `triton+grpc://` and both with TLS (`tritons`)."""
+def open_transport(
+    address: Address,
+    headers: dict[str, str],
+    trust: Trust,
+    compression: Compression | None = None,
+) -> TritonTransport:
+    """The transport for `triton://`, `triton+grpc://` and both with TLS (`tritons`).
+
+    Raises:
+        InvalidInputError: requests to Triton are not compressed.
+    """
+    if compression:
+        raise InvalidInputError(f"{address}: compression is for CLIP servers, not Triton")
     return TritonTransport(address, headers, trust)
 
 

@@ -11,12 +11,17 @@ from clip_client.errors import server_error
 from clip_client.proto import clip_pb2
 from clip_client.proxies import environment_proxy
 from clip_client.tls import Trust
-from clip_client.transports.base import CONNECT_SECONDS, broken, status_error
+from clip_client.transports.base import CONNECT_SECONDS, Compression, broken, status_error
 from clip_client.transports.jina_gateway import is_jina_gateway, jina_gateway_error
 from clip_client.transports.multiplex import Multiplexer
 
 
-def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> Multiplexer:
+def open_transport(
+    address: Address,
+    headers: dict[str, str],
+    trust: Trust,
+    compression: Compression | None = None,
+) -> Multiplexer:
     """The transport for `ws://` and `wss://`."""
     proxy = environment_proxy(str(address))
 
@@ -28,8 +33,7 @@ def open_transport(address: Address, headers: dict[str, str], trust: Trust) -> M
                 max_size=None,
                 ssl=trust.context() if address.secure else None,
                 proxy=proxy,
-                # Images and embeddings do not compress.
-                compression=None,
+                compression="deflate" if compression else None,
                 open_timeout=CONNECT_SECONDS,
                 # A busy server on a small machine may answer a ping late.
                 ping_timeout=120,
