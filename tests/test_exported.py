@@ -96,8 +96,9 @@ def assert_served(
     return runtime
 
 
-@pytest.mark.parametrize("pixels", ["float", "uint8", "channels last"])
-@pytest.mark.parametrize("external", [False, True], ids=["one file", "external data"])
+@pytest.mark.parametrize(
+    ("pixels", "external"), [("float", True), ("uint8", False), ("channels last", False)]
+)
 def test_immichs_folder_of_clip(pixels: Pixels, external: bool, tmp_path: Path) -> None:
     tensors = tensors_of(CLIP)
     write_immich(tmp_path, CLIP, tensors, image=IMAGE, pixels=pixels, external=external)

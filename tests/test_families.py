@@ -13,11 +13,13 @@ import onnx
 import pytest
 import requests
 import seeded
+import small_towers
 from cn_clip_reference import drawn
 from conftest import Server, Start, flow, needs_torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from test_graph import session
+from test_hub import Hub, serve
 from test_models_parity import (
     CAPTIONS,
     CLIPA,
@@ -40,10 +42,8 @@ from clip_server.convert.parity import Parity
 from clip_server.model_card import ImageSpec
 from clip_server.models import weights
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers import bert, eva, graph, registry, timm_vit
+from clip_server.towers import bert, graph, registry
 
-# Of "test_patch16", which timm has not.
-SMALL_SIZE = timm_vit.Size(64, 2, 2, 3.0)
 SMALL_SIGLIP = config(
     timm("vit_test_patch16_siglip_64", 64, "map", "none"),
     SIGLIP_TEXT | {"hf_tokenizer_name": "here"},
@@ -84,27 +84,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "pe-core, no class token": ("vit_pe_core_bare_patch16_64", "map"),
         }.items()
     },
+    "convnext": config(timm("convnext_test", 64, "", "linear"), TEXT),
+    "convnext, mlp": config(timm("convnext_test", 64, "", "mlp"), TEXT),
     "metaclip worldwide": config(VIT, TEXT | {"pool_type": "eos", "eos_id": 2}),
 }
 TEXTS = ["a cat", "the end", "unbelievably hyphenated"]
+# Variants of what another one shows.
+SLOW = ("siglip, no projection", "eva-02, norms last", "pe-core, no class token", "convnext, mlp")
+each_family = pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in FAMILIES],
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_members() -> Iterator[None]:
     """Small members of timm's families."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(timm_vit.SIZES, "test_patch16", SMALL_SIZE)
-        turned = eva.Rotation(6, offset=1, across_first=True)
-        perception = eva.Style(turned, key_bias=True, pools=True)
-        gated = eva.Style(eva.Rotation(6), fused=False, gated=True)
-        for name, size in {
-            "eva_test_patch16": eva.Size(64, 2, 2, 192, eva.Style()),
-            "eva02_test_patch16_clip": eva.Size(64, 2, 2, 192, gated),
-            "eva02_last_patch16_clip": eva.Size(64, 2, 2, 192, eva.Style(norm_after=True)),
-            "vit_pe_core_test_patch16": eva.Size(64, 2, 2, 192, perception),
-            "vit_pe_core_bare_patch16": eva.Size(64, 2, 2, 192, perception, class_token=False),
-        }.items():
-            patch.setitem(eva.SIZES, name, size)
+        for table, sizes in small_towers.SIZES:
+            for name, size in sizes.items():
+                patch.setitem(table, name, size)
         yield
 
 
@@ -131,6 +130,7 @@ def add_small_members_to_timm() -> None:
         norm = partial(LayerNorm, eps=1e-5)
         return VisionTransformer(64, 16, pre_norm=True, norm_layer=norm, **size, **options)
 
+    from timm.models.convnext import ConvNeXt
     from timm.models.eva import Eva
 
     rotated = {"use_rot_pos_emb": True, "ref_feat_shape": (6, 6)}
@@ -161,6 +161,12 @@ def add_small_members_to_timm() -> None:
     def vit_pe_core_bare_patch16_64(*_: Any, **options: Any) -> Any:
         return eva_test_patch16_64(**options, style=perception | {"class_token": False})
 
+    def convnext_test(*_: Any, **__: Any) -> Any:
+        model = ConvNeXt(depths=(1, 2, 1, 1), dims=(16, 24, 32, 48))
+        model.default_cfg = {}
+        return model
+
+    register_model(convnext_test)
     register_model(eva_test_patch16_64)
     register_model(eva02_test_patch16_clip_64)
     register_model(eva02_last_patch16_clip_64)
@@ -188,7 +194,7 @@ def seeded_model(described: dict[str, Any]) -> Any:
 
 @needs_torch
 @pytest.mark.usefixtures("small_members_in_timm")
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_graphs_equal_open_clip(family: str, tmp_path: Path) -> None:
     described = FAMILIES[family]
     model = seeded_model(described)
@@ -248,7 +254,7 @@ def test_text_towers_of_hugging_faces_equal_open_clip(
         assert Parity.of(alone, texts[:1]).suffices(precision)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_graphs_for_tensorrt_and_in_fp16_give_the_same_embeddings(family: str) -> None:
     described = FAMILIES[family]
     tensors, image = drawn(registry.tensor_shapes(described)), ImageSpec(64)
@@ -333,3 +339,65 @@ def test_rank_over_http_gives_sigmoids(sigmoid_server: Server) -> None:
         expected = sigmoid(np.float64(20 * scores["clip_score_cosine"] - 3))
         np.testing.assert_allclose(scores["clip_score"], expected, rtol=1e-4)
     assert len(answer["data"][0]["matches"]) == len(TEXTS)
+
+
+SERVED = ["siglip", "timm with a class token", "clipa", "coca", "eva-02", "pe-core", "convnext"]
+# What the process of a server runs first.
+STARTUP = f"""
+import sys
+sys.modules["torch"] = None
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import small_towers
+small_towers.add()
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with a seeded model of each family."""
+    folder = tmp_path_factory.mktemp("families")
+    for index, family in enumerate(SERVED):
+        described = FAMILIES[family]
+        repository = folder / f"seeded/family-{index}"
+        repository.mkdir(parents=True)
+        numbers = {"logit_scale": np.float32([3]), "logit_bias": np.float32([-3])}
+        tensors = drawn(registry.tensor_shapes(described)) | numbers
+        save_file(tensors, repository / weights.CHECKPOINT)
+        seeded.describe(repository, described)
+        if "hf_tokenizer_name" in described["text_cfg"]:
+            write_tokenizer(repository)
+    files = {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    with serve(files) as hub:
+        yield hub
+
+
+@pytest.mark.slow
+def test_every_family_is_served_from_a_hub_without_torch(
+    hub_of_families: Hub, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STARTUP)
+    names = [f"seeded/family-{index}" for index in range(len(SERVED))]
+    spec = flow("onnx")
+    spec["executors"] = [
+        {**flow("onnx", name=name, exact=True)["executors"][0], "name": f"family{index}"}
+        for index, name in enumerate(names)
+    ]
+    server = start(
+        spec, PYTHONPATH=str(tmp_path), HF_HOME=str(tmp_path), HF_ENDPOINT=hub_of_families.url
+    )
+    image = np.ascontiguousarray(
+        seeded.random_pixels({"vision_cfg": {"image_size": 64}}, 1)[0].transpose(1, 2, 0)
+    )
+    with Client(server.grpc) as client:
+        for name, family in zip(names, SERVED, strict=True):
+            described = FAMILIES[family]
+            tensors = drawn(registry.tensor_shapes(described))
+            (row,) = client.encode([image], model=name)
+            visual = session(graph.build_visual(described, tensors, ImageSpec(64)))
+            pixels = image.transpose(2, 0, 1)[np.newaxis]
+            (expected,) = visual.run(None, {"pixels": np.ascontiguousarray(pixels)})
+            assert seeded.relative(row[np.newaxis], expected) < 1e-4, family

@@ -12,6 +12,7 @@ import cn_clip_reference as chinese
 import numpy as np
 import pytest
 import seeded
+import small_towers
 import test_families as families
 import triton_server
 from conftest import saved
@@ -112,7 +113,7 @@ def test_embeddings_are_ours(clients: list[Client]) -> None:
 def test_embeddings_of_other_families_are_ours(
     installed: Installed, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(timm_vit.SIZES, "test_patch16", families.SMALL_SIZE)
+    monkeypatch.setitem(timm_vit.SIZES, "test_patch16", small_towers.VIT)
     families.add_small_members_to_timm()
     config = SEEDED[family]
     tensors: dict[str, Any] = chinese.drawn(registry.tensor_shapes(config))

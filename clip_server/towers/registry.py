@@ -6,6 +6,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.towers.bert import BertText
 from clip_server.towers.clip_text import ClipText
 from clip_server.towers.coca_text import CocaText
+from clip_server.towers.convnext import ConvNext
 from clip_server.towers.eva import Eva
 from clip_server.towers.resnet import ResNet
 from clip_server.towers.siglip import SiglipText, SiglipVision
@@ -21,6 +22,7 @@ IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
     TimmVisionTransformer,
     SiglipVision,
     Eva,
+    ConvNext,
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     ClipText,

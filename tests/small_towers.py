@@ -1,0 +1,36 @@
+"""Small members of the families whose sizes follow from timm's names, for tests.
+
+Without pytest and torch: a server's process imports it as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clip_server.towers import convnext, eva, timm_vit
+
+VIT = timm_vit.Size(64, 2, 2, 3.0)
+_TURNED = eva.Rotation(6, offset=1, across_first=True)
+_PERCEPTION = eva.Style(_TURNED, key_bias=True, pools=True)
+_GATED = eva.Style(eva.Rotation(6), fused=False, gated=True)
+# By the table that holds a family's sizes: names that timm has not.
+SIZES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (timm_vit.SIZES, {"test_patch16": VIT}),
+    (convnext.SIZES, {"convnext_test": convnext.Size((16, 24, 32, 48), (1, 2, 1, 1))}),
+    (
+        eva.SIZES,
+        {
+            "eva_test_patch16": eva.Size(64, 2, 2, 192, eva.Style()),
+            "eva02_test_patch16_clip": eva.Size(64, 2, 2, 192, _GATED),
+            "eva02_last_patch16_clip": eva.Size(64, 2, 2, 192, eva.Style(norm_after=True)),
+            "vit_pe_core_test_patch16": eva.Size(64, 2, 2, 192, _PERCEPTION),
+            "vit_pe_core_bare_patch16": eva.Size(64, 2, 2, 192, _PERCEPTION, class_token=False),
+        },
+    ),
+]
+
+
+def add() -> None:
+    """Adds them to this process."""
+    for table, sizes in SIZES:
+        table.update(sizes)
