@@ -26,6 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -85,7 +86,31 @@ def key(add_key: Callable[..., str]) -> str:
 @pytest.fixture(scope="module")
 def server(start: Start, key: str, key_file: Path) -> Server:
     assert key not in key_file.read_text()
-    return start(flow("onnx"), CLIP_AUTH_FILE=str(key_file), CLIP_AUTH_TOKEN="one, two")
+    return start(
+        flow("onnx"), CLIP_AUTH_FILE=str(key_file), CLIP_AUTH_TOKEN="one, two", CLIP_ACCESS_LOG="1"
+    )
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http", "websocket"])
+def test_refused_keys_are_counted_and_logged(server: Server, protocol: str) -> None:
+    def refused() -> float:
+        headers = {"authorization": "Bearer one"}
+        text = requests.get(f"{server.http}/metrics", headers=headers, timeout=30).text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "clip_errors_total"
+            and sample.labels == {"protocol": protocol, "code": "UNAUTHENTICATED"}
+        )
+
+    before, logged = refused(), server.output().count(f"protocol={protocol} ")
+    client = Client(getattr(server, protocol), credential="wrong")
+    with client, pytest.raises(AuthenticationError) as caught:
+        client.encode(["a cat"])
+    assert caught.value.request_id or protocol == "websocket"
+    assert eventually(lambda: refused() > before)
+    assert server.output().count(f"protocol={protocol} ") > logged
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])

@@ -115,7 +115,7 @@ def replaced(server: Server, victims: list[psutil.Process]) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def two_replicas(start: Start) -> Server:
     spec = flow()
-    spec["with"] |= {"max_restarts": 50, "hang_seconds": 4}
+    spec["with"] |= {"max_restarts": 50, "silence_seconds": 1.5, "hang_seconds": 4}
     spec["executors"][0]["replicas"] = 2
     return start(spec)
 

@@ -175,8 +175,9 @@ class _StreamLink:
     def _error(self, error: grpc.aio.AioRpcError) -> ClipError:
         code, details = error.code(), error.details() or ""
         if code in _CODES and "RST_STREAM" not in details:
-            request_id = dict(error.trailing_metadata() or ()).get(REQUEST_ID, "")
-            return server_error(code.name, details, str(request_id))
+            metadata = error.trailing_metadata() or ()
+            named = (str(value) for name, value in metadata if name == REQUEST_ID)
+            return server_error(code.name, details, next(named, ""))
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return server_error(code.name, f"{self._address} is no CLIP server: {details}")
         # The last of a chain of reasons: the rest of it is how gRPC got there.

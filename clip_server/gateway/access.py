@@ -7,7 +7,7 @@ import base64
 import binascii
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -179,10 +179,15 @@ class HttpAccess:
 
 
 class GrpcAccess(grpc.aio.ServerInterceptor):
-    """Ends calls without a key, whatever their method, before a message of theirs is read."""
+    """Ends calls without a key, whatever their method, before a message of theirs is read.
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
+    observe: the context in which a call of a method is refused.
+    """
+
+    def __init__(
+        self, access: Access, observe: Callable[[str, Context], AbstractContextManager[Any]]
+    ) -> None:
+        self._access, self._observe = access, observe
 
     async def intercept_service(
         self, continuation: Callable[..., Any], handler_call_details: Any
@@ -192,8 +197,17 @@ class GrpcAccess(grpc.aio.ServerInterceptor):
             try:
                 self._access.identify(_text_headers(handler_call_details.invocation_metadata))
             except RequestError as error:
-                return _refusing(error)
+                return self._refusing(handler_call_details.method, error)
         return await continuation(handler_call_details)
+
+    def _refusing(self, method: str, error: RequestError) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(_: Any, context: Context) -> None:
+            with self._observe(method, context) as observed:
+                observed.code = error.code
+                await abort(context, error)
+
+        # Of this kind for calls of every kind: one that takes a single message would read it first.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def check_handshake(access: Access) -> Callable[[ServerConnection, Request], Response | None]:
@@ -209,14 +223,6 @@ def check_handshake(access: Access) -> Callable[[ServerConnection, Request], Res
         return None
 
     return check
-
-
-def _refusing(error: RequestError) -> grpc.RpcMethodHandler[Any, Any]:
-    # Of this kind for calls of every kind: one that takes a single message would read it first.
-    async def refuse(_: Any, context: Context) -> None:
-        await abort(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _text_headers(metadata: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.listener import Listener, ListenerOptions
 from clip_server.gateway.metrics import GatewayMetrics
 from clip_server.gateway.observation import Observer
-from clip_server.gateway.replicas import replica_pools
+from clip_server.gateway.replicas import SILENCE_SECONDS, replica_pools
 from clip_server.gateway.router import Router
 from clip_server.gateway.tls import Tls, TlsFiles
 from clip_server.gateway.topology import FlowExecutor, Topology
@@ -65,6 +65,7 @@ class ClipGateway(BaseServer, BaseGateway):
     ssl_ca_certs: the authorities of clients, which then need a certificate.
     max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
     grace_seconds: requests in flight have so long to finish when the server is told to end.
+    silence_seconds: see ReplicaPool.
     arguments: the keys of ConnectionBounds, and those of Jina.
     """
 
@@ -78,6 +79,7 @@ class ClipGateway(BaseServer, BaseGateway):
         ssl_ca_certs: str | None = None,
         max_wait: float = 1.0,
         grace_seconds: float = 8.0,
+        silence_seconds: float = SILENCE_SECONDS,
         **arguments: Any,
     ) -> None:
         names = [each.name for each in fields(ConnectionBounds)]
@@ -91,7 +93,9 @@ class ClipGateway(BaseServer, BaseGateway):
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         timed = jina_internals.gateway_timer(self)
-        self._pools = replica_pools(json.loads(args.deployments_addresses), timeout, timed)
+        self._pools = replica_pools(
+            json.loads(args.deployments_addresses), timeout, timed, silence_seconds
+        )
         self._max_queued_bytes, self._max_wait = max_queued_bytes, max_wait
         self._grace_seconds = grace_seconds
         self._options = ListenerOptions(

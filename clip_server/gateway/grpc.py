@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import unquote
 
@@ -36,7 +36,7 @@ class GrpcListener(Listener):
         self._server = grpc.aio.server(
             options=list(self._server_options().items()),
             interceptors=[
-                GrpcAccess(self.options.access),
+                GrpcAccess(self.options.access, self._observe_refused),
                 GrpcInflation(self.options.max_request_bytes),
             ],
             compression=self.options.compression,
@@ -109,6 +109,10 @@ class GrpcListener(Listener):
         with self.observer.request(endpoint) as observed:
             context.set_trailing_metadata(((REQUEST_ID, observed.request_id),))
             yield observed
+
+    def _observe_refused(self, method: str, context: Context) -> AbstractContextManager[Observed]:
+        """Observes a call without a key as a request to its method's endpoint."""
+        return self._observe(f"/{method.rpartition('/')[2].lower()}", context)
 
     def count_connections(self) -> int:
         """The connections that are open."""

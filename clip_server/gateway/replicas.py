@@ -36,8 +36,8 @@ _METRICS_SECONDS = 1.0
 _SILENCE = (ClientClosedError, ConnectionFailedError, ServerError, asyncio.TimeoutError)
 # Between two looks at a replica, and how long one that exists may take to be found.
 _LOOK_SECONDS, _FIND_SECONDS = 0.5, 2.0
-# A replica that shows no sign of life for so long gets no requests while others answer.
-_SILENT_SECONDS = 2.0
+# See ReplicaPool.
+SILENCE_SECONDS = 2.0
 
 
 class _Replica:
@@ -47,7 +47,8 @@ class _Replica:
     is_silent: whether it shows no sign of life, as far as that is known.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, silence_seconds: float) -> None:
+        self._silence_seconds = silence_seconds
         self.address = Address.parse(f"grpc://{address.split('://')[-1]}")
         self.transport = open_transport(self.address, {})
         self.in_flight_items = 0
@@ -62,7 +63,7 @@ class _Replica:
 
     def listen(self) -> None:
         """Notes whether it is silent; called regularly."""
-        self.is_silent = self._pulse.silence() > _SILENT_SECONDS
+        self.is_silent = self._pulse.silence() > self._silence_seconds
 
     async def send_copy(self, request: pb.Request) -> pb.Response:
         """The response to a message that is sent more than once: a transport numbers it."""
@@ -83,6 +84,8 @@ class ReplicaPool:
     addresses: of its replicas.
     timeout: seconds until a call is given up; None: never.
     timed: records the calls.
+    silence_seconds: a replica that shows no sign of life for so long gets no requests while others
+        answer, and those in flight on it move to them.
     """
 
     def __init__(
@@ -91,9 +94,10 @@ class ReplicaPool:
         addresses: Sequence[str],
         timeout: float | None,
         timed: TimeCall = untimed,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self.name, self._timed = name, timed
-        self._replicas = [_Replica(address) for address in addresses]
+        self._replicas = [_Replica(address, silence_seconds) for address in addresses]
         self._timeout = timeout
         self._turns = itertools.count(1)
         # Asks a replica whether it is there. An empty request is refused, which is an answer.
@@ -259,11 +263,14 @@ class ReplicaPool:
 
 
 def replica_pools(
-    deployments: Mapping[str, Any], timeout: float | None, timed: TimeCall = untimed
+    deployments: Mapping[str, Any],
+    timeout: float | None,
+    timed: TimeCall = untimed,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> list[ReplicaPool]:
     """A pool for each executor, from the gRPC addresses that Jina hands to a gateway.
 
-    timeout, timed: see ReplicaPool.
+    timeout, timed, silence_seconds: see ReplicaPool.
     """
     return [
         ReplicaPool(
@@ -271,6 +278,7 @@ def replica_pools(
             addresses if isinstance(addresses, list) else addresses["grpc"],
             timeout,
             timed,
+            silence_seconds,
         )
         for name, addresses in deployments.items()
     ]

@@ -61,7 +61,13 @@ class WebSocketListener(Listener):
             assert isinstance(connection, _CountedConnection)
             if connection.beyond_limit:
                 return connection.respond(503, refusal(connection.beyond_limit))
-            return has_access(connection, request)
+            response = has_access(connection, request)
+            if response:
+                self._begin(connection, request)
+                with self.observer.request(request.path.partition("?")[0]) as observed:
+                    observed.code, observed.status = "UNAUTHENTICATED", response.status_code
+                    response.headers[REQUEST_ID] = observed.request_id
+            return response
 
         tls = self.options.tls
         self._server = await serve(
@@ -85,15 +91,20 @@ class WebSocketListener(Listener):
         async def send(message: bytes) -> None:
             await connection.send(message)
 
-        headers = connection.request.headers if connection.request else {}
-        given = (headers.get(name, "") for name in (REQUEST_ID, TRACEPARENT))
-        caller.set(Caller("websocket", join_host_port(connection.remote_address), *given))
+        self._begin(connection, connection.request)
         with contextlib.suppress(ConnectionClosed):
             if connection.subprotocol == _JINA:
                 await self._serve_jina(connection)
             else:
                 await self._streams.serve(_messages(connection), send)
                 await connection.close(CloseCode.GOING_AWAY, "connect again")
+
+    @staticmethod
+    def _begin(connection: ServerConnection, request: Request | None) -> None:
+        """Notes who makes the requests of this task."""
+        headers = request.headers if request else {}
+        given = (headers.get(name, "") for name in (REQUEST_ID, TRACEPARENT))
+        caller.set(Caller("websocket", join_host_port(connection.remote_address), *given))
 
     async def _serve_jina(self, connection: ServerConnection) -> None:
         if connection.request and connection.request.path == "/dry_run":

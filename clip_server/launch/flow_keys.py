@@ -26,7 +26,15 @@ _GATEWAY_LIMITS = (
     "max_connections_per_address",
     "grace_seconds",
 )
-_GATEWAY_SECONDS = ("max_wait", "header_timeout", "body_timeout", "max_connection_age")
+_GATEWAY_SECONDS = (
+    "max_wait",
+    "header_timeout",
+    "body_timeout",
+    "max_connection_age",
+    "silence_seconds",
+)
+# The least of those that may not be 0: processes show twice a second that they are alive.
+_LEAST_SECONDS = {"silence_seconds": 1.0}
 GATEWAY_SWITCHES = ("public_metrics", "page")
 GATEWAY_PARAMETERS = (
     *_GATEWAY_LIMITS,
@@ -157,7 +165,7 @@ def section(value: Any, spec: Section, place: str) -> dict[str, Any]:
         if least is not None:
             found[key] = whole_number(content, f"{place}: {key}", least)
         if key in _GATEWAY_SECONDS:
-            found[key] = _seconds(content, f"{place}: {key}")
+            found[key] = _seconds(content, f"{place}: {key}", _LEAST_SECONDS.get(key, 0.0))
     return found
 
 
@@ -185,18 +193,20 @@ def whole_number(value: Any, place: str, least: int = 0, most: int | None = None
     return number
 
 
-def _seconds(value: Any, place: str) -> float:
+def _seconds(value: Any, place: str, least: float) -> float:
     """A number of seconds, which may stand in quotes.
 
     Raises:
-        ConfigurationError: it is not one, or negative.
+        ConfigurationError: it is not one, or less than `least`.
     """
     try:
         number = -1.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ConfigurationError(f"{place}: {_shown(value)} is not a number of seconds from 0")
+    if not least <= number < float("inf"):
+        raise ConfigurationError(
+            f"{place}: {_shown(value)} is not a number of seconds from {least:g}"
+        )
     return number
 
 
