@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from clip_server.errors import ConfigurationError
-from clip_server.models import zoo
+from clip_server.models import converted, zoo
 from clip_server.models.__main__ import main
 from clip_server.runtimes import prepared
+from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.samples import samples
+from clip_server.towers import graph, onnx_file
 
 pytest.importorskip("onnxruntime")
 
@@ -98,6 +100,29 @@ def test_what_is_damaged_is_made_again(damage: Callable[[Path], None]) -> None:
     np.testing.assert_array_equal(embedding(), expected)
     found = {file: file.read_bytes() for file in prepared.folder().rglob("*") if file.is_file()}
     assert found == intact
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_converted_towers_are_prepared_like_a_checkpoint(
+    apart: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if apart:
+        request.getfixturevalue("prepared_apart")
+    expected = embedding()
+    card, tensors = load_checkpoint("embedded")
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    for name, model in (
+        ("visual", graph.build_visual(card.config, tensors, card.image)),
+        ("textual", graph.build_textual(card.config, tensors)),
+    ):
+        onnx_file.save(model, folder / f"{name}.onnx")
+    converted.write(folder, card, "fp32")
+    np.testing.assert_allclose(embedding(folder), expected, atol=1e-5)
+    assert len(list(prepared.folder().rglob(prepared.MANIFEST))) == 2
+    shutil.rmtree(prepared.folder())
+    prepared.folder().write_text("")  # it cannot be cached any more
+    np.testing.assert_allclose(embedding(folder), expected, atol=1e-5)
 
 
 def test_it_is_made_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from clip_server.models.converted import Tower
 from clip_server.runtimes.onnx_graph import ImageGraph, TextGraph
 from clip_server.runtimes.onnx_sessions import Sessions
 from clip_server.runtimes.reloading import Reloadable
+
+if TYPE_CHECKING:
+    from clip_server.runtimes.onnx_towers import Towers
 
 
 class OnnxRuntime:
@@ -75,9 +78,15 @@ class OnnxRuntime:
         if built_in == "fp16" and sessions.device == "cpu":
             # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
             raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
-        from clip_server.runtimes.onnx_towers import Towers
+        from clip_server.runtimes.onnx_towers import CheckpointTowers
 
-        towers = Towers(name, model_path, built_in, sessions)
+        return cls._load_towers(
+            CheckpointTowers(name, model_path, built_in, sessions), sessions, built_in
+        )
+
+    @classmethod
+    def _load_towers(cls, towers: Towers, sessions: Sessions, precision: str) -> OnnxRuntime:
+        """Graphs of ours: of a checkpoint, or of a folder that was converted."""
         towers.check_memory()
 
         def visual() -> ImageGraph:
@@ -91,7 +100,7 @@ class OnnxRuntime:
             Reloadable(visual(), visual, towers.files),
             Reloadable(textual(), textual, towers.files),
             sessions.device,
-            built_in,
+            precision,
         )
 
     @classmethod
@@ -104,37 +113,39 @@ class OnnxRuntime:
         threads: int | None,
     ) -> OnnxRuntime:
         """A folder's graphs: ours, which its `card.json` describes, or anyone's."""
-        described = converted.read(own.folder)
-        if described is not None:
+        if described := converted.read(own.folder):
             converted.check_precision(own.folder, precision)
-        sessions = Sessions(device, threads, described.precision if described else "fp32")
+            sessions = Sessions(device, threads, described.precision)
+            from clip_server.runtimes.onnx_towers import ConvertedTowers
+
+            towers = ConvertedTowers(own.files, described, sessions)
+            return cls._load_towers(towers, sessions, described.precision)
+        sessions = Sessions(device, threads)
         files = own.files
         dims: dict[Tower, int] = {}
 
         def visual() -> ImageGraph:
             file = files["image"]
             opened = ImageGraph(sessions.open(file, str(file)), card.image)
-            if described is None:
-                dims["image"] = opened.try_out(card)
+            dims["image"] = opened.try_out(card)
             return opened
 
         def textual() -> TextGraph:
             file = files["text"]
             opened = TextGraph(sessions.open(file, str(file)), card.text)
-            if described is None:
-                dims["text"] = opened.try_out(card)
+            dims["text"] = opened.try_out(card)
             return opened
 
         image, text = visual(), textual()
-        towers = (
-            Reloadable(image, visual, [files["image"]]),
-            Reloadable(text, textual, [files["text"]]),
-        )
-        if described is not None:
-            return cls(card, *towers, sessions.device, described.precision)
         found = own.precision or ("fp16" if image.is_half else "fp32")
         converted.check_precision(own.folder, precision, found)
-        return cls(replace(card, dim=_common(dims)), *towers, sessions.device, found)
+        return cls(
+            replace(card, dim=_common(dims)),
+            Reloadable(image, visual, [files["image"]]),
+            Reloadable(text, textual, [files["text"]]),
+            sessions.device,
+            found,
+        )
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, 3, S, S] RGB pixels, 0..255, to [B, D] embeddings (not normalised)."""
