@@ -357,14 +357,7 @@ def test_replicas(start: Start) -> None:
     assert "was killed (SIGKILL), perhaps because memory ran out" in server.output()
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "executors/clip_onnx.py",
-        pytest.param("clip_server.executors.clip_onnx", marks=pytest.mark.slow),
-    ],
-)
-def test_a_flow_of_clip_as_service(start: Start, module: str) -> None:
+def test_a_flow_of_clip_as_service(start: Start) -> None:
     """As its users wrote it; the port alone is gRPC's."""
     port = free_ports(1)[0]
     spec = yaml.safe_load(f"""
@@ -381,7 +374,7 @@ executors:
         traversal_paths: '@r'
       metas:
         py_modules:
-          - {module}
+          - executors/clip_onnx.py
     timeout_ready: 3000000
     replicas: 1
 """)

@@ -37,26 +37,6 @@ def test_the_password_of_a_key(tmp_path: Path) -> None:
         prepared(ssl_keyfile_password="wrong")
 
 
-@pytest.mark.slow
-@needs_openssl
-def test_tls(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, certificate = make_pair(tmp_path)
-    spec = flow()
-    spec["with"] |= {
-        "ssl_keyfile": str(key),
-        "ssl_certfile": str(certificate),
-        "prefetch": 10,
-    }
-    server = start(spec)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    for scheme, port in zip(("grpcs", "https", "wss"), server.ports, strict=True):
-        address = f"{scheme}://localhost:{port}"
-        assert f"{scheme}://127.0.0.1:{port}" in server.output()
-        with Client(address) as client:
-            assert client.encode(["a cat"]).shape == (1, 256)
-    server.stop()
-
-
 @needs_openssl
 @pytest.mark.slow
 def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> None:

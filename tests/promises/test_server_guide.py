@@ -268,7 +268,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "schemes",
     [
-        pytest.param(["https"], marks=pytest.mark.slow),
         pytest.param(["websockets"], marks=pytest.mark.slow),
         ["grpcs", "https", "wss"],
     ],
@@ -289,6 +288,7 @@ def test_tls_with_a_key_that_has_a_password(
     server = start(spec)
     for scheme, port in zip(schemes, ports, strict=True):
         address = f"{scheme}://localhost:{port}"
+        assert f"{scheme.replace('websockets', 'wss')}://127.0.0.1:{port}" in server.output()
         with Client(address, ca_file=certificate["ssl_certfile"]) as client:
             assert client.encode(SENTENCES).shape == (3, DIM)
     if "https" in schemes:
