@@ -5,6 +5,7 @@ It asks for base64. Images are sent in infinity's way.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import sys
 from typing import Any
@@ -32,7 +33,11 @@ class OpenAIDriver(Driver):
             uris = [f"data:image/jpeg;base64,{base64.b64encode(each).decode()}" for each in items]
             body |= {"input": uris, "modality": "image"}
         headers = {"Content-Type": "application/json"}
-        async with self.session.post(self.url, data=orjson.dumps(body), headers=headers) as answer:
+        content = orjson.dumps(body)
+        async with self.session.post(self.url, data=content, headers=headers) as answer:
+            if wait := answer.headers.get("Retry-After"):  # it is full
+                await asyncio.sleep(float(wait))
+                return await self.encode(items)
             answer.raise_for_status()
             data = orjson.loads(await answer.read())["data"]
         return [np.frombuffer(base64.b64decode(each["embedding"]), np.float32) for each in data]
