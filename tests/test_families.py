@@ -42,7 +42,7 @@ from clip_server.convert.parity import Parity
 from clip_server.model_card import ImageSpec
 from clip_server.models import weights
 from clip_server.runtimes.onnx import OnnxRuntime
-from clip_server.towers import bert, graph, registry
+from clip_server.towers import bert, graph, nllb, registry
 
 SMALL_SIGLIP = config(
     timm("vit_test_patch16_siglip_64", 64, "map", "none"),
@@ -212,6 +212,60 @@ def test_graphs_equal_open_clip(family: str, tmp_path: Path) -> None:
             assert Parity.of(runtime.encode_text(tokens[:, :kept]), texts).suffices(precision)
 
 
+def assert_texts_equal(
+    folder: Path, model: Any, described: dict[str, Any], torch_runtime: Any
+) -> None:
+    """Texts of a tower that masks padding, in every runtime."""
+    tokens = np.random.default_rng(0).integers(3, 600, (3, CONTEXT), dtype=np.int32)
+    tokens[0, 5:] = tokens[1, 9:] = 1
+    pixels = seeded.random_pixels(described, 3)
+    _, texts = references(model, pixels, tokens)
+    for runtime, precision in (
+        (OnnxRuntime.load("mine", model_path=folder), "fp32"),
+        (OnnxRuntime.load("mine", model_path=folder, precision="int8"), "int8"),
+        (torch_runtime.load("mine", model_path=folder, device="cpu"), "fp32"),
+    ):
+        assert (runtime.card.text.trim, runtime.card.text.pad_id) == ("masked", 1)
+        assert Parity.of(runtime.encode_text(tokens), texts).suffices(precision)
+        alone = runtime.encode_text(tokens[:1, :5])
+        assert Parity.of(alone, texts[:1]).suffices(precision)
+
+
+@needs_torch
+def test_nllbs_encoder_equals_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from clip_server.runtimes.torch import TorchRuntime
+
+    tower = tmp_path / "tower"
+    transformers.M2M100Config(
+        vocab_size=600,
+        d_model=48,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=96,
+        scale_embedding=True,
+        activation_function="relu",
+        pad_token_id=1,
+    ).save_pretrained(tower)
+    named = {
+        "hf_model_name": str(tower),
+        "hf_tokenizer_name": "here",
+        "hf_pooler_type": "cls_pooler",
+        "hf_proj_type": "linear",
+        "vocab_size": 600,
+    }
+    model = seeded_model(config(VIT, named | {"hf_model_pretrained": False}, custom_text=True))
+    described = config(VIT, named, custom_text=True)
+    folder = seeded.save(model, tmp_path, described)
+    write_roberta_tokenizer(folder)
+    size = nllb.Size(2, 96, width=48, heads=4, vocab_size=600)
+    monkeypatch.setitem(nllb.SIZES, str(tower), size)
+    assert_texts_equal(folder, model, described, TorchRuntime)
+
+
 @needs_torch
 @pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta"])
 def test_text_towers_of_hugging_faces_equal_open_clip(
@@ -239,19 +293,7 @@ def test_text_towers_of_hugging_faces_equal_open_clip(
     folder = seeded.save(model, tmp_path, described)
     write_roberta_tokenizer(folder)
     monkeypatch.setitem(bert._HUGGING_FACE, str(tower), size)
-    tokens = np.random.default_rng(0).integers(3, 600, (3, CONTEXT), dtype=np.int32)
-    tokens[0, 5:] = tokens[1, 9:] = 1
-    pixels = seeded.random_pixels(described, 3)
-    _, texts = references(model, pixels, tokens)
-    for runtime, precision in (
-        (OnnxRuntime.load("mine", model_path=folder), "fp32"),
-        (OnnxRuntime.load("mine", model_path=folder, precision="int8"), "int8"),
-        (TorchRuntime.load("mine", model_path=folder, device="cpu"), "fp32"),
-    ):
-        assert (runtime.card.text.trim, runtime.card.text.pad_id) == ("masked", 1)
-        assert Parity.of(runtime.encode_text(tokens), texts).suffices(precision)
-        alone = runtime.encode_text(tokens[:1, :5])
-        assert Parity.of(alone, texts[:1]).suffices(precision)
+    assert_texts_equal(folder, model, described, TorchRuntime)
 
 
 @each_family

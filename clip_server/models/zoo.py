@@ -171,7 +171,7 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     tokenizer_files.fetch(card.text)
     tower = registry.text_tower(card.config)
     if tower.hub is not None and not Path(tower.hub).is_dir():
-        hub.fetch(tower.hub, hugging_face.CONFIG)
+        hub.fetch_optional(tower.hub, hugging_face.CONFIG)  # for torch alone
     return file
 
 

@@ -200,14 +200,14 @@ class BertText(TextTower):
     def build(self, graph: GraphBuilder, target: Target) -> str:
         del target  # the same graph for all
         length = graph.op("Shape", "tokens", name="length", start=1, end=2)
-        present = self._present(graph)
-        mask = _mask(graph, present)
+        present = present_tokens(graph, self.pad_id)
+        mask = padding_mask(graph, present)
         states = self._embeddings(graph, length)
         layout = Layout(length)
         for index in range(self.layers - 1):
             states = self._build_block(graph, index, states, layout, mask)
         if self.pool == "first":
-            layout = Layout(length, lambda rows: self._first_positions(graph, rows, length))
+            layout = Layout(length, lambda rows: first_positions(graph, rows, length, self.width))
         states = self._build_block(graph, self.layers - 1, states, layout, mask)
         if self.pool == "mean":
             states = self._mean(graph, states, length, present)
@@ -219,13 +219,6 @@ class BertText(TextTower):
             states = graph.gelu(states, f"{self.projection}.gelu")
             return graph.product(states, self.projection, second)
         return graph.projection(states, self.projection)
-
-    def _present(self, graph: GraphBuilder) -> str:
-        """1.0 for tokens and 0.0 for padding: [B, L]."""
-        pad = graph.constant("pad_id", np.array(self.pad_id, dtype=np.int32))
-        padding = graph.op("Equal", "tokens", pad, name="padding")
-        tokens = graph.op("Not", padding, name="present")
-        return graph.as_computed(graph.cast(tokens, np.float32, "present.float"))
 
     def _embeddings(self, graph: GraphBuilder, length: str) -> str:
         """Tokens with their positions, normalised: [B * L, W]."""
@@ -264,21 +257,9 @@ class BertText(TextTower):
         states = graph.op("Add", states, change, name=f"{name}.sum")
         return graph.layer_norm(states, f"{name}.LayerNorm", epsilon=self.epsilon)
 
-    def _by_text(self, graph: GraphBuilder, states: str, length: str) -> str:
-        """[B * L, W] to [B, L, W]."""
-        batch, width = graph.integers(-1), graph.integers(self.width)
-        shape = graph.op("Concat", batch, length, width, name=f"{states}.shape", axis=0)
-        return graph.op("Reshape", states, shape, name=f"{states}.by_text")
-
-    def _first_positions(self, graph: GraphBuilder, states: str, length: str) -> str:
-        """The first position of each text: [B, W]."""
-        texts = self._by_text(graph, states, length)
-        first = graph.constant("first", np.array(0, dtype=np.int64))
-        return graph.op("Gather", texts, first, name=f"{states}.first", axis=1)
-
     def _mean(self, graph: GraphBuilder, states: str, length: str, present: str) -> str:
         """The mean over the positions of each text that are not padding: [B, W]."""
-        texts = self._by_text(graph, states, length)
+        texts = _by_text(graph, states, length, self.width)
         weights = graph.op("Unsqueeze", present, graph.integers(1), name="present.row")
         summed = graph.op("MatMul", weights, texts, name="tokens.summed")
         summed = graph.op("Reshape", summed, graph.integers(-1, self.width), name="texts.summed")
@@ -307,8 +288,30 @@ def _of_hugging_face(text: Mapping[str, Any]) -> BertText | None:
     )
 
 
-def _mask(graph: GraphBuilder, present: str) -> str:
+def present_tokens(graph: GraphBuilder, pad_id: int) -> str:
+    """1.0 for tokens and 0.0 for padding: [B, L]."""
+    pad = graph.constant("pad_id", np.array(pad_id, dtype=np.int32))
+    padding = graph.op("Equal", "tokens", pad, name="padding")
+    tokens = graph.op("Not", padding, name="present")
+    return graph.as_computed(graph.cast(tokens, np.float32, "present.float"))
+
+
+def padding_mask(graph: GraphBuilder, present: str) -> str:
     """Added to attention scores: [B, 1, 1, L]."""
     missing = graph.op("Sub", present, graph.number(1), name="padding.float")
     mask = graph.op("Mul", missing, graph.number(-_MASKED), name="padding.mask")
     return graph.op("Unsqueeze", mask, graph.integers(1, 2), name="mask")
+
+
+def first_positions(graph: GraphBuilder, states: str, length: str, width: int) -> str:
+    """The first position of each text, of states [B * L, W]: [B, W]."""
+    texts = _by_text(graph, states, length, width)
+    first = graph.constant("first", np.array(0, dtype=np.int64))
+    return graph.op("Gather", texts, first, name=f"{states}.first", axis=1)
+
+
+def _by_text(graph: GraphBuilder, states: str, length: str, width: int) -> str:
+    """[B * L, W] to [B, L, W]."""
+    batch, last = graph.integers(-1), graph.integers(width)
+    shape = graph.op("Concat", batch, length, last, name=f"{states}.shape", axis=0)
+    return graph.op("Reshape", states, shape, name=f"{states}.by_text")

@@ -8,6 +8,7 @@ from clip_server.towers.clip_text import ClipText
 from clip_server.towers.coca_text import CocaText
 from clip_server.towers.convnext import ConvNext
 from clip_server.towers.eva import Eva
+from clip_server.towers.nllb import NllbText
 from clip_server.towers.resnet import ResNet
 from clip_server.towers.siglip import SiglipText, SiglipVision
 from clip_server.towers.timm_vit import TimmVisionTransformer
@@ -29,6 +30,7 @@ TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     CocaText,
     BertText,
     SiglipText,
+    NllbText,
 )
 
 
