@@ -5,6 +5,7 @@ Without pytest and torch: a server's process imports it as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from clip_server.towers import convnext, eva, timm_vit
@@ -30,7 +31,8 @@ SIZES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def add() -> None:
-    """Adds them to this process."""
+def add(setitem: Callable[[dict[str, Any], str, Any], None] = dict.__setitem__) -> None:
+    """Adds them to this process. setitem: adds one, such as pytest's, which removes it again."""
     for table, sizes in SIZES:
-        table.update(sizes)
+        for name, size in sizes.items():
+            setitem(table, name, size)

@@ -16,6 +16,8 @@ import fake_tensorrt
 import numpy as np
 import pytest
 import seeded
+import small_towers
+import test_families as families
 from conftest import GPU_EXECUTOR, HAS_TORCH, Start, free_ports
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -127,10 +129,15 @@ def assert_equal(found: Any, expected: Any, least: float) -> None:
         "vision transformer",
         pytest.param("residual network", marks=pytest.mark.slow),
         pytest.param("Chinese BERT", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in families.SERVED_TRUNKS),
     ],
 )
-def test_engines_of_every_family(name: str, tmp_path: Path) -> None:
-    assert_builds(*load_checkpoint("", saved(tmp_path, CONFIGS[name])), "fp16")
+def test_engines_of_every_family(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_towers.add(monkeypatch.setitem)
+    config = CONFIGS.get(name) or families.FAMILIES[name]
+    assert_builds(*load_checkpoint("", saved(tmp_path, config)), "fp16")
 
 
 @pytest.mark.slow

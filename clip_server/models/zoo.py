@@ -84,7 +84,7 @@ def _int8_bytes(name: str, shape: tuple[int, ...]) -> int:
     size = math.prod(shape)
     if len(shape) != 2:
         return 4 * size
-    return 2 * size if "embedding" in name else size
+    return 2 * size if "embed" in name else size
 
 
 def language(card: ModelCard) -> str:
