@@ -33,6 +33,7 @@ from benchmarks.peers import (
 from benchmarks.processes import Driver
 from benchmarks.report import Figures, Goal, Leg
 from benchmarks.search import search
+from benchmarks.soak import soak
 from clip_client import scores
 from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -56,9 +57,6 @@ SIZES = ((640, 480), (1024, 768), (1600, 1200), (2400, 1800), (4000, 3000))
 PHOTOGRAPHS = 4
 LEAST_COSINE = 0.999
 PHOTO, NOISE = "photograph", "off by one at random"
-# Of the soak: between two looks at the memory, the share of the time that is warm-up, the looks
-# whose median is one point, and how far a point may be from the median of all.
-LOOK_SECONDS, WARM_UP_SHARE, LOOKS, FLAT = 5.0, 0.25, 12, 0.05
 
 
 def texts(peers: Peers, options: Options) -> Leg:
@@ -283,46 +281,6 @@ def _contents(size: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:
     coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     yield "smooth", Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
     yield "noise", Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def soak(peers: Peers, options: Options) -> Leg:
-    """Memory, descriptors and threads of the server's processes under everything at once, for
-    minutes."""
-    started = peers.started(EMBEDDED)
-    visitors = peers.visitors(EMBEDDED, seconds=60 * options.minutes)
-    begun, looks = time.monotonic(), []
-    while visitors.poll() is None:
-        minute = (time.monotonic() - begun) / 60
-        looks.append((minute, started.server.memory() / 2**20, *started.server.usage()))
-        if len(looks) % LOOKS == 1:
-            print(f"  minute {looks[-1][0]:.1f}: {looks[-1][1]:.0f} MiB", flush=True)
-        time.sleep(LOOK_SECONDS)
-    answered = visitors.communicate()[0].strip()
-    minutes, memory, descriptors, threads = np.array(looks).T
-    warm = minutes > WARM_UP_SHARE * options.minutes
-    slope = np.polyfit(minutes[warm], memory[warm], 1)[0]
-    rounds = {
-        "start MiB": [memory[0]],
-        "after warm-up MiB": [memory[warm][0]],
-        "end MiB": [memory[-1]],
-        "MiB a minute": [float(slope)],
-    }
-    goals = [
-        Goal(
-            f"{what}: furthest from the median, after warm-up", "<=", FLAT, _unevenness(each[warm])
-        )
-        for what, each in (("memory", memory), ("descriptors", descriptors), ("threads", threads))
-    ]
-    goals.append(Goal("tracebacks in the log", "<=", 0, started.server.errors()))
-    notes = [f"{options.minutes:g} minutes. Answered: {answered}."]
-    return Leg("memory", [Figures("all processes", rounds)], goals, notes)
-
-
-def _unevenness(memory: NDArray[np.float64]) -> float:
-    """The largest deviation of a minute's median from the overall median, as a share of it."""
-    whole = len(memory) // LOOKS * LOOKS
-    points = np.median(memory[:whole].reshape(-1, LOOKS), axis=1) if whole else memory
-    return float(np.abs(points / np.median(memory) - 1).max())
 
 
 LEGS: dict[str, Callable[[Peers, Options], Leg]] = {

@@ -18,6 +18,8 @@ from benchmarks.peers import CLIP_AS_SERVICE, INFINITY, INT8, OURS, RAW
 from benchmarks.workload import CACHE
 
 RESULTS = CACHE / "results.json"
+# Drawn by the soak.
+SOAK_PLOT = CACHE / "soak.svg"
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -151,6 +153,8 @@ def write_docs(order: Iterable[str]) -> None:
     _, _, after = rest.partition(END)
     page.write_text("\n\n".join([before + BEGIN, *parts, END]) + after)
     (DOCS / "benchmarks.svg").write_text(plot(legs))
+    if SOAK_PLOT.is_file():
+        (DOCS / SOAK_PLOT.name).write_text(SOAK_PLOT.read_text())
 
 
 def machine() -> str:

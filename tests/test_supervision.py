@@ -23,9 +23,11 @@ from conftest import (
     eventually,
     flow,
     is_alive,
+    saved,
     search_flow,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
 
 from clip_client import Client
 
@@ -335,6 +337,41 @@ def test_draining_answers_what_was_begun(start: Start) -> None:
     for thread in threads:
         thread.join()
     assert not lost
+
+
+@pytest.mark.slow
+def test_draining_answers_images_that_are_decoded(start: Start) -> None:
+    """What was begun is answered, and the command ends within the grace period and 2 s."""
+    grace_seconds = 60
+    spec = flow(exact=True, num_worker_preprocess=1)
+    spec["with"] |= {"grace_seconds": grace_seconds, "max_wait": 0}
+    server = start(spec)
+    # Large to decode, but sixteen of them fit into one request.
+    photo = saved(Image.linear_gradient("L").resize((3000, 2000)).convert("RGB"), "JPEG")
+    rows: list[int] = []
+    problems: list[str] = []
+
+    def send(address: str) -> None:
+        try:
+            with Client(address) as client:
+                # What follows a JPEG is not looked at, but equal images are decoded once.
+                images = [photo + f"{address} {number}".encode() for number in range(16)]
+                rows.append(len(client.encode(images)))
+        except Exception as error:
+            problems.append(f"{address}: {error}")
+
+    threads = [threading.Thread(target=send, args=[each]) for each in server.addresses]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: server.metrics()["in_flight_items"] >= 48)
+    told = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(2 * grace_seconds) == 0
+    assert time.monotonic() - told < grace_seconds + 2
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert rows == [16, 16, 16]
 
 
 def test_replicas_share_the_runtime_with_the_command(onnx_server: Server) -> None:
