@@ -211,6 +211,15 @@ def test_a_graph_that_does_not_fit_its_description_is_refused(tmp_path: Path) ->
         OnnxRuntime.load("mine", model_path=tmp_path)
 
 
+def test_a_folder_of_graphs_is_no_checkpoint(tmp_path: Path) -> None:
+    """As for other runtimes, and for the convert command."""
+    write_immich(tmp_path, CLIP, tensors_of(CLIP), image=IMAGE)
+    with pytest.raises(ConfigurationError) as caught:
+        zoo.checkpoint("mine", tmp_path)
+    assert "only the graphs textual/model.onnx, visual/model.onnx" in str(caught.value)
+    assert "the ONNX runtime serves" in str(caught.value)
+
+
 def test_immichs_names_are_those_of_the_models() -> None:
     for name, known in {
         "ViT-B-16-SigLIP2__webli": "ViT-B-16-SigLIP2::webli",

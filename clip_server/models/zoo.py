@@ -160,11 +160,11 @@ def checkpoint(name: str, model_path: str | Path | None = None) -> Path:
     """
     card, path = resolve(name, model_path), _weights_path(name, model_path)
     if path is not None:
-        converted.refuse(path)
         if named := repository(name, model_path):
             repositories.fetch_checkpoint(named, path)
         if path.is_dir() and weights.in_folder(path) is None:
             exported.refuse(path)
+        converted.refuse(path)
     file = weights.find(card, path)
     if card.image_of is not None:
         checkpoint(card.image_of)
