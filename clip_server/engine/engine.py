@@ -212,8 +212,7 @@ class Engine:
             raise
         finally:
             self.in_flight_items -= len(items)
-            self.metrics.failed_items.inc(len(request.errors))
-            self.metrics.truncated_texts.inc(request.truncated)
+            self.metrics.count_flaws(len(request.errors), request.truncated)
             if request.is_open():
                 self._drop(request)
             if timer:

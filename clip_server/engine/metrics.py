@@ -114,8 +114,13 @@ class Metrics:
 
     def count_items(self, items: Sequence[Item]) -> None:
         """Counts the items of an admitted request; invalid ones fail, and are no text or image."""
-        self._texts.inc(sum(isinstance(item, str) for item in items))
-        self._images.inc(sum(isinstance(item, bytes) for item in items))
+        _add(self._texts, sum(isinstance(item, str) for item in items))
+        _add(self._images, sum(isinstance(item, bytes) for item in items))
+
+    def count_flaws(self, failed_items: int, truncated_texts: int) -> None:
+        """Counts the items of a request that failed, and its texts that were truncated."""
+        _add(self.failed_items, failed_items)
+        _add(self.truncated_texts, truncated_texts)
 
     def count_batch(self, size: int, *, is_image: bool) -> None:
         """Counts a batch that goes to the device."""
@@ -169,6 +174,12 @@ class _State(Collector):
         yield CounterMetricFamily("clip_cache_hits", "Items found in the cache", cache.hits)
         yield CounterMetricFamily("clip_cache_misses", "Items not found in the cache", cache.misses)
         yield GaugeMetricFamily("clip_cache_bytes", "Size of the cache", cache.bytes)
+
+
+def _add(counter: Counter, count: int) -> None:
+    """Increases a counter. Adding 0, which is common, would cost as much as any number."""
+    if count:
+        counter.inc(count)
 
 
 def _modality(is_image: bool) -> str:
