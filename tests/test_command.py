@@ -162,6 +162,7 @@ def test_a_device_that_is_not_there() -> None:
     assert (done.stdout.strip(), done.stderr.count("\n")) == ("", 1)
 
 
+@pytest.mark.slow
 def test_a_missing_extra(tmp_path: Path) -> None:
     """An import that is made to fail, as where the package is not installed."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -260,7 +261,8 @@ def press_ctrl_c(server: Server) -> None:
     os.killpg(server.process.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("end", [pytest.param(tell, marks=pytest.mark.slow), press_ctrl_c])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [tell, press_ctrl_c])
 def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], None]) -> None:
     """Over each transport; and a client that never stops sending keeps nothing alive."""
     server = start(flow(module=SLOW_EXECUTOR))
@@ -411,6 +413,7 @@ def test_ipv6_alone(start: Start) -> None:
     server.stop()
 
 
+@pytest.mark.slow
 @needs_ipv6
 def test_ipv6_and_ipv4(start: Start) -> None:
     spec = flow()

@@ -124,6 +124,7 @@ def test_an_executor_that_fails_is_named_and_shows_nothing_of_the_server(
         jina_post(around, protocol, "/refuse", [doc(text="a")])
 
 
+@pytest.mark.slow
 def test_branches_of_a_flow_are_joined(branches: Server, onnx_server: Server) -> None:
     with Client(onnx_server.grpc) as plain, Client(branches.grpc) as client:
         expected = plain.encode(["a cat", CAT]) * 2

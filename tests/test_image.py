@@ -199,7 +199,7 @@ without_heif = pytest.mark.parametrize("hidden", ["pillow_heif"], indirect=True)
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
-@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("size", [64, pytest.param(224, marks=pytest.mark.slow)])
 def test_exact_equals_open_clip_to_the_pixel(size: int, resize: Any) -> None:
     pytest.importorskip("open_clip")
     transform = ImageTransform(ImageSpec(size, resize=resize), exact=True)

@@ -47,6 +47,7 @@ def expected(checkpoint: Path) -> tuple[list[NDArray[np.int32]], NDArray[np.floa
     return rows, means @ tensors[PROJECTION]
 
 
+@pytest.mark.slow
 def test_a_server_of_a_new_family(checkpoint: Path, start: Start, tmp_path: Path) -> None:
     """In a copy of the package that has the file and the line, and no other change."""
     package = copy_package(tmp_path)

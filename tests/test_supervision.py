@@ -152,6 +152,7 @@ def test_what_dies_comes_back(start: Start) -> None:
     server.stop()
 
 
+@pytest.mark.slow
 def test_what_dies_again_and_again_stays_down(start: Start) -> None:
     spec = flow()
     spec["with"]["max_restarts"] = 0

@@ -188,6 +188,7 @@ def test_what_is_no_engine_is_refused_by_name() -> None:
         tensorrt_engines.load(b"\x00" * 4096, "visual.trt")
 
 
+@pytest.mark.slow
 @needs_library
 @needs_none
 def test_the_convert_command_says_that_nothing_was_compared(
