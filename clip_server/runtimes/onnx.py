@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,14 @@ from clip_server.errors import ConfigurationError
 from clip_server.model_card import ModelCard
 from clip_server.models import converted, zoo
 from clip_server.models.converted import Tower
-from clip_server.runtimes.onnx_graph import ImageGraph, TextGraph
+from clip_server.runtimes.onnx_graph import Graph, ImageGraph, TextGraph
 from clip_server.runtimes.onnx_sessions import Sessions
 from clip_server.runtimes.reloading import Reloadable
 
 if TYPE_CHECKING:
     from clip_server.runtimes.onnx_towers import Towers
+
+_TowerGraph = TypeVar("_TowerGraph", ImageGraph, TextGraph)
 
 
 class OnnxRuntime:
@@ -124,17 +126,16 @@ class OnnxRuntime:
         files = own.files
         dims: dict[Tower, int] = {}
 
+        def opened(tower: Tower, adapt: Callable[[Graph], _TowerGraph]) -> _TowerGraph:
+            graph = adapt(sessions.open(files[tower], str(files[tower])))
+            dims[tower] = graph.try_out(card)
+            return graph
+
         def visual() -> ImageGraph:
-            file = files["image"]
-            opened = ImageGraph(sessions.open(file, str(file)), card.image)
-            dims["image"] = opened.try_out(card)
-            return opened
+            return opened("image", lambda graph: ImageGraph(graph, card.image))
 
         def textual() -> TextGraph:
-            file = files["text"]
-            opened = TextGraph(sessions.open(file, str(file)), card.text)
-            dims["text"] = opened.try_out(card)
-            return opened
+            return opened("text", lambda graph: TextGraph(graph, card.text))
 
         image, text = visual(), textual()
         found = own.precision or ("fp16" if image.is_half else "fp32")
