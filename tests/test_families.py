@@ -210,10 +210,15 @@ def test_graphs_equal_open_clip(family: str, tmp_path: Path) -> None:
             assert Parity.of(runtime.encode_text(tokens[:, :kept]), texts).suffices(precision)
 
 
-def assert_texts_equal(
-    folder: Path, model: Any, described: dict[str, Any], torch_runtime: Any
-) -> None:
-    """Texts of a tower that masks padding, in every runtime."""
+def assert_texts_equal(folder: Path, text: dict[str, Any], torch_runtime: Any) -> None:
+    """Texts of a tower of Hugging Face's, which masks padding, in every runtime.
+
+    folder: that the model is saved in. text: the configuration of the tower.
+    """
+    model = seeded_model(config(VIT, text | {"hf_model_pretrained": False}, custom_text=True))
+    described = config(VIT, text, custom_text=True)
+    seeded.save(model, folder, described)
+    write_roberta_tokenizer(folder)
     tokens = np.random.default_rng(0).integers(3, 600, (3, CONTEXT), dtype=np.int32)
     tokens[0, 5:] = tokens[1, 9:] = 1
     pixels = seeded.random_pixels(described, 3)
@@ -255,13 +260,9 @@ def test_nllbs_encoder_equals_open_clip(tmp_path: Path, monkeypatch: pytest.Monk
         "hf_proj_type": "linear",
         "vocab_size": 600,
     }
-    model = seeded_model(config(VIT, named | {"hf_model_pretrained": False}, custom_text=True))
-    described = config(VIT, named, custom_text=True)
-    folder = seeded.save(model, tmp_path, described)
-    write_roberta_tokenizer(folder)
     size = nllb.Size(2, 96, width=48, heads=4, vocab_size=600)
     monkeypatch.setitem(nllb.SIZES, str(tower), size)
-    assert_texts_equal(folder, model, described, TorchRuntime)
+    assert_texts_equal(tmp_path, named, TorchRuntime)
 
 
 @needs_torch
@@ -286,12 +287,8 @@ def test_text_towers_of_hugging_faces_equal_open_clip(
         pad_token_id=1,
     ).save_pretrained(tower)
     named = {"hf_model_name": str(tower), "hf_tokenizer_name": "here", "vocab_size": 600}
-    model = seeded_model(config(VIT, named | {"hf_model_pretrained": False}, custom_text=True))
-    described = config(VIT, named, custom_text=True)
-    folder = seeded.save(model, tmp_path, described)
-    write_roberta_tokenizer(folder)
     monkeypatch.setitem(bert._HUGGING_FACE, str(tower), size)
-    assert_texts_equal(folder, model, described, TorchRuntime)
+    assert_texts_equal(tmp_path, named, TorchRuntime)
 
 
 @each_family
