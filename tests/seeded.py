@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cn_clip_reference import drawn
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from clip_server.models import weights
+from clip_server.towers import registry
 
 SMALL_TEXT = {"context_length": 20, "vocab_size": 600, "width": 64, "heads": 4, "layers": 3}
 SMALL_VIT = {
@@ -49,6 +54,14 @@ def save(model: Any, folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors")
+    describe(folder, config)
+    return folder
+
+
+def save_drawn(folder: Path, config: dict[str, Any]) -> Path:
+    """Writes a checkpoint without torch, with the tensors of `drawn`, and gives the folder."""
+    folder.mkdir(exist_ok=True)
+    save_file(drawn(registry.tensor_shapes(config)), folder / weights.CHECKPOINT)
     describe(folder, config)
     return folder
 

@@ -8,31 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cn_clip_reference as chinese
 import numpy as np
 import pytest
 import seeded
 from conftest import Start, flow, needs_torch
-from safetensors.numpy import save_file
+from test_tensorrt import CONFIGS
 
 from clip_client import Client
 from clip_server.convert.parity import Parity
 from clip_server.engine.halving import Halving
-from clip_server.models import weights
 from clip_server.runtimes import cuda, load_runtime
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.protocol import OutOfMemoryError, Runtime
-from clip_server.towers import registry
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(cuda.device_count() == 0, reason="there is no NVIDIA GPU here"),
 ]
-CONFIGS = {
-    "vision transformer": seeded.SMALL_VIT,
-    "residual network": seeded.SMALL_RESNET,
-    "Chinese BERT": chinese.SMALL,
-}
 RUNTIMES = [
     ("onnx", "fp32"),
     ("onnx", "fp16"),
@@ -83,18 +75,11 @@ def loaded(runtime: str, folder: Path, **options: Any) -> Runtime:
     return load_runtime(runtime, "", model_path=folder, **options)
 
 
-def saved(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    save_file(chinese.drawn(registry.tensor_shapes(config)), folder / weights.CHECKPOINT)
-    seeded.describe(folder, config)
-    return folder
-
-
 @pytest.mark.parametrize(("runtime", "precision"), RUNTIMES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equal_to_the_cpu(name: str, runtime: str, precision: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
-    folder = saved(tmp_path / "model", config)
+    folder = seeded.save_drawn(tmp_path / "model", config)
     on_gpu = loaded(runtime, folder, precision=precision)
     assert on_gpu.device.startswith("cuda")
     on_cpu = OnnxRuntime.load("", model_path=folder, device="cpu")
@@ -124,7 +109,7 @@ def memory_left(size: int) -> Iterator[None]:
 @needs_torch
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])
 def test_a_batch_that_does_not_fit_is_halved(runtime: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", seeded.SMALL_VIT)
+    folder = seeded.save_drawn(tmp_path / "model", seeded.SMALL_VIT)
     on_gpu = loaded(runtime, folder)
     pixels = seeded.random_pixels(seeded.SMALL_VIT, 2**16)
     expected = on_gpu.encode_image(pixels[:8])

@@ -20,7 +20,6 @@ import small_towers
 import test_families as families
 from conftest import GPU_EXECUTOR, HAS_TORCH, Start, free_ports
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from clip_server import runtimes
 from clip_server.convert.__main__ import main
@@ -29,7 +28,7 @@ from clip_server.engine.halving import Halving
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.launch import flow
 from clip_server.model_card import ModelCard, Precision
-from clip_server.models import converted, weights, zoo
+from clip_server.models import converted, zoo
 from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import cuda, tensorrt_engines
 from clip_server.runtimes.loading import load_checkpoint
@@ -37,7 +36,7 @@ from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.runtimes.tensorrt import TensorrtRuntime, fitting
 from clip_server.runtimes.tensorrt_engines import Key, Profile
-from clip_server.towers import graph, onnx_file, registry
+from clip_server.towers import graph, onnx_file
 
 CONFIGS = {
     "vision transformer": seeded.SMALL_VIT,
@@ -88,15 +87,7 @@ def gpu(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    return saved(tmp_path / "small", seeded.SMALL_VIT)
-
-
-def saved(folder: Path, config: dict[str, Any]) -> Path:
-    """A folder with the seeded checkpoint of a configuration."""
-    folder.mkdir(exist_ok=True)
-    save_file(chinese.drawn(registry.tensor_shapes(config)), folder / weights.CHECKPOINT)
-    seeded.describe(folder, config)
-    return folder
+    return seeded.save_drawn(tmp_path / "small", seeded.SMALL_VIT)
 
 
 def model_of(card: ModelCard, tensors: Any, tower: Tower, precision: Precision) -> Any:
@@ -137,7 +128,7 @@ def test_engines_of_every_family(
 ) -> None:
     small_towers.add(monkeypatch.setitem)
     config = CONFIGS.get(name) or families.FAMILIES[name]
-    assert_builds(*load_checkpoint("", saved(tmp_path, config)), "fp16")
+    assert_builds(*load_checkpoint("", seeded.save_drawn(tmp_path, config)), "fp16")
 
 
 @pytest.mark.slow
@@ -379,7 +370,7 @@ def test_what_it_cannot_do_is_said() -> None:
 def test_vectors_are_those_of_the_graph(
     name: str, gpu: fake_tensorrt.FakeGpu, tmp_path: Path
 ) -> None:
-    folder = saved(tmp_path, CONFIGS[name])
+    folder = seeded.save_drawn(tmp_path, CONFIGS[name])
     found = TensorrtRuntime.load("", model_path=folder, precision="fp32", minibatch_size=BATCH)
     expected = OnnxRuntime.load("", model_path=folder, device="cpu", threads=1)
     assert (found.name, found.device, found.precision) == ("tensorrt", "cuda:0", "fp32")
@@ -506,7 +497,7 @@ def test_replicas_take_the_gpus_in_turn(start: Start) -> None:
 def test_profiles_and_vectors_on_a_gpu(name: str, precision: Precision, tmp_path: Path) -> None:
     from clip_server.runtimes.torch import TorchRuntime
 
-    folder = saved(tmp_path, CONFIGS[name])
+    folder = seeded.save_drawn(tmp_path, CONFIGS[name])
     card, tensors = load_checkpoint("", folder)
     for tower in TOWERS:
         wanted = tensorrt_engines.profiles(card, tower, BATCH)

@@ -18,18 +18,17 @@ import triton_server
 from conftest import saved
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
 from test_tokenizer_hugging_face import t5 as write_tokenizer
 from triton_server import Installed, Triton
 
 from clip_client import Client, ConnectionFailedError, ItemsError, ServerError, TruncationWarning
 from clip_client.scores import normalize
 from clip_server.convert.__main__ import main
-from clip_server.models import weights, zoo
+from clip_server.models import zoo
 from clip_server.preprocess.image import ImageTransform
 from clip_server.preprocess.tokenizer import pad, tokenizer_for
 from clip_server.runtimes import load_runtime
-from clip_server.towers import registry, timm_vit
+from clip_server.towers import timm_vit
 
 pytestmark = pytest.mark.slow
 
@@ -116,15 +115,10 @@ def test_embeddings_of_other_families_are_ours(
     monkeypatch.setitem(timm_vit.SIZES, "test_patch16", small_towers.VIT)
     families.add_small_members_to_timm()
     config = SEEDED[family]
-    tensors: dict[str, Any] = chinese.drawn(registry.tensor_shapes(config))
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    save_file(tensors, checkpoint / weights.CHECKPOINT)
-    seeded.describe(checkpoint, config)
+    checkpoint = seeded.save_drawn(tmp_path / "checkpoint", config)
     if "hf_tokenizer_name" in config["text_cfg"]:
         write_tokenizer(checkpoint)
     repository = tmp_path / "repository"
-    del tensors
     command = [str(checkpoint), "--to", "triton", "--towers", "python", "--out", str(repository)]
     assert main(command) == 0
     theirs = expected("", checkpoint)
