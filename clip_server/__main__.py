@@ -15,6 +15,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.install import conflict
 from clip_server.launch import flow as flows
 from clip_server.launch import jina_internals
+from clip_server.launch.flow_gateway import DEFAULT_PORTS
 from clip_server.launch.process_setup import (
     bypass_proxies,
     limit_malloc_arenas,
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    ports = ", ".join(f"{port} for {name}" for name, port in flows.DEFAULT_PORTS.items())
+    ports = ", ".join(f"{port} for {name}" for name, port in DEFAULT_PORTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m clip_server",
         description="Serves CLIP embeddings of texts and images.",

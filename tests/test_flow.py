@@ -17,6 +17,7 @@ from clip_server.__main__ import main
 from clip_server.errors import ConfigurationError
 from clip_server.executors.parameters import EncoderParameters
 from clip_server.launch import flow as flows
+from clip_server.launch.flow_gateway import DEFAULT_PORTS
 from clip_server.launch.ports import is_free
 
 UNSET = object()
@@ -385,7 +386,7 @@ def test_the_command_line(refused: Refused, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for word in (*flows.built_in(), "clip_server.models", *map(str, flows.DEFAULT_PORTS.values())):
+    for word in (*flows.built_in(), "clip_server.models", *map(str, DEFAULT_PORTS.values())):
         assert word in said
 
 

@@ -180,6 +180,18 @@ def as_mapping(value: Any, place: str) -> dict[Any, Any]:
     return dict(value)
 
 
+def as_list(value: Any) -> list[Any]:
+    """A value, or the values of a list; none for None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def port_number(value: Any, place: str) -> int:
+    """A port; 0 means any that is free."""
+    return whole_number(value, place, most=65535)
+
+
 def whole_number(value: Any, place: str, least: int = 0, most: int | None = None) -> int:
     """A whole number, which may stand in quotes.
 

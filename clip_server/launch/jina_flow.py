@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clip_server.launch import jina_internals
-from clip_server.launch.flow import EXECUTOR_DEFAULTS
+from clip_server.launch.flow_executors import EXECUTOR_DEFAULTS
 
 jina_internals.import_jina()
 

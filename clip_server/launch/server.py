@@ -14,7 +14,8 @@ from typing import Any
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool, replica_pools
 from clip_server.launch import heartbeats, jina_internals
-from clip_server.launch.flow import ALL_INTERFACES, addresses, needs_key
+from clip_server.launch.flow import addresses, needs_key
+from clip_server.launch.flow_gateway import ALL_INTERFACES
 from clip_server.launch.start_failures import StartFailures
 from clip_server.launch.supervision import Supervision, Supervisor, cause_of_death, end
 
