@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clip_server.towers import convnext, eva, timm_vit
+from clip_server.towers import convnext, eva, timm_vit, vitamin
 
 VIT = timm_vit.Size(64, 2, 2, 3.0)
 _TURNED = eva.Rotation(6, offset=1, across_first=True)
@@ -26,6 +26,13 @@ SIZES: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "eva02_last_patch16_clip": eva.Size(64, 2, 2, 192, eva.Style(norm_after=True)),
             "vit_pe_core_test_patch16": eva.Size(64, 2, 2, 192, _PERCEPTION),
             "vit_pe_core_bare_patch16": eva.Size(64, 2, 2, 192, _PERCEPTION, class_token=False),
+        },
+    ),
+    (
+        vitamin.SIZES,
+        {
+            "vitamin_test": vitamin.Size((16, 24), 64, 2, 2),
+            "vitamin_bare": vitamin.Size((16, 24), 64, 2, 2, has_positions=False),
         },
     ),
 ]

@@ -86,11 +86,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "convnext": config(timm("convnext_test", 64, "", "linear"), TEXT),
     "convnext, mlp": config(timm("convnext_test", 64, "", "mlp"), TEXT),
+    **{
+        name: config(timm(trunk, size, "", "linear"), TEXT, custom_text=True)
+        for name, (trunk, size) in {
+            "vitamin": ("vitamin_test_64", 64),
+            "vitamin, no positions": ("vitamin_bare_64", 72),
+            "vitamin, real size": ("vitamin_small_224", 224),
+        }.items()
+    },
     "metaclip worldwide": config(VIT, TEXT | {"pool_type": "eos", "eos_id": 2}),
 }
 TEXTS = ["a cat", "the end", "unbelievably hyphenated"]
 # Variants of what another one shows.
-SLOW = ("siglip, no projection", "eva-02, norms last", "pe-core, no class token", "convnext, mlp")
+SLOW = (
+    "siglip, no projection",
+    "coca, as wide as its embeddings",
+    "eva-02, norms last",
+    "pe-core, no class token",
+    "convnext, mlp",
+    "vitamin, no positions",
+    "vitamin, real size",
+)
 each_family = pytest.mark.parametrize(
     "family",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in FAMILIES],
@@ -164,6 +180,29 @@ def add_small_members_to_timm() -> None:
         model.default_cfg = {}
         return model
 
+    from timm.layers import HybridEmbed
+    from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
+
+    def vitamin_test_64(*_: Any, pos_embed: str = "learn", **__: Any) -> Any:
+        stages = MbConvStages(VitCfg((16, 24, 64), (2, 4, 1), stem_width=16))
+        model = VisionTransformer(
+            64,
+            patch_size=1,
+            class_token=False,
+            global_pool="avg",
+            pos_embed=pos_embed,
+            embed_layer=partial(HybridEmbed, backbone=stages, proj=False),
+            mlp_layer=GeGluMlp,
+            **size | {"mlp_ratio": 2.0},
+        )
+        model.default_cfg = {}
+        return model
+
+    def vitamin_bare_64(*_: Any, **__: Any) -> Any:
+        return vitamin_test_64(pos_embed="none")
+
+    register_model(vitamin_test_64)
+    register_model(vitamin_bare_64)
     register_model(convnext_test)
     register_model(eva_test_patch16_64)
     register_model(eva02_test_patch16_clip_64)
@@ -294,7 +333,8 @@ def test_text_towers_of_hugging_faces_equal_open_clip(
 @each_family
 def test_graphs_for_tensorrt_and_in_fp16_give_the_same_embeddings(family: str) -> None:
     described = FAMILIES[family]
-    tensors, image = drawn(registry.tensor_shapes(described)), ImageSpec(64)
+    tensors = drawn(registry.tensor_shapes(described))
+    image = ImageSpec(described["vision_cfg"]["image_size"])
     feeds = (
         {"pixels": seeded.random_pixels(described, 2)},
         {"tokens": random_tokens(described, 2, 9)},
@@ -378,7 +418,7 @@ def test_rank_over_http_gives_sigmoids(sigmoid_server: Server) -> None:
     assert len(answer["data"][0]["matches"]) == len(TEXTS)
 
 
-SERVED_TRUNKS = ["eva-02", "pe-core", "convnext"]
+SERVED_TRUNKS = ["eva-02", "pe-core", "convnext", "vitamin"]
 SERVED = ["siglip", "timm with a class token", "clipa", "coca", *SERVED_TRUNKS]
 # What the process of a server runs first.
 STARTUP = f"""

@@ -244,7 +244,8 @@ def test_how_pictures_are_prepared(
 @pytest.mark.parametrize(
     ("config", "pictures", "message"),
     [
-        ({"model_type": "siglip2"}, {}, "model_type 'siglip2'"),
+        ({"model_type": "siglip2"}, {}, r"'siglip2': .*NaFlex.*siglip2-base-patch16-224"),
+        ({"model_type": "blip"}, {}, "'blip': supported are 'clip', 'chinese_clip', 'siglip'"),
         ({"vision_config": {"hidden_act": "relu"}}, {}, "hidden_act 'relu'"),
         ({"text_config": {"hidden_act": "gelu"}}, {}, "different activations"),
         ({}, {"size": {"shortest_edge": 256}}, "takes squares of 224 pixels"),

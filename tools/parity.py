@@ -51,6 +51,7 @@ ARCHITECTURES = (
     "ViT-B-16",
     "ViT-B-32-SigLIP2-256",
     "PE-Core-S-16-384",
+    "ViTamin-B",
 )
 _LEAST_OF_BF16 = 0.999
 Embeddings = dict[Tower, NDArray[np.float32]]

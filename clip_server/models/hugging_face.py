@@ -26,6 +26,14 @@ _MERGES, _WORD_PIECES = "merges.txt", "vocab.txt"
 OPTIONAL_FILES = (_PREPROCESSING, _PROCESSOR, _MERGES, _WORD_PIECES)
 # M-CLIP's `config.json` does not describe its towers; its name does.
 _TEXT_ALONE = "M-CLIP"
+# Why a type of model is refused.
+_REFUSED = {
+    "siglip2": (
+        "its images keep their proportions (NaFlex), which needs towers for images of any size, "
+        "and these are not supported. SigLIP 2 models of a fixed size, such as "
+        "google/siglip2-base-patch16-224, have the model_type 'siglip' and are supported"
+    ),
+}
 # Pillow's numbers of the filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 
@@ -67,8 +75,9 @@ def _families(kind: Any, file: Path) -> tuple[type[ImageTower], type[TextTower]]
     image = _by_type(registry.IMAGE_FAMILIES).get(kind)
     text = _by_type(registry.TEXT_FAMILIES).get(kind)
     if image is None or text is None:
-        known = " and ".join(map(repr, _by_type(registry.TEXT_FAMILIES)))
-        raise ConfigurationError(f"{file} has the model_type {kind!r}; supported are {known}")
+        known = ", ".join(map(repr, _by_type(registry.TEXT_FAMILIES)))
+        reason = _REFUSED.get(kind, f"supported are {known}")
+        raise ConfigurationError(f"{file} has the model_type {kind!r}: {reason}")
     return image, text
 
 

@@ -131,9 +131,47 @@ class GraphBuilder:
         weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
         return self.linear(source, tensor, weight, bias)
 
+    def joined_linear(self, source: str, name: str, tensors: Sequence[str]) -> str:
+        """Several torch Linears of the checkpoint as one; their outputs are side by side."""
+        weights = np.concatenate([self.weight(f"{tensor}.weight") for tensor in tensors])
+        biases = np.concatenate([self.weight(f"{tensor}.bias") for tensor in tensors])
+        return self.linear(source, name, weights, biases)
+
     def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
         """source [..., I] by a matrix [I, O]."""
         return self.op("MatMul", source, self.floats(name, matrix), name=f"{name}.out")
+
+    def convolution(
+        self,
+        source: str,
+        name: str,
+        kernel: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        *,
+        stride: int = 1,
+        groups: int = 1,
+    ) -> str:
+        """source [B, I, S, S] by a kernel [O, I / groups, K, K], plus bias [O].
+
+        Every side is padded with K // 2 zeros, so that a stride of 1 keeps the size.
+        """
+        return self.op(
+            "Conv",
+            source,
+            self.floats(f"{name}.weight", kernel),
+            self.floats(f"{name}.bias", bias),
+            name=name,
+            strides=[stride] * 2,
+            pads=[kernel.shape[-1] // 2] * 4,
+            group=groups,
+        )
+
+    def stored_convolution(
+        self, source: str, tensor: str, *, stride: int = 1, groups: int = 1
+    ) -> str:
+        """A torch Conv2d of the checkpoint, padded as in `convolution`."""
+        kernel, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
+        return self.convolution(source, tensor, kernel, bias, stride=stride, groups=groups)
 
     def linear_from_uint8(
         self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]

@@ -154,16 +154,7 @@ class ConvNext(ImageTower):
         shape = graph.integers(-1, stage.grid, stage.grid, stage.width)
         hidden = graph.op("Reshape", states, shape, name=f"{prefix}squares")
         hidden = graph.op("Transpose", hidden, name=f"{prefix}channels", perm=[0, 3, 1, 2])
-        kernel, bias = (graph.weight(f"{prefix}conv_dw.{part}") for part in ("weight", "bias"))
-        hidden = graph.op(
-            "Conv",
-            hidden,
-            graph.floats(f"{prefix}conv_dw.weight", kernel),
-            graph.floats(f"{prefix}conv_dw.bias", bias),
-            name=f"{prefix}conv_dw",
-            group=stage.width,
-            pads=[_KERNEL // 2] * 4,
-        )
+        hidden = graph.stored_convolution(hidden, f"{prefix}conv_dw", groups=stage.width)
         hidden = graph.op("Transpose", hidden, name=f"{prefix}positions", perm=[0, 2, 3, 1])
         hidden = graph.op("Reshape", hidden, graph.integers(-1, stage.width), name=f"{prefix}rows")
         hidden = graph.layer_norm(hidden, f"{prefix}norm", self.size.epsilon)

@@ -301,9 +301,7 @@ class Eva(ImageTower):
 
     def _gated_mlp(self, graph: GraphBuilder, states: str, prefix: str) -> str:
         names = [f"{prefix}mlp.fc1_{letter}" for letter in "gx"]
-        weight = np.concatenate([graph.weight(f"{name}.weight") for name in names])
-        bias = np.concatenate([graph.weight(f"{name}.bias") for name in names])
-        rows = graph.linear(states, f"{prefix}mlp.fc1", weight, bias)
+        rows = graph.joined_linear(states, f"{prefix}mlp.fc1", names)
         gate, hidden = graph.split(rows, ("gate", "value"), axis=1)
         share = graph.op("Sigmoid", gate, name=f"{prefix}mlp.share")
         gate = graph.op("Mul", gate, share, name=f"{prefix}mlp.gate")

@@ -15,6 +15,7 @@ from clip_server.towers.timm_vit import TimmVisionTransformer
 from clip_server.towers.torch_only import TorchOnlyImage, TorchOnlyText
 from clip_server.towers.tower import Config, ImageTower, Shapes, TextTower, Tower
 from clip_server.towers.vision_transformer import VisionTransformer
+from clip_server.towers.vitamin import Vitamin
 
 # The first that accepts a configuration builds it.
 IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
@@ -24,6 +25,7 @@ IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
     SiglipVision,
     Eva,
     ConvNext,
+    Vitamin,
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (
     ClipText,

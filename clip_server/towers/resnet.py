@@ -146,15 +146,7 @@ def _folded(graph: GraphBuilder, states: str, conv: str, norm: str, stride: int 
     scale = graph.weight(f"{norm}.weight") / np.sqrt(variance + EPSILON)
     shift = graph.weight(f"{norm}.bias") - graph.weight(f"{norm}.running_mean") * scale
     kernel = (graph.weight(f"{conv}.weight") * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
-    return graph.op(
-        "Conv",
-        states,
-        graph.floats(f"{conv}.weight", kernel),
-        graph.floats(f"{conv}.bias", shift.astype(np.float32)),
-        name=conv,
-        strides=[stride] * 2,
-        pads=[kernel.shape[-1] // 2] * 4,
-    )
+    return graph.convolution(states, conv, kernel, shift.astype(np.float32), stride=stride)
 
 
 def _average(graph: GraphBuilder, states: str, stride: int, name: str) -> str:

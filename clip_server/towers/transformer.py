@@ -88,21 +88,25 @@ class Transformer:
 
     def shapes(self) -> Shapes:
         """The name and shape of every tensor of the blocks."""
-        width, hidden, names = self.width, self.mlp_width, self.names
+        width, names = self.width, self.names
         one: Shapes = {
             **norm_shapes(names.norm_1, width),
             f"{names.qkv}weight": (3 * width, width),
             f"{names.qkv}bias": (3 * width,),
             **linear_shapes(names.attended, width, width),
             **norm_shapes(names.norm_2, width),
-            **linear_shapes(names.mlp[0], width, hidden),
-            **linear_shapes(names.mlp[1], hidden, width),
+            **self.mlp_shapes(),
         }
         return {
             self._block(index) + name: shape
             for index in range(self.layers)
             for name, shape in one.items()
         }
+
+    def mlp_shapes(self) -> Shapes:
+        """The name and shape of every tensor of a block's MLP, without the block's prefix."""
+        width, hidden, (first, second) = self.width, self.mlp_width, self.names.mlp
+        return linear_shapes(first, width, hidden) | linear_shapes(second, hidden, width)
 
     def macs(self, length: int) -> int:
         """Multiply-accumulates for `length` positions."""
@@ -130,6 +134,10 @@ class Transformer:
         last_mask = mask if layout.pool is None else pooled_mask
         return self._build_block(graph, self.layers - 1, states, layout, last_mask)
 
+    def build_mlp(self, graph: GraphBuilder, states: str, prefix: str) -> str:
+        """The MLP of the block whose tensors begin with `prefix`: states [N, W] to the same."""
+        return mlp(graph, states, prefix, self.names.mlp, self.activation)
+
     def _block(self, index: int) -> str:
         return f"{self.prefix}{self.names.blocks}.{index}."
 
@@ -153,7 +161,7 @@ class Transformer:
         attended = graph.stored_linear(attended, prefix + names.attended)
         states = graph.op("Add", states, attended, name=f"{prefix}attended")
         hidden = graph.layer_norm(states, prefix + names.norm_2, self.epsilon)
-        hidden = mlp(graph, hidden, prefix, names.mlp, self.activation)
+        hidden = self.build_mlp(graph, hidden, prefix)
         return graph.op("Add", states, hidden, name=f"{prefix}states")
 
 
