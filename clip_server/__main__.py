@@ -16,6 +16,7 @@ from clip_server.install import conflict
 from clip_server.launch import flow as flows
 from clip_server.launch import jina_internals
 from clip_server.launch.flow_gateway import DEFAULT_PORTS
+from clip_server.launch.overrides import override_encoders
 from clip_server.launch.process_setup import (
     bypass_proxies,
     limit_malloc_arenas,
@@ -23,6 +24,14 @@ from clip_server.launch.process_setup import (
     use_uvloop,
 )
 from clip_server.runtimes import install_options
+
+# Options that set a parameter of the flow's encoders.
+_OVERRIDES = {
+    "model": "serve this model, whatever the flow says; of several encoders EXECUTOR=NAME chooses "
+    "the one that gets it",
+    "device": "likewise: cpu, cuda, cuda:1, for every encoder or, as EXECUTOR=DEVICE, for one",
+    "dtype": "likewise: fp32, fp16, bf16 or int8, as the runtime has it",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,15 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if advice := conflict():
             console.log(f"clip_server: {advice}")
         spec = flows.load(flows.read(options.flow))
-        flows.locate_executors(spec, options.flow)
+        flows.include_executors(spec, options.flow)
         jina_internals.import_jina(without_torch=flows.has_only_encoders(spec))
         use_uvloop()
         from clip_server.launch import server  # imports Jina, which is patched by now
 
         spec = flows.expand(spec)
-        flows.override_encoders(
-            spec, {"name": options.model, "device": options.device, "dtype": options.dtype}
-        )
+        override_encoders(spec, {name: getattr(options, name) for name in _OVERRIDES})
         supervision = flows.supervision(spec)
         return server.run(flows.prepare(spec, options.host, options.port), supervision, started)
     except ConfigurationError as error:
@@ -83,9 +90,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="listen on these ports, whatever the flow says: one for each protocol, or one that "
         "is the first of consecutive ports; 0: any free port",
     )
-    parser.add_argument("--model", metavar="NAME", help="serve this model, whatever the flow says")
-    parser.add_argument("--device", help="likewise: cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", help="likewise: fp32, fp16, bf16 or int8, as the runtime has it")
+    for name, meaning in _OVERRIDES.items():
+        metavar = "NAME" if name == "model" else name.upper()
+        parser.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=meaning)
     parser.add_argument("--log-level", choices=logs.LEVELS, help="default: info")
     parser.add_argument("--log-format", choices=logs.FORMATS, help="default: text")
     parser.add_argument("--access-log", action="store_true", help="log a line for each request")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from ipaddress import ip_address
 from pathlib import Path
@@ -56,11 +56,12 @@ def run(
     )
 
 
+Capture = pytest.CaptureFixture[str]
 Refused = Callable[[dict[str, Any]], str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> Refused:
     """What the command says of a flow it does not start: one message, no traceback."""
 
     def refused(spec: dict[str, Any]) -> str:
@@ -124,31 +125,79 @@ def test_what_is_wrong_is_said_at_once(refused: Refused, tmp_path: Path) -> None
         (["--model", "embedded", "--device", "gpu-of-mine"], "gpu-of-mine"),
     ],
 )
-def test_options_override_the_flow(
-    options: list[str], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_options_override_the_flow(options: list[str], message: str, capfd: Capture) -> None:
     assert main(["onnx-flow.yml", "--port", "0", *options]) == 1
     assert message in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "executor",
-    [
-        {"uses": "CLIPEncoder", "py_modules": ["clip_server.executors.clip_onnx"]},
-        {
-            "uses": "CLIPEncoder",
-            "uses_with": {"name": "embedded"},
-            "py_modules": ["clip_server.executors.clip_onnx"],
-        },
-        {**flow(ports=[0, 0, 0])["executors"][0], "uses_with": {"name": "embedded"}},
-    ],
+_ONNX = "clip_server.executors.clip_onnx"
+# Encoders of the built-in model as flows write them.
+_WRITTEN = (
+    {"uses": "CLIPEncoder", "py_modules": [_ONNX]},
+    {"uses": "CLIPEncoder", "uses_with": {"name": "embedded"}, "py_modules": [_ONNX]},
+    {"uses": f"{_ONNX}.CLIPEncoder", "uses_with": {"name": "embedded"}},
+    {**flow(ports=[0, 0, 0])["executors"][0], "uses_with": {"name": "embedded"}},
+    {"uses": "own.yml"},
+    {"uses": "own.yml", "uses_with": {"model-path": "/nowhere"}, "py_modules": [_ONNX]},
+    {"uses": "tagged.yml"},
+    {"uses": "image.yml"},
 )
+
+
+def refusal(
+    folder: Path, executors: Sequence[Mapping[str, Any]], capfd: Capture, *options: str
+) -> str:
+    """What the command says about a flow that it does not serve, with options."""
+    (folder / "own.yml").write_text(
+        f"jtype: CLIPEncoder\nwith: {{name: embedded, model_path: /nowhere}}\n"
+        f"metas: {{py_modules: {_ONNX}}}\n"
+    )
+    (folder / "tagged.yml").write_text(f"!CLIPEncoder\nmetas:\n  py_modules: [{_ONNX}]\n")
+    (folder / "image.yml").write_text(
+        "jtype: CLIPImageEncoder\nwith: {pretrained_model_name_or_path: embedded}\n"
+        "metas: {py_modules: [clip_server.executors.clip_hub]}\n"
+    )
+    spec = {"jtype": "Flow", "executors": [dict(each) for each in executors]}
+    (folder / "flow.yml").write_text(yaml.safe_dump(spec))
+    assert main([str(folder / "flow.yml"), "--port", "0", *options]) == 1
+    return capfd.readouterr().err
+
+
+@pytest.mark.parametrize("executor", _WRITTEN)
 def test_options_override_an_encoder_however_it_is_written(
-    executor: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    executor: dict[str, Any], tmp_path: Path, capfd: Capture
 ) -> None:
-    (tmp_path / "flow.yml").write_text(yaml.safe_dump({"jtype": "Flow", "executors": [executor]}))
-    assert main([str(tmp_path / "flow.yml"), "--port", "0", "--model", "ViT-B/23"]) == 1
-    assert "named 'ViT-B/23'" in capfd.readouterr().err
+    executors = [{"name": "clip", **executor}]
+    for name in ("ViT-B/23", "clip=ViT-B/23"):
+        assert "named 'ViT-B/23'" in refusal(tmp_path, executors, capfd, "--model", name)
+    options = ("--model", "embedded", "--dtype", "fp17")
+    assert "fp17" in refusal(tmp_path, executors, capfd, *options)
+
+
+def test_of_several_encoders_an_option_names_one(tmp_path: Path, capfd: Capture) -> None:
+    def refused(*options: str) -> str:
+        executors = [{"name": "first", "uses": "own.yml"}, {"uses": "tagged.yml"}]
+        return refusal(tmp_path, executors, capfd, *options)
+
+    said = refused("--model", "ViT-B/32")
+    assert "2 encoders, first, executor1" in said
+    assert "--model first=ViT-B/32 or --model executor1=ViT-B/32" in said
+    assert "no executor of this flow is named third; it has first, executor1" in refused(
+        "--model", "third=embedded"
+    )
+    models = ("--model", "first=embedded", "--model", "executor1=ViT-B/23")
+    assert "named 'ViT-B/23'" in refused(*models)
+    good = ("--model", "first=embedded", "--model", "executor1=embedded")
+    for devices in (["odd"], ["cpu", "executor1=odd"], ["executor1=odd", "cpu"]):
+        given = [word for device in devices for word in ("--device", device)]
+        assert "odd" in refused(*good, *given)
+
+
+def test_options_for_a_flow_without_encoders(tmp_path: Path, capfd: Capture) -> None:
+    executors = [{"name": "mine", "uses": {"jtype": "Mine", "metas": {"py_modules": "mine.py"}}}]
+    said = refusal(tmp_path, executors, capfd, "--device", "cpu")
+    assert "no CLIPEncoder" in said
+    assert "EXECUTOR is mine" in said
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -394,13 +394,36 @@ def test_the_command_line(refused: Refused, capsys: pytest.CaptureFixture[str]) 
 def test_an_executors_own_file_is_beside_the_flow_or_here(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "project" / "image" / "config.yml"
-    file.parent.mkdir(parents=True)
-    file.write_text("jtype: CLIPImageEncoder")
+    image = tmp_path / "project" / "image"
+    image.mkdir(parents=True)
+    (image / "resize.py").touch()
+    (image / "config.yml").write_text(
+        "!Resize\nwith: {size: 32}\nmetas:\n  py_modules: [resize.py, elsewhere.py]\n"
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / folder)
     spec = {"executors": [{"uses": "image/config.yml"}, {"uses": {"jtype": "CLIPEncoder"}}]}
-    flows.locate_executors(spec, str(tmp_path / "project" / "flow.yml"))
-    assert spec["executors"][0]["uses"] == str(file)
-    with pytest.raises(ConfigurationError, match=r"uses: there is no file text/config.yml, seen"):
-        flows.locate_executors({"executors": [{"uses": "text/config.yml"}]}, "flow.yml")
+    flows.include_executors(spec, str(tmp_path / "project" / "flow.yml"))
+    assert spec["executors"][0]["uses"] == {
+        "jtype": "Resize",
+        "with": {"size": 32},
+        "metas": {"py_modules": [str(image / "resize.py"), "elsewhere.py"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"uses: there is no file own.yml, seen from"),
+        ("with: {name: embedded}", "uses: own.yml does not define an executor"),
+        ("jtype: [", "uses: own.yml is not YAML: line 1"),
+        ("jtype: A\njtype: B", "line 2 of uses: own.yml: jtype: is given twice"),
+    ],
+)
+def test_an_executors_own_file_that_is_none(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "own.yml").write_text(content)
+    with pytest.raises(ConfigurationError, match=message):
+        flows.include_executors({"executors": [{"uses": "own.yml"}]}, str(tmp_path / "flow.yml"))

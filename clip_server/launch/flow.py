@@ -19,13 +19,14 @@ from clip_server.errors import ConfigurationError
 from clip_server.keys.keyring import open_keyring
 from clip_server.launch import flow_keys, jina_internals, ports
 from clip_server.launch.flow_executors import (
+    OUR_EXECUTORS,
     check_executor,
     hand_out_gpus,
     is_ours,
     prepare_executor,
 )
 from clip_server.launch.flow_gateway import prepare_gateway
-from clip_server.launch.flow_keys import as_list, as_mapping, port_number, section
+from clip_server.launch.flow_keys import as_list, port_number, section
 from clip_server.launch.supervision import Supervision
 
 DEFAULT_FLOW = "torch-flow.yml"
@@ -71,13 +72,7 @@ def load(text: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: it is not YAML, or not a flow.
     """
-    import yaml  # here, so that its absence is reported as that of any other package
-
-    try:
-        spec = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"the flow is not YAML: {_in_one_line(error)}") from None
-    _refuse_repeated_keys(yaml.compose(text))
+    spec = _parse(text, "the flow")
     if not isinstance(spec, dict):
         spec = {}
     executors = spec.get("executors") or spec.get("deployments")
@@ -94,30 +89,38 @@ def load(text: str) -> dict[str, Any]:
     return loaded
 
 
-def locate_executors(spec: Mapping[str, Any], flow: str) -> None:
-    """Makes the paths of executors' own YAML files absolute, in place: `uses: image/config.yml` is
-    relative to the working directory or, as in Jina, to the folder of the flow's file.
+def include_executors(spec: Mapping[str, Any], flow: str) -> None:
+    """Writes executors that are defined elsewhere into the flow, in place.
+
+    `uses: image/config.yml` is replaced by the content of that file, which is relative to the
+    working directory or, as in Jina, to the folder of the flow's file; the dotted name of a class
+    of ours by the class and its module.
 
     flow: the path of the flow's file.
 
     Raises:
-        ConfigurationError: there is no such file.
+        ConfigurationError: there is no such file, or it does not define an executor.
     """
-    for executor in spec.get("executors") or spec["deployments"]:
+    for executor in written_executors(spec):
         uses = executor.get("uses")
-        if not isinstance(uses, str) or Path(uses).suffix not in (".yml", ".yaml"):
+        if not isinstance(uses, str):
             continue
-        folders = [Path.cwd(), Path(flow).resolve().parent]
-        found = [folder / uses for folder in folders if (folder / uses).is_file()]
-        if not found:
-            seen_from = " or ".join(dict.fromkeys(map(str, folders)))
-            raise ConfigurationError(f"uses: there is no file {uses}, seen from {seen_from}")
-        executor["uses"] = str(found[0])
+        if Path(uses).suffix in (".yml", ".yaml"):
+            executor["uses"] = _read_executor(uses, [Path.cwd(), Path(flow).resolve().parent])
+        elif uses.startswith(OUR_EXECUTORS):
+            module, _, name = uses.rpartition(".")
+            executor["uses"] = {"jtype": name, "metas": {"py_modules": [module]}}
+
+
+def written_executors(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The executors of a flow that is not yet prepared."""
+    executors: list[dict[str, Any]] = spec.get("executors") or spec["deployments"]
+    return executors
 
 
 def has_only_encoders(spec: Mapping[str, Any]) -> bool:
     """Whether every executor of a flow is one of ours."""
-    return all(map(is_ours, spec.get("executors") or spec["deployments"]))
+    return all(map(is_ours, written_executors(spec)))
 
 
 def expand(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,29 +154,6 @@ def supervision(spec: Mapping[str, Any]) -> Supervision:
     }
     names = (*flow_keys.SUPERVISION_PARAMETERS, "grace_seconds")
     return Supervision(**{name: given[name] for name in names if name in given})
-
-
-def override_encoders(spec: dict[str, Any], parameters: Mapping[str, Any]) -> None:
-    """Sets parameters of a flow's encoders, whatever the flow says. Indexers keep theirs.
-
-    parameters: None leaves what the flow says.
-
-    Raises:
-        ConfigurationError: there are some, and the flow has no CLIPEncoder.
-    """
-    given = {key: value for key, value in parameters.items() if value is not None}
-    if not given:
-        return
-    encoders = [
-        executor
-        for executor in spec.get("executors") or spec["deployments"]
-        if _class_name(executor) == "CLIPEncoder"
-    ]
-    if not encoders:
-        raise ConfigurationError(f"{', '.join(given)}: the flow has no CLIPEncoder to set this for")
-    for executor in encoders:
-        # It has precedence over `with:` under `uses:`.
-        executor["uses_with"] = as_mapping(executor.get("uses_with"), "uses_with") | given
 
 
 def prepare(
@@ -229,7 +209,60 @@ def needs_key(spec: Mapping[str, Any]) -> bool:
     return open_keyring(spec["gateway"].get("uses_with", {}).get("auth_file")) is not None
 
 
-def _refuse_repeated_keys(node: Any) -> None:
+def _parse(text: str, what: str) -> Any:
+    """The content of a YAML document, in which `!CLASS`, Jina's older form, is `jtype: CLASS`.
+
+    what: the document, for messages.
+
+    Raises:
+        ConfigurationError: it is not YAML, or gives a key twice.
+    """
+    import yaml  # here, so that its absence is reported as that of any other package
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def construct_tagged(loader: Any, jtype: str, node: Any) -> dict[str, Any]:
+        is_mapping = isinstance(node, yaml.MappingNode)
+        keys = loader.construct_mapping(node, deep=True) if is_mapping else {}
+        return {"jtype": jtype, **keys}
+
+    Loader.add_multi_constructor("!", construct_tagged)
+    try:
+        parsed = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{what} is not YAML: {_in_one_line(error)}") from None
+    _refuse_repeated_keys(yaml.compose(text), what)
+    return parsed
+
+
+def _read_executor(name: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """The content of an executor's own YAML file, with the paths of its modules made absolute."""
+    found = [folder / name for folder in folders if (folder / name).is_file()]
+    if not found:
+        seen_from = " or ".join(dict.fromkeys(map(str, folders)))
+        raise ConfigurationError(f"uses: there is no file {name}, seen from {seen_from}")
+    executor = _parse(read(str(found[0])), f"uses: {name}")
+    if not isinstance(executor, dict) or "jtype" not in executor:
+        raise ConfigurationError(
+            f"uses: {name} does not define an executor: it begins with its class, as "
+            "`jtype: CLIPEncoder`"
+        )
+    metas = executor.get("metas")
+    for keys in (executor, metas if isinstance(metas, dict) else {}):
+        if "py_modules" in keys:
+            modules = as_list(keys["py_modules"])
+            keys["py_modules"] = [_beside(found[0], each) for each in modules]
+    return executor
+
+
+def _beside(file: Path, module: Any) -> Any:
+    """A module of an executor's file: its path, if it is next to the file, else as written."""
+    path = file.parent / str(module)
+    return str(path) if path.exists() else module
+
+
+def _refuse_repeated_keys(node: Any, what: str) -> None:
     """Raises ConfigurationError where YAML would keep the last of several values of a key."""
     import yaml
 
@@ -237,11 +270,11 @@ def _refuse_repeated_keys(node: Any) -> None:
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         if key.value in seen:
             line = key.start_mark.line + 1
-            raise ConfigurationError(f"line {line} of the flow: {key.value}: is given twice")
+            raise ConfigurationError(f"line {line} of {what}: {key.value}: is given twice")
         seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        _refuse_repeated_keys(value)
+        _refuse_repeated_keys(value, what)
     for each in node.value if isinstance(node, yaml.SequenceNode) else []:
-        _refuse_repeated_keys(each)
+        _refuse_repeated_keys(each, what)
 
 
 def _in_one_line(error: Any) -> str:
@@ -258,12 +291,6 @@ def _type_first(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: _type_first(value[key]) for key in sorted(value, key=lambda k: k != "jtype")}
-
-
-def _class_name(executor: Mapping[str, Any]) -> Any:
-    """`uses: CLASS`, or `uses: {jtype: CLASS}`."""
-    uses = executor.get("uses")
-    return uses.get("jtype") if isinstance(uses, dict) else uses
 
 
 def _place(executor: Mapping[str, Any], index: int) -> str:

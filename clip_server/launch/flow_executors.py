@@ -26,9 +26,10 @@ EXECUTOR_DEFAULTS: Mapping[str, Any] = {
 }
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
-_EXECUTORS = "clip_server.executors."
-_INDEXER = f"{_EXECUTORS}indexer"
-_HUB = f"{_EXECUTORS}clip_hub"
+# The package of our executors, as a prefix of their modules.
+OUR_EXECUTORS = "clip_server.executors."
+_INDEXER = f"{OUR_EXECUTORS}indexer"
+_HUB = f"{OUR_EXECUTORS}clip_hub"
 # The classes in the modules of our executors; in the others, CLIPEncoder.
 _CLASSES = {_INDEXER: ["CLIPIndexer"], _HUB: ["CLIPImageEncoder", "CLIPTextEncoder"]}
 # Executors of clip-as-service for which there is no module here.
@@ -40,7 +41,7 @@ _ANNLITE = ("annlite.executor", "AnnLiteIndexer")
 def is_ours(executor: Mapping[str, Any]) -> bool:
     """Whether an executor is one of those that come with the server."""
     modules = _modules(executor)
-    return bool(modules) and all(_module(str(each)).startswith(_EXECUTORS) for each in modules)
+    return bool(modules) and all(_module(str(each)).startswith(OUR_EXECUTORS) for each in modules)
 
 
 def prepare_executor(written: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _named_modules(executor: Mapping[str, Any], uses: Mapping[str, Any], place: 
     if not modules or "jtype" not in uses:
         raise ConfigurationError(
             f"{place}: uses: needs jtype: CLIPEncoder and, under metas: py_modules:, its module, "
-            f"one of {', '.join(_EXECUTORS + each for each in by_executor())}"
+            f"one of {', '.join(OUR_EXECUTORS + each for each in by_executor())}"
         )
     return [_module(each) for each in modules]
 
@@ -162,7 +163,7 @@ def check_executor(executor: Mapping[str, Any], place: str) -> None:
     """
     uses = executor["uses"] if isinstance(executor.get("uses"), dict) else {}
     for module in uses.get("metas", {}).get("py_modules", []):
-        if module.startswith(_EXECUTORS):
+        if module.startswith(OUR_EXECUTORS):
             _check_our_executor(module, uses, place)
         elif not ("extra_search_paths" in executor or Path(module).exists() or _is_module(module)):
             kind = "file" if module.endswith(".py") else "module or file"
@@ -189,7 +190,7 @@ def _check_our_executor(module: str, uses: Mapping[str, Any], place: str) -> Non
 def _check_encoder(module: str, parameters: Mapping[str, Any], place: str) -> None:
     from clip_server.executors.parameters import EncoderParameters
 
-    name = module.removeprefix(_EXECUTORS)
+    name = module.removeprefix(OUR_EXECUTORS)
     runtime = by_executor().get(name)
     if runtime is None:
         raise ConfigurationError(
@@ -248,18 +249,18 @@ def _module(name: str) -> str:
     path = Path(name)
     if path.is_file():
         return name
-    stem = path.stem if path.suffix == ".py" else name.removeprefix(_EXECUTORS)
+    stem = path.stem if path.suffix == ".py" else name.removeprefix(OUR_EXECUTORS)
     if stem in _DROPPED:
         raise ConfigurationError(
             f"py_modules: {name} of clip-as-service is replaced by clip_torch and clip_onnx: name "
             "one of them, and under with: name: the model or a folder of Hugging Face's"
         )
-    return _EXECUTORS + stem if path.suffix == ".py" and stem in _executors() else name
+    return OUR_EXECUTORS + stem if path.suffix == ".py" and stem in _executors() else name
 
 
 def _executors() -> list[str]:
     """The names of our executors' modules."""
-    return [*by_executor(), *(module.removeprefix(_EXECUTORS) for module in _CLASSES)]
+    return [*by_executor(), *(module.removeprefix(OUR_EXECUTORS) for module in _CLASSES)]
 
 
 def _is_module(name: str) -> bool:
