@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clip_server.towers import convnext, eva, timm_vit, vitamin
+from clip_server.towers import convnext, eva, fastvit, hybrid_vit, timm_vit, vitamin
 
 VIT = timm_vit.Size(64, 2, 2, 3.0)
 _TURNED = eva.Rotation(6, offset=1, across_first=True)
@@ -18,6 +18,14 @@ _GATED = eva.Style(eva.Rotation(6), fused=False, gated=True)
 SIZES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (timm_vit.SIZES, {"test_patch16": VIT}),
     (convnext.SIZES, {"convnext_test": convnext.Size((16, 24, 32, 48), (1, 2, 1, 1))}),
+    (
+        fastvit.SIZES,
+        {
+            "fastvit_test": fastvit.Size((8, 16, 32, 64), (1, 1, 1, 2)),
+            "fastvit_late_test": fastvit.Size((8, 8, 16, 32, 64), (1,) * 5, 4, late=True),
+        },
+    ),
+    (hybrid_vit.SIZES, {"vit_mci_test": VIT}),
     (
         eva.SIZES,
         {

@@ -84,6 +84,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "pe-core, no class token": ("vit_pe_core_bare_patch16_64", "map"),
         }.items()
     },
+    **{
+        name: config(timm(trunk, size, "avg", None), TEXT, custom_text=True)
+        for name, (trunk, size) in {
+            "mobileclip": ("fastvit_test", 64),
+            "mobileclip 2, late": ("fastvit_late_test", 72),
+            "mobileclip, real size": ("fastvit_mci0", 256),
+        }.items()
+    },
+    "mobileclip-b": config(timm("vit_mci_test", 64, "token", None), TEXT, custom_text=True),
     "convnext": config(timm("convnext_test", 64, "", "linear"), TEXT),
     "convnext, mlp": config(timm("convnext_test", 64, "", "mlp"), TEXT),
     **{
@@ -106,6 +115,8 @@ SLOW = (
     "convnext, mlp",
     "vitamin, no positions",
     "vitamin, real size",
+    "mobileclip 2, late",
+    "mobileclip, real size",
 )
 each_family = pytest.mark.parametrize(
     "family",
@@ -129,7 +140,7 @@ def small_members_in_timm() -> None:
 @cache
 def add_small_members_to_timm() -> None:
     """Registers them once: timm warns of names that it knows."""
-    from timm.layers import LayerNorm
+    from timm.layers import HybridEmbed, LayerNorm
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer
 
@@ -146,6 +157,9 @@ def add_small_members_to_timm() -> None:
 
     from timm.models.convnext import ConvNeXt
     from timm.models.eva import Eva
+    from timm.models.fastvit import fastvit_mci0, fastvit_mci3
+    from timm.models.vision_transformer_hybrid import ConvStem
+    from torch.nn import GELU
 
     rotated = {"use_rot_pos_emb": True, "ref_feat_shape": (6, 6)}
     eva02 = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
@@ -180,7 +194,24 @@ def add_small_members_to_timm() -> None:
         model.default_cfg = {}
         return model
 
-    from timm.layers import HybridEmbed
+    def fastvit_test(*_: Any, num_classes: int, global_pool: str, **__: Any) -> Any:
+        small = {"layers": (1, 1, 1, 2), "embed_dims": (8, 16, 32, 64)}
+        return fastvit_mci0(num_classes=num_classes, global_pool=global_pool, **small)
+
+    def fastvit_late_test(*_: Any, num_classes: int, global_pool: str, **__: Any) -> Any:
+        small = {"layers": (1,) * 5, "embed_dims": (8, 8, 16, 32, 64)}
+        return fastvit_mci3(num_classes=num_classes, global_pool=global_pool, **small)
+
+    def vit_mci_test(*_: Any, num_classes: int, global_pool: str, **__: Any) -> Any:
+        strides = {"kernel_size": (4, 2, 2), "stride": (4, 2, 2), "padding": 0}
+        stem = ConvStem(channels=(16, 16, 64), act_layer=GELU, **strides)
+        embed = partial(HybridEmbed, backbone=stem, proj=False)
+        options = {"num_classes": num_classes, "global_pool": global_pool, "no_embed_class": True}
+        return VisionTransformer(64, 1, embed_layer=embed, **size, **options)
+
+    register_model(fastvit_test)
+    register_model(fastvit_late_test)
+    register_model(vit_mci_test)
     from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
 
     def vitamin_test_64(*_: Any, pos_embed: str = "learn", **__: Any) -> Any:
@@ -418,7 +449,7 @@ def test_rank_over_http_gives_sigmoids(sigmoid_server: Server) -> None:
     assert len(answer["data"][0]["matches"]) == len(TEXTS)
 
 
-SERVED_TRUNKS = ["eva-02", "pe-core", "convnext", "vitamin"]
+SERVED_TRUNKS = ["eva-02", "pe-core", "convnext", "vitamin", "mobileclip", "mobileclip-b"]
 SERVED = ["siglip", "timm with a class token", "clipa", "coca", *SERVED_TRUNKS]
 # What the process of a server runs first.
 STARTUP = f"""

@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Trim]] = {
     ),
     "mobileclip": (
         config(
-            timm("fastvit_mci0", 64, "avg", None), TEXT | {"no_causal_mask": True}, custom_text=True
+            timm("fastvit_t8", 64, "avg", None), TEXT | {"no_causal_mask": True}, custom_text=True
         ),
         "fixed",
     ),

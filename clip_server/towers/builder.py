@@ -126,9 +126,17 @@ class GraphBuilder:
         inputs = self.floats(f"{name}.weight", weight), self.floats(f"{name}.bias", bias)
         return self.op("Gemm", source, *inputs, name=name, transB=1)
 
-    def stored_linear(self, source: str, tensor: str) -> str:
-        """A torch Linear of the checkpoint."""
+    def stored_linear(
+        self, source: str, tensor: str, scale: NDArray[np.float32] | None = None
+    ) -> str:
+        """A torch Linear of the checkpoint, or a Conv2d of single positions.
+
+        scale: by which each output is multiplied, [O]; None: by nothing.
+        """
         weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
+        weight = weight.reshape(len(bias), -1)
+        if scale is not None:
+            weight, bias = weight * scale[:, np.newaxis], bias * scale
         return self.linear(source, tensor, weight, bias)
 
     def joined_linear(self, source: str, name: str, tensors: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from clip_server.model_card import ImageSpec
+from clip_server.towers.convolution import Convolution, merge_neighbours, to_channels, to_rows
 from clip_server.towers.patches import embed_patches, mean_of_patches
 from clip_server.towers.tower import (
     EPSILON,
@@ -134,36 +135,22 @@ class ConvNext(ImageTower):
         return self._projected(graph, pooled)
 
     def _downsampled(self, graph: GraphBuilder, states: str, stage: Stage) -> str:
-        """Rows [B * 4 G * G, C] to half the positions of a side, [B * G * G, W].
-
-        A stride as wide as the kernel makes the convolution one Gemm.
-        """
-        name, grid, inputs = f"{stage.prefix}downsample", stage.grid, stage.inputs
+        """Rows [B * 4 G * G, C] to half the positions of a side, [B * G * G, W]."""
+        name = f"{stage.prefix}downsample"
         states = graph.layer_norm(states, f"{name}.0", self.size.epsilon)
-        states = graph.op(
-            "Reshape", states, graph.integers(-1, grid, 2, grid, 2, inputs), name=f"{name}.squares"
-        )
-        states = graph.op("Transpose", states, name=f"{name}.moved", perm=[0, 1, 3, 2, 4, 5])
-        states = graph.op("Reshape", states, graph.integers(-1, 4 * inputs), name=f"{name}.rows")
-        kernel = graph.weight(f"{name}.1.weight").transpose(0, 2, 3, 1)
-        weight = kernel.reshape(stage.width, -1)
-        return graph.linear(states, f"{name}.1", weight, graph.weight(f"{name}.1.bias"))
+        convolution = Convolution.stored(graph, f"{name}.1")
+        return merge_neighbours(graph, states, f"{name}.1", convolution, stage.grid)
 
     def _build_block(self, graph: GraphBuilder, states: str, prefix: str, stage: Stage) -> str:
         """One block: states [B * G * G, W] to the same."""
-        shape = graph.integers(-1, stage.grid, stage.grid, stage.width)
-        hidden = graph.op("Reshape", states, shape, name=f"{prefix}squares")
-        hidden = graph.op("Transpose", hidden, name=f"{prefix}channels", perm=[0, 3, 1, 2])
+        hidden = to_channels(graph, states, stage.grid, stage.width, prefix)
         hidden = graph.stored_convolution(hidden, f"{prefix}conv_dw", groups=stage.width)
-        hidden = graph.op("Transpose", hidden, name=f"{prefix}positions", perm=[0, 2, 3, 1])
-        hidden = graph.op("Reshape", hidden, graph.integers(-1, stage.width), name=f"{prefix}rows")
+        hidden = to_rows(graph, hidden, stage.width, prefix)
         hidden = graph.layer_norm(hidden, f"{prefix}norm", self.size.epsilon)
         hidden = graph.stored_linear(hidden, f"{prefix}{_MLP[0]}")
         hidden = graph.gelu(hidden, f"{prefix}mlp.gelu")
         # The scale of the block is part of its last layer.
-        scale, last = graph.weight(f"{prefix}gamma"), f"{prefix}{_MLP[1]}"
-        weight = graph.weight(f"{last}.weight") * scale[:, None]
-        hidden = graph.linear(hidden, last, weight, graph.weight(f"{last}.bias") * scale)
+        hidden = graph.stored_linear(hidden, f"{prefix}{_MLP[1]}", graph.weight(f"{prefix}gamma"))
         return graph.op("Add", states, hidden, name=f"{prefix}states")
 
     def _projected(self, graph: GraphBuilder, pooled: str) -> str:

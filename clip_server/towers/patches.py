@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server.model_card import ImageSpec
+from clip_server.towers.convolution import Convolution
 from clip_server.towers.pixels import normalisation
 from clip_server.towers.tower import Target
 
@@ -22,13 +23,26 @@ def embed_patches(
 
     convolution: the prefix of its tensors: a kernel [W, 3, P, P], and a bias [W] if it has one.
     grid: G, patches of an image's side.
+    """
+    stored = Convolution.stored(graph, convolution)
+    return convolve_patches(graph, image, target, convolution, stored, grid)
+
+
+def convolve_patches(
+    graph: GraphBuilder,
+    image: ImageSpec,
+    target: Target,
+    name: str,
+    convolution: Convolution,
+    grid: int,
+) -> str:
+    """As `embed_patches`, of a convolution that is not that of the checkpoint alone.
 
     A stride as wide as the kernel makes the convolution one Gemm. The pixels are moved while they
     are uint8, except for TensorRT, which only casts uint8; their normalisation is part of the
     weight and the bias.
     """
-    kernel = graph.weight(f"{convolution}.weight").astype(np.float64)
-    width, patch = kernel.shape[0], kernel.shape[-1]
+    width, patch = convolution.kernel.shape[0], convolution.side
     pixels, linear = "pixels", graph.linear_from_uint8
     if target == "tensorrt":
         pixels, linear = graph.cast_from_uint8(pixels), graph.linear
@@ -38,11 +52,9 @@ def embed_patches(
     pixels = graph.op("Transpose", pixels, name="pixels.of_patch", perm=[0, 2, 4, 1, 3, 5])
     pixels = graph.op("Reshape", pixels, graph.integers(-1, 3 * patch**2), name="pixels.rows")
     scale, shift = normalisation(image)
-    weight = (kernel * scale).reshape(width, -1).astype(np.float32)
-    bias = (kernel * shift).sum(axis=(1, 2, 3))
-    if graph.has_weight(f"{convolution}.bias"):
-        bias = bias + graph.weight(f"{convolution}.bias")
-    rows = linear(pixels, convolution, weight, bias.astype(np.float32))
+    weight = (convolution.kernel * scale).reshape(width, -1).astype(np.float32)
+    bias = convolution.bias + (convolution.kernel * shift).sum(axis=(1, 2, 3))
+    rows = linear(pixels, name, weight, bias.astype(np.float32))
     return graph.op("Reshape", rows, graph.integers(-1, grid**2, width), name="patches")
 
 

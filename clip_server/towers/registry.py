@@ -8,6 +8,8 @@ from clip_server.towers.clip_text import ClipText
 from clip_server.towers.coca_text import CocaText
 from clip_server.towers.convnext import ConvNext
 from clip_server.towers.eva import Eva
+from clip_server.towers.fastvit import FastVit
+from clip_server.towers.hybrid_vit import HybridVit
 from clip_server.towers.nllb import NllbText
 from clip_server.towers.resnet import ResNet
 from clip_server.towers.siglip import SiglipText, SiglipVision
@@ -25,6 +27,8 @@ IMAGE_FAMILIES: tuple[type[ImageTower], ...] = (
     SiglipVision,
     Eva,
     ConvNext,
+    FastVit,
+    HybridVit,
     Vitamin,
 )
 TEXT_FAMILIES: tuple[type[TextTower], ...] = (

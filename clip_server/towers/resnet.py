@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from clip_server.model_card import ImageSpec
 from clip_server.towers.attention import Attention
+from clip_server.towers.convolution import Convolution, batch_norm_shapes
 from clip_server.towers.layout import every_nth, of_all_positions
 from clip_server.towers.pixels import normalised
 from clip_server.towers.tower import (
-    EPSILON,
     Config,
     ImageTower,
     Shapes,
     Target,
     linear_shapes,
-    norm_shapes,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +61,7 @@ class ResNet(ImageTower):
             shapes |= _convolution_shapes(prefix, 3, planes, 4 * planes, 1)
             if stride > 1 or channels != 4 * planes:
                 shapes[f"{prefix}downsample.0.weight"] = (4 * planes, channels, 1, 1)
-                shapes |= _batch_norm_shapes(f"{prefix}downsample.1", 4 * planes)
+                shapes |= batch_norm_shapes(f"{prefix}downsample.1", 4 * planes)
         pool = f"{_PREFIX}attnpool."
         shapes[f"{pool}positional_embedding"] = (self.grid**2 + 1, pooled)
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -113,14 +110,9 @@ class ResNet(ImageTower):
         return graph.stored_linear(attended, f"{prefix}c_proj")
 
 
-def _batch_norm_shapes(name: str, width: int) -> Shapes:
-    moments: Shapes = {f"{name}.running_mean": (width,), f"{name}.running_var": (width,)}
-    return norm_shapes(name, width) | moments
-
-
 def _convolution_shapes(prefix: str, index: int, inputs: int, outputs: int, kernel: int) -> Shapes:
     weight: Shapes = {f"{prefix}conv{index}.weight": (outputs, inputs, kernel, kernel)}
-    return weight | _batch_norm_shapes(f"{prefix}bn{index}", outputs)
+    return weight | batch_norm_shapes(f"{prefix}bn{index}", outputs)
 
 
 def _bottleneck(graph: GraphBuilder, states: str, prefix: str, stride: int, project: bool) -> str:
@@ -142,11 +134,8 @@ def _convolved(graph: GraphBuilder, states: str, prefix: str, index: int, stride
 
 def _folded(graph: GraphBuilder, states: str, conv: str, norm: str, stride: int = 1) -> str:
     """A convolution with the batch norm that follows it folded into its weights."""
-    variance = graph.weight(f"{norm}.running_var").astype(np.float64)
-    scale = graph.weight(f"{norm}.weight") / np.sqrt(variance + EPSILON)
-    shift = graph.weight(f"{norm}.bias") - graph.weight(f"{norm}.running_mean") * scale
-    kernel = (graph.weight(f"{conv}.weight") * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
-    return graph.convolution(states, conv, kernel, shift.astype(np.float32), stride=stride)
+    folded = Convolution.stored(graph, conv, norm)
+    return folded.build(graph, states, conv, stride=stride)
 
 
 def _average(graph: GraphBuilder, states: str, stride: int, name: str) -> str:
