@@ -60,6 +60,9 @@ class FakeServer:
         self.truncated = 0
         # Breaks the connection instead of answering, so many times.
         self.drops = 0
+        # Over HTTP: whether several requests may come in one, and how many HTTP requests came.
+        self.shares = True
+        self.posts = 0
         # Set while requests may be answered.
         self.gate = threading.Event()
         self.gate.set()
@@ -247,6 +250,10 @@ class FakeServer:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 assert self.headers["content-type"] == PROTOBUF
+                fake.posts += 1
+                if self.path == "/":
+                    self._answer_several(clip_pb2.Requests.FromString(body).requests)
+                    return
                 encode = clip_pb2.EncodeRequest.FromString(body)
                 self._answer(clip_pb2.Request(encode=encode), self.path.strip("/"))
 
@@ -260,8 +267,26 @@ class FakeServer:
                     return
                 failed = response.HasField("error")
                 message = response.error if failed else getattr(response, kind)
-                self.send_response(400 if failed else 200)
-                content = message.SerializeToString()
+                self._send(400 if failed else 200, message.SerializeToString())
+
+            def _answer_several(self, requests: Iterable[Any]) -> None:
+                if not fake.shares:
+                    self._send(404, b"")
+                elif not fake.admits(self.headers["authorization"]):
+                    wrong = _failed(0, "UNAUTHENTICATED", "the credential is wrong")
+                    self._send(401, wrong.error.SerializeToString())
+                else:
+                    with ThreadPoolExecutor(32) as pool:
+                        responses = list(pool.map(fake.answer, requests))
+                    if fake.drop():
+                        self.close_connection = True
+                        return
+                    # In another order than that of the requests.
+                    together = clip_pb2.Responses(responses=responses[::-1])
+                    self._send(200, together.SerializeToString())
+
+            def _send(self, status: int, content: bytes) -> None:
+                self.send_response(status)
                 self.send_header("content-type", PROTOBUF)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import seeded
-from conftest import free_range, needs_torch
+from conftest import Server, free_range, needs_torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +70,38 @@ def test_the_capacity_leg_measures_every_protocol() -> None:
     rate = next(line for line in table.splitlines() if line.startswith("| texts/s"))
     cells = [float(cell.replace(",", "")) for cell in rate.split("|")[2:5]]
     assert all(cell > 0 for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_overhead_leg_compares_two_servers(onnx_server: Server, tmp_path: Path) -> None:
+    """Over OpenAI's API, once their vectors are equal; here both are the same server."""
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "photo.jpg")
+    script = (
+        "import json, sys; from pathlib import Path\n"
+        "from benchmarks import legs, peers, workload; from benchmarks.options import Options\n"
+        "workload.photos = Path\n"
+        "with peers.Peers(0) as found:\n"
+        "    found.started = lambda _: peers.Started(None, {'http': sys.argv[1]})\n"
+        "    leg = legs.overhead(found, Options(1, 0.2, 0, 0, ()))\n"
+        "ratios = {goal.what: goal.figure for goal in leg.goals}\n"
+        "print(json.dumps([[row.rounds for row in leg.figures], ratios]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, onnx_server.http],
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows, ratios = json.loads(done.stdout.splitlines()[-1])
+    assert "lowest cosine to clip-server thin: texts 1.0" in done.stdout
+    for row in rows:
+        assert list(row) == ["clip-server", "infinity"]
+        assert all(rate > 0 for (rate,) in row.values())
+    assert len(rows) == len(ratios) == 3
+    assert all(ratio > 0 for ratio in ratios.values())
 
 
 @pytest.mark.slow

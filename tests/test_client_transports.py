@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from certificates import Pair, make_pair, needs_openssl
-from fake_server import SCHEMES, FakeServer
+from fake_server import SCHEMES, FakeServer, vector
 from websockets.sync.server import ServerConnection, serve
 
 from clip_client import (
@@ -26,6 +28,7 @@ from clip_client import (
     InvalidInputError,
     OverloadedError,
     ServerError,
+    background,
 )
 from clip_client.proto import clip_pb2
 
@@ -93,6 +96,76 @@ def test_http_answers(
     ):
         client.encode(["a"])
     assert type(caught.value) is kind
+
+
+def encode_together(client: Client, texts: Iterable[str], **options: Any) -> list[Any]:
+    """The results of one call for each text, all of which are ready at the same moment."""
+
+    async def run() -> list[Any]:
+        released = threading.Event()
+
+        async def hold() -> None:
+            released.wait()
+
+        background.submit(hold())  # the event loop that sends requests
+        calls = [asyncio.create_task(client.aencode([text], **options)) for text in texts]
+        await asyncio.sleep(0)
+        released.set()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def shared() -> Iterator[tuple[FakeServer, Client]]:
+    with FakeServer("http") as server, Client(server.address) as client:
+        yield server, client
+
+
+TEXTS = [f"text {number}" for number in range(20)]
+EXPECTED = np.array([[vector(text)] for text in TEXTS])
+
+
+def test_small_requests_share_an_http_request(shared: tuple[FakeServer, Client]) -> None:
+    server, client = shared
+    np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
+    assert server.posts == 2
+    long = [each * 1000 for each in TEXTS[:5]]
+    assert len(encode_together(client, long)) == 5
+    client.encode(TEXTS, batch_size=10)
+    assert server.posts == 2 + 5 + 2
+
+
+def test_a_server_that_takes_no_shared_requests(shared: tuple[FakeServer, Client]) -> None:
+    server, client = shared
+    server.shares = False
+    for _ in range(2):
+        np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
+    assert server.posts == 2 + 2 * len(TEXTS)  # it is tried once
+
+
+def test_shared_requests_fail_and_are_sent_again_each_by_itself(
+    shared: tuple[FakeServer, Client],
+) -> None:
+    server, client = shared
+    server.drops = 2
+    np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
+    found = encode_together(client, ["good", "bad"], on_item_error="return")
+    assert [len(errors) for _, errors in found] == [0, 1]
+    server.credential = "secret"
+    failed = encode_together(client, TEXTS)
+    assert {type(error) for error in failed} == {AuthenticationError}
+
+
+def test_a_shared_request_that_is_given_up_hurts_no_other(
+    shared: tuple[FakeServer, Client],
+) -> None:
+    server, client = shared
+    server.gate.clear()
+    found = encode_together(client, TEXTS, timeout=0.2)
+    assert {type(error) for error in found} == {DeadlineExceededError}
+    server.gate.set()
+    np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
 
 
 def test_a_path_before_the_routes() -> None:

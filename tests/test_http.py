@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import socket
 from typing import Any
 
@@ -221,6 +222,41 @@ def test_protobuf(http: Http) -> None:
     refused = http.post("/encode", data=b"\xff\xff\xff", headers=PROTOBUF)
     assert refused.status_code == 400
     assert pb.Error.FromString(refused.content).code == pb.Error.INVALID_ARGUMENT
+
+
+def test_several_requests_in_one(http: Http) -> None:
+    """Each has an answer or error of its own, and is counted by itself."""
+
+    def counted() -> dict[str, float]:
+        lines = http.get("/metrics").text.splitlines()
+        samples = (line.rpartition(" ") for line in lines if 'protocol="http"' in line)
+        return {name: float(value) for name, _, value in samples if "_count" in name}
+
+    encode = pb.EncodeRequest(items=[pb.Item(text="a cat"), pb.Item(image=b"no")])
+    rank = pb.RankRequest(query=pb.Item(text="a cat"), candidates=[pb.Item(text="a dog")])
+    wrong = pb.EncodeRequest(items=[pb.Item(text="a cat")], model="none")
+    sent = [
+        pb.Request(id=7, encode=encode, request_id="mine"),
+        pb.Request(id=5, rank=rank),
+        pb.Request(id=6, encode=wrong),
+        pb.Request(id=8),
+    ]
+    before = counted()
+    body = pb.Requests(requests=sent).SerializeToString()
+    answer = http.post("/", data=body, headers=PROTOBUF)
+    assert answer.status_code == 200
+    found = {each.id: each for each in pb.Responses.FromString(answer.content).responses}
+    assert sorted(found) == [5, 6, 7, 8]
+    assert [error.index for error in found[7].encode.errors] == [1]
+    assert found[7].request_id == "mine"
+    assert len(found[5].rank.matches) == 1
+    assert {found[each].error.code for each in (6, 8)} == {pb.Error.INVALID_ARGUMENT}
+    grown = {name for name, value in counted().items() if value != before.get(name)}
+    assert {re.findall('endpoint="(.*?)"', name)[0] for name in grown} >= {"/encode", "/rank"}
+    assert not any('endpoint="/"' in name for name in grown)
+    for refused in (b"\xff\xff\xff", pb.Requests(requests=[pb.Request()] * 10_001)):
+        body = refused if isinstance(refused, bytes) else refused.SerializeToString()
+        assert http.post("/", data=body, headers=PROTOBUF).status_code == 400
 
 
 @pytest.mark.parametrize(

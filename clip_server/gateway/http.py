@@ -65,7 +65,7 @@ _ENDPOINTS = {
     "POST /count": '{"parameters": {"target": "images"}}',
     "GET /openapi.json": "all endpoints, as an OpenAPI 3.1 document",
     "GET /info": "the model and the limits",
-    "GET /metrics": "what the encoders have done, for Prometheus",
+    "GET /metrics": "Prometheus metrics",
     "GET /livez": "whether the process runs",
     "GET /readyz": "whether it answers requests",
 }
@@ -209,7 +209,7 @@ class HttpListener(Listener):
 
     async def _info(self, request: Request) -> Response:
         asked = pb.InfoRequest(model=request.query_params.get("model", ""))
-        info = await ask(self.call, "info", asked, request)
+        info = await ask(self.call, pb.Request(info=asked), request)
         if PROTOBUF in request.headers.get("accept", ""):
             return protobuf_response(info)
         return json_response({**tei.describe(info), **_fields(info)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
@@ -53,7 +54,6 @@ _CODES = {
 # Makes the content of an error from its status, code and message.
 ErrorContent: TypeAlias = Callable[[int, str, str], Any]
 _Answer = TypeVar("_Answer")
-_Message = TypeVar("_Message", bound=Message)
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -94,12 +94,19 @@ def parse_object(body: bytes, example: str = '{"data": [{"text": "a cat"}]}') ->
     return parsed
 
 
-def parse_message(kind: type[_Message], body: bytes) -> _Message:
-    """The protobuf message in a body. Raises RequestError if it is something else."""
+def parse_message(kind: str, body: bytes) -> pb.Request:
+    """The request with the protobuf message in a body. Raises RequestError if it is something else.
+
+    kind: the name of its field in `Request`.
+    """
+    request = pb.Request()
+    message = getattr(request, kind)
+    message.SetInParent()
     try:
-        return kind.FromString(body)
+        message.MergeFromString(body)
     except DecodeError:
-        raise RequestError(f"the body is not a serialized {kind.__name__}") from None
+        raise RequestError(f"the body is not a serialized {type(message).__name__}") from None
+    return request
 
 
 def is_protobuf(request: Request) -> bool:
@@ -113,37 +120,45 @@ async def unless_client_leaves(answer: Awaitable[_Answer], request: Request) -> 
     Raises:
         ClientDisconnect: it went away.
     """
-    answering = asyncio.ensure_future(answer)
+    task = asyncio.current_task()
+    assert task is not None
     lost: asyncio.Future[None] = request.state.connection_lost
+    is_awaited = True
 
     def give_up(_: object) -> None:
-        answering.cancel()
+        if is_awaited:
+            task.cancel()
 
-    # A second task, to wait for ASGI's message `http.disconnect`, costs as much as the rest.
+    # Another task, for the answer or to wait for ASGI's `http.disconnect`, would cost as much as
+    # the rest.
     lost.add_done_callback(give_up)
     try:
-        return await answering
+        return await answer
     except asyncio.CancelledError:
-        if lost.done():
-            raise ClientDisconnect from None
-        raise
+        if not lost.done():
+            raise
+        if sys.version_info >= (3, 11):
+            task.uncancel()
+        raise ClientDisconnect from None
     finally:
+        is_awaited = False
         lost.remove_done_callback(give_up)
 
 
-async def ask(call: Call, kind: str, message: Any, request: Request) -> Any:
-    """The answer to a message of clip.v1, as `unless_client_leaves`.
+async def ask(call: Call, message: pb.Request, request: Request) -> Any:
+    """The answer to a message of clip.v1, as `unless_client_leaves`; of `Response`, the field that
+    has the name of the message's.
 
     call: what answers it.
-    kind: the name of its field in `Request`, and of the answer's in `Response`.
 
     Raises:
         RequestError: the answer is an error.
     """
-    response = await unless_client_leaves(call(pb.Request(**{kind: message})), request)
+    kind = message.WhichOneof("body")
+    response = await unless_client_leaves(call(message), request)
     if response.HasField("error"):
         raise request_error(response.error)
-    return getattr(response, kind)
+    return getattr(response, str(kind))
 
 
 def json_response(content: Any, status: int = 200) -> Response:

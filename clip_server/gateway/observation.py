@@ -49,6 +49,7 @@ class Observed:
     code: OK, or that of the error in the answer.
     status: of HTTP; 0: another protocol.
     items: texts and images in it.
+    is_envelope: it carries requests that are observed by themselves, and is not counted.
     """
 
     caller: Caller
@@ -58,6 +59,7 @@ class Observed:
     code: str = "OK"
     status: int = 0
     items: int = 0
+    is_envelope: bool = False
 
     def rename(self, request_id: str) -> None:
         """Takes the id in the request itself, unless the transport already named one."""
@@ -134,6 +136,8 @@ class Observer:
         return observed_call
 
     def _end(self, observed: Observed, seconds: float) -> None:
+        if observed.is_envelope:
+            return
         sender = observed.caller
         endpoint = self._named(observed.endpoint)
         self.metrics.observe(sender.protocol, endpoint, observed.code, seconds)

@@ -9,21 +9,30 @@ from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError
 from starlette import routing
 from starlette.requests import Request
 from starlette.responses import Response
 
 from clip_client.documents import parse_access_paths
+from clip_client.envelope import serialize_messages
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway.apis.entries import descend, echo, find_fault, to_item, to_items
+from clip_server.gateway.apis.entries import (
+    descend,
+    echo,
+    encode_request,
+    find_fault,
+    to_item,
+    to_items,
+)
 from clip_server.gateway.apis.flow import ask_flow
 from clip_server.gateway.apis.json_call import JsonCall
 from clip_server.gateway.apis.search import SEARCH_ENDPOINTS, SearchApi
 from clip_server.gateway.apis.tei import TeiApi
 from clip_server.gateway.collection import KINDS
 from clip_server.gateway.http_messages import (
+    PROTOBUF,
     ask,
     is_protobuf,
     json_response,
@@ -38,10 +47,8 @@ from clip_server.gateway.observation import current
 from clip_server.gateway.topology import FlowExecutor, Route
 from clip_server.rpc.errors import check_count
 
-# The messages of clip.v1 that have an endpoint.
-_MESSAGES: dict[str, type[Message]] = {
-    f"/{kind}": getattr(pb, f"{kind.capitalize()}Request") for kind in ("encode", "rank", *KINDS)
-}
+# The endpoints whose requests and answers are messages of clip.v1 as well.
+_MESSAGES = tuple(f"/{kind}" for kind in ("encode", "rank", *KINDS))
 _ENCODE, _RANK = ("/", "/encode"), "/rank"
 
 
@@ -64,8 +71,10 @@ class ClipApi:
     async def answer(self, request: Request) -> Response:
         """The response to a request for the endpoint of its path."""
         body = await read_body(request, self._listener.options.max_request_bytes)
-        endpoint = request.url.path
+        endpoint = request.scope["path"]
         if is_protobuf(request):
+            if endpoint == "/":
+                return await self._answer_several(body, request)
             return await self._answer_protobuf(endpoint, body, request)
         content = parse_object(body)
         if endpoint == "/" and TeiApi.claims(content):
@@ -78,12 +87,28 @@ class ClipApi:
 
     async def _answer_protobuf(self, endpoint: str, body: bytes, request: Request) -> Response:
         if endpoint not in _MESSAGES:
-            raise RequestError(f"only {', '.join(_MESSAGES)} take protobuf: send JSON")
-        message = parse_message(_MESSAGES[endpoint], body)
-        return protobuf_response(await self._ask(endpoint[1:], message, request))
+            raise RequestError(f"only /, {', '.join(_MESSAGES)} take protobuf: send JSON")
+        return protobuf_response(await self._ask(parse_message(endpoint[1:], body), request))
 
-    async def _ask(self, kind: str, message: Any, request: Request) -> Any:
-        return await ask(self._listener.call, kind, message, request)
+    async def _answer_several(self, body: bytes, request: Request) -> Response:
+        """The response to requests that share a body, as they would share a message of a stream."""
+        try:
+            requests = pb.Requests.FromString(body).requests
+        except DecodeError:
+            raise RequestError("the body is not a serialized Requests") from None
+        check_count(len(requests), self._listener.router.max_request_items)
+        if observed := current():
+            observed.is_envelope = True
+        call = self._listener.observer.observing(self._listener.call)
+        # One can only cancel requests that came before it, which are not those of this body.
+        answers = asyncio.gather(*(call(each) for each in requests if not each.HasField("cancel")))
+        responses = iter(await unless_client_leaves(answers, request))
+        # Envelopes one after the other are one.
+        content = b"".join(iter(lambda: serialize_messages(responses), b""))
+        return Response(content, media_type=PROTOBUF)
+
+    async def _ask(self, message: pb.Request, request: Request) -> Any:
+        return await ask(self._listener.call, message, request)
 
     async def _answer_json(
         self, body: Mapping[str, Any], endpoint: str | None, request: Request
@@ -130,11 +155,10 @@ class ClipApi:
             check_count(len(pairs), most)
             chosen, results = [entry for entry, _ in pairs], [result for _, result in pairs]
         items, unfit = to_items(chosen)
-        options = pb.Options(
-            normalize=parameters.normalize, minibatch_size=parameters.minibatch_size
+        message = encode_request(
+            items, encoder.name, parameters.normalize, parameters.minibatch_size
         )
-        message = pb.EncodeRequest(items=items, options=options, model=encoder.name)
-        encoded = await self._ask("encode", message, request)
+        encoded = await self._ask(message, request)
         embeddings = np.frombuffer(encoded.embeddings, "<f4").reshape(encoded.count, encoded.dim)
         errors = {error.index: error.message for error in encoded.errors} | unfit
         as_base64 = parameters.encoding_format == "base64"
@@ -174,7 +198,7 @@ class ClipApi:
         candidates, unfit = to_items(matches)
         message = pb.RankRequest(query=to_item(entry), candidates=candidates, model=encoder.name)
         try:
-            ranked = await self._ask("rank", message, request)
+            ranked = await self._ask(pb.Request(rank=message), request)
         except RequestError as error:
             if error.code != "INVALID_ARGUMENT":
                 raise

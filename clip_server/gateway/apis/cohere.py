@@ -14,16 +14,13 @@ from clip_server.errors import RequestError
 from clip_server.gateway.apis.embeddings import (
     Dialect,
     Named,
-    Wanted,
     image_item,
     items_of,
     only,
     part_item,
-    read_options,
+    read_wanted,
     text_item,
 )
-
-_INPUT_TYPES = ("search_document", "search_query", "classification", "clustering", "image")
 
 
 class CohereApi(Dialect):
@@ -41,19 +38,11 @@ class CohereApi(Dialect):
         return {"message": message}
 
     async def _answer(self, body: Mapping[str, Any], request: Request) -> Any:
-        # Its truncate is no flag, and is read below.
-        options = read_options(
-            {key: value for key, value in body.items() if key != "truncate"},
-            {"output_dimension": "dimensions", "embedding_types": "forms"},
-            {"input_type": only(*_INPUT_TYPES)},
-        )
-        options.pop("input_type", None)
-        forms = options.pop("forms", ["float"])
-        wanted = Wanted(_items(body), truncate=_truncates(body.get("truncate")), **options)
+        wanted = read_wanted(_items(body), body, _ALIASES, _READERS)
         embedded = await self._embed(wanted, request)
         answer = {
             "id": str(uuid.uuid4()),
-            "embeddings": {form: embedded.shown(form) for form in forms},
+            "embeddings": {form: embedded.shown(form) for form in wanted.forms},
             "response_type": "embeddings_by_type",
             "meta": {
                 "api_version": {"version": "2"},
@@ -81,6 +70,13 @@ def _input_item(value: Any, place: str) -> pb.Item:
     return part_item(content[0], f"{place}.content[0]")
 
 
-def _truncates(value: Any) -> bool:
+def _truncates(name: str, value: Any) -> bool:
     """Whether texts are truncated."""
-    return bool(only("END", "NONE")("truncate", "END" if value is None else value) == "END")
+    return bool(only("END", "NONE")(name, value) == "END")
+
+
+_ALIASES = {"output_dimension": "dimensions", "embedding_types": "forms"}
+_READERS = {
+    "input_type": only("search_document", "search_query", "classification", "clustering", "image"),
+    "truncate": _truncates,
+}

@@ -11,7 +11,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_client.quantization import QUANTIZERS, quantize
 from clip_client.scores import normalize
 from clip_server.errors import RequestError
-from clip_server.gateway.apis.entries import find_fault, read_content
+from clip_server.gateway.apis.entries import encode_request, find_fault, read_content
 from clip_server.gateway.http_messages import (
     answer_errors_in,
     ask,
@@ -36,6 +37,9 @@ from clip_server.gateway.topology import FlowExecutor
 from clip_server.rpc.errors import check_count
 from clip_server.rpc.request_parameters import flag, name_of, read_mapping, shown
 
+# Reads a field of a body, given its name and its value.
+Reader: TypeAlias = Callable[[str, Any], Any]
+_NONE: Mapping[str, Any] = MappingProxyType({})
 # The forms of embeddings in a response.
 FORMATS = ("float", "base64", *QUANTIZERS)
 _MOST_DIMENSIONS = 2**31
@@ -60,6 +64,7 @@ class Wanted:
     model: a name of the model; "": the first.
     dimensions: length to which embeddings are cut; 0: they are not.
     truncate: whether texts longer than the model's context are truncated; else they are an error.
+    forms: of `FORMATS`, in which the embeddings are returned, for dialects that have a choice.
     """
 
     items: Sequence[Named]
@@ -67,6 +72,7 @@ class Wanted:
     normalize: bool = True
     dimensions: int = 0
     truncate: bool = True
+    forms: Sequence[str] = ("float",)
 
 
 @dataclass(frozen=True)
@@ -154,12 +160,9 @@ class Dialect(ABC):
         encoder = router.encoder(wanted.model)
         _check_dimensions(wanted.dimensions, encoder)
         check_count(len(wanted.items), router.max_request_items)
-        message = pb.EncodeRequest(
-            items=[each.item for each in wanted.items],
-            options=pb.Options(normalize=wanted.normalize),
-            model=encoder.name,
-        )
-        encoded: pb.EncodeResponse = await ask(self._listener.call, "encode", message, request)
+        items = (each.item for each in wanted.items)
+        message = encode_request(items, encoder.name, wanted.normalize)
+        encoded: pb.EncodeResponse = await ask(self._listener.call, message, request)
         for error in encoded.errors:
             raise RequestError(f"{wanted.items[error.index].place}: {error.message}")
         if encoded.truncated and not wanted.truncate:
@@ -254,30 +257,32 @@ def refuse_token_ids(values: Any, place: str) -> None:
         )
 
 
-def read_options(
+def read_wanted(
+    items: Sequence[Named],
     body: Mapping[str, Any],
-    aliases: Mapping[str, str],
-    more: Mapping[str, Callable[[str, Any], Any]] | None = None,
-) -> dict[str, Any]:
-    """Fields of a body that are arguments of `Wanted`, and `forms`, a list of `FORMATS`.
+    aliases: Mapping[str, str] = _NONE,
+    readers: Mapping[str, Reader] = _NONE,
+) -> Wanted:
+    """What a body asks for.
 
-    aliases: what the dialect calls them.
-    more: readers of further fields.
+    items: in the body.
+    aliases: the dialect's names of the fields of `Wanted`.
+    readers: the dialect's own, of fields of `Wanted` or of others, which are only checked.
 
     Raises:
-        RequestError: one has a wrong value.
+        RequestError: a field has a wrong value.
     """
-    readers = {**_READERS, **(more or {})}
-    return read_mapping(body, readers, aliases, refuse_unknown=False)
+    values = read_mapping(body, {**_READERS, **readers}, aliases, refuse_unknown=False)
+    return Wanted(items, **{name: value for name, value in values.items() if name in _READERS})
 
 
-def only(*allowed: Any) -> Callable[[str, Any], Any]:
-    """A reader of a field that asks for what the server does anyway, or else cannot do."""
+def only(*allowed: Any) -> Reader:
+    """A reader of a field of which the server supports these values only, and null."""
 
     def read(name: str, value: Any) -> Any:
         if value not in allowed:
             names = ", ".join(map(repr, allowed)) or "null"
-            raise RequestError(f"{name} is {shown(value)}; this server has {names} alone")
+            raise RequestError(f"{name} is {shown(value)}; this server supports only {names}")
         return value
 
     return read
@@ -297,7 +302,7 @@ def _dimensions(name: str, value: Any) -> int:
     return value
 
 
-_READERS: dict[str, Callable[[str, Any], Any]] = {
+_READERS: dict[str, Reader] = {
     "model": name_of,
     "normalize": flag,
     "dimensions": _dimensions,

@@ -64,6 +64,19 @@ def to_items(entries: Iterable[Any]) -> tuple[list[pb.Item], dict[int, str]]:
     return items, unfit
 
 
+def encode_request(
+    items: Iterable[pb.Item], model: str, normalize: bool, minibatch_size: int = 0
+) -> pb.Request:
+    """The request to encode items. It is filled in place: messages put into others are copied."""
+    request = pb.Request()
+    encode = request.encode
+    encode.SetInParent()
+    encode.items.extend(items)
+    encode.model = model
+    encode.options.normalize, encode.options.minibatch_size = normalize, minibatch_size
+    return request
+
+
 def find_fault(entry: Any) -> str | None:
     """Why an entry cannot be answered, whatever its content is; None: it can."""
     if isinstance(entry, str):

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
-from clip_server.gateway.apis.embeddings import Dialect, Named, Wanted, read_options, text_item
+from clip_server.gateway.apis.embeddings import Dialect, Named, read_wanted, text_item
 from clip_server.gateway.http_messages import answer_errors_in, json_response, read_body
 from clip_server.rpc.request_parameters import shown
 
@@ -58,7 +58,8 @@ class ImmichApi(Dialect):
             item = text_item(content, field)
         else:
             item = pb.Item(image=content.encode() if isinstance(content, str) else content)
-        embedded = await self._embed(Wanted([Named(field, item)], model), request)
+        wanted = read_wanted([Named(field, item)], {"model": model})
+        embedded = await self._embed(wanted, request)
         # Immich passes it on to its database as text.
         return json_response({"clip": json_text.dumps(embedded.embeddings[0]).decode()})
 
@@ -92,8 +93,8 @@ async def _read_form(request: Request, most: int) -> Mapping[str, str | bytes]:
         await form.close()
 
 
-def _read_entries(entries: str | bytes | None) -> tuple[str, str]:
-    """The task of CLIP's, `textual` or `visual`, and the name of the model.
+def _read_entries(entries: str | bytes | None) -> tuple[str, Any]:
+    """The task of CLIP's, `textual` or `visual`, and the name of the model as it came.
 
     Raises:
         RequestError: they are about something else.
@@ -111,7 +112,4 @@ def _read_entries(entries: str | bytes | None) -> tuple[str, str]:
     if len(given) != 1:
         raise RequestError(f"entries.clip is {shown(clip)}: send {_EXAMPLE}")
     described = clip[given[0]]
-    options = read_options(
-        {"model": described.get("modelName") if isinstance(described, Mapping) else None}, {}
-    )
-    return given[0], options.get("model", "")
+    return given[0], described.get("modelName") if isinstance(described, Mapping) else None

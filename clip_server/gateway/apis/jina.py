@@ -11,21 +11,20 @@ from clip_server.gateway.apis.embeddings import image_item, only, text_item
 from clip_server.rpc.request_parameters import shown
 
 # `bytes` and `url` are older names of `image`.
-_READERS: Mapping[str, Callable[[Any, str], pb.Item]] = {
+_ITEM_READERS: Mapping[str, Callable[[Any, str], pb.Item]] = {
     "text": text_item,
     "image": image_item,
     "bytes": image_item,
     "url": image_item,
 }
-# Fields of bodies that ask for more than one embedding a text, which CLIP has not.
-REFUSED = {"late_chunking": only(False), "return_multivector": only(False)}
+# Of fields that ask for several embeddings of one text, which CLIP does not have.
+READERS = {"late_chunking": only(False), "return_multivector": only(False)}
 
 
 def item(value: Mapping[str, Any], place: str) -> pb.Item:
     """The item in an object of `input`. Raises RequestError unless it holds exactly one."""
-    given = [key for key in _READERS if value.get(key) is not None]
+    given = [key for key in _ITEM_READERS if value.get(key) is not None]
     if len(given) != 1:
-        raise RequestError(
-            f"{place} is {shown(dict(value))}, which has not exactly one of {', '.join(_READERS)}"
-        )
-    return _READERS[given[0]](value[given[0]], f"{place}.{given[0]}")
+        names = ", ".join(_ITEM_READERS)
+        raise RequestError(f"{place} is {shown(dict(value))}, which has not exactly one of {names}")
+    return _ITEM_READERS[given[0]](value[given[0]], f"{place}.{given[0]}")

@@ -20,10 +20,9 @@ from clip_server.gateway.apis import infinity, jina, vllm
 from clip_server.gateway.apis.embeddings import (
     Dialect,
     Named,
-    Wanted,
     items_of,
     model_id,
-    read_options,
+    read_wanted,
     refuse_token_ids,
     text_or_image_item,
 )
@@ -75,15 +74,13 @@ class OpenAIApi(Dialect):
         }
 
     async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
-        options = read_options(body, _ALIASES, jina.REFUSED)
-        forms = options.pop("forms", ["float"])
-        wanted = {key: value for key, value in options.items() if key not in jina.REFUSED}
-        embedded = await self._embed(Wanted(_items(body), **wanted), request)
+        wanted = read_wanted(_items(body), body, _ALIASES, jina.READERS)
+        embedded = await self._embed(wanted, request)
         return {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": embedding}
-                for index, embedding in enumerate(embedded.shown_in(forms))
+                for index, embedding in enumerate(embedded.shown_in(wanted.forms))
             ],
             "model": embedded.model,
             "usage": {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens},

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -45,12 +44,11 @@ class SearchApi:
         if call.endpoint == "/search":
             return json_response(await self._search(call, request))
         read = _delete_request if call.endpoint == "/delete" else _count_request
-        message: Message = read(body)
-        counted = await self._ask(call.endpoint[1:], message, request)
+        counted = await self._ask(read(body), request)
         return json_response({"count": counted.count})
 
-    async def _ask(self, kind: str, message: Message, request: Request) -> Any:
-        return await ask(self._listener.call, kind, message, request)
+    async def _ask(self, message: pb.Request, request: Request) -> Any:
+        return await ask(self._listener.call, message, request)
 
     async def _index(self, call: JsonCall, request: Request) -> dict[str, Any]:
         SearchParameters.parse(call.given, refuse_unknown=True)
@@ -62,7 +60,7 @@ class SearchApi:
                 unfit[index] = why
                 item.Clear()
         message = pb.IndexRequest(items=items, embeddings=_embeddings_of(entries))
-        answer = await self._ask("index", message, request)
+        answer = await self._ask(pb.Request(index=message), request)
         errors = {error.index: error.message for error in answer.errors} | unfit
         data = [
             {"id": row_id} if index not in errors else {"error": errors[index]}
@@ -77,7 +75,7 @@ class SearchApi:
         items, unfit = to_items(entries)
         message.queries.extend(items)
         message.embeddings = _embeddings_of(entries)
-        answer = await self._ask("search", message, request)
+        answer = await self._ask(pb.Request(search=message), request)
         errors = {error.index: error.message for error in answer.errors} | unfit
         data = []
         for index, (entry, found) in enumerate(zip(entries, answer.results, strict=True)):
@@ -128,7 +126,7 @@ def _embeddings_of(entries: Sequence[Any]) -> bytes:
     return matrix.tobytes()
 
 
-def _delete_request(body: Mapping[str, Any]) -> pb.DeleteRequest:
+def _delete_request(body: Mapping[str, Any]) -> pb.Request:
     """`{"ids": [...]}`, `{"data": [{"id": ...}]}` or `{"parameters": {"filter": {...}}}`.
 
     Raises:
@@ -144,17 +142,18 @@ def _delete_request(body: Mapping[str, Any]) -> pb.DeleteRequest:
         ]
     if not isinstance(ids, list) or not all(isinstance(each, str | int) for each in ids):
         raise RequestError('to delete, send {"ids": ["..."]} or {"parameters": {"filter": {...}}}')
-    return pb.DeleteRequest(ids=[str(each) for each in ids], filter=options.filter)
+    request = pb.DeleteRequest(ids=[str(each) for each in ids], filter=options.filter)
+    return pb.Request(delete=request)
 
 
-def _count_request(body: Mapping[str, Any]) -> pb.CountRequest:
+def _count_request(body: Mapping[str, Any]) -> pb.Request:
     """`{"parameters": {"filter": {...}, "target": "images"}}`, both optional.
 
     Raises:
         RequestError: a parameter is not allowed.
     """
     options = SearchParameters.parse(body.get("parameters"), refuse_unknown=True)
-    return pb.CountRequest(filter=options.filter, target=options.target)
+    return pb.Request(count=pb.CountRequest(filter=options.filter, target=options.target))
 
 
 def _match(hit: pb.Hit, metric: str) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway.apis.embeddings import (
     Dialect,
-    Wanted,
     items_of,
     only,
-    read_options,
+    read_wanted,
     refuse_token_ids,
     text_or_image_item,
 )
@@ -24,7 +23,7 @@ from clip_server.gateway.http_messages import answer_errors_in, json_response
 
 _TYPES = {429: "Overloaded", 503: "Unhealthy"}
 # A CLIP model has no prompts, and reads the beginning of a text.
-_REFUSED = {"prompt_name": only(), "truncation_direction": only("Right", "right")}
+_READERS = {"prompt_name": only(), "truncation_direction": only("Right", "right")}
 
 
 class TeiApi(Dialect):
@@ -53,16 +52,14 @@ class TeiApi(Dialect):
         return {"error": message, "error_type": kind}
 
     async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
-        options = read_options(body, {}, _REFUSED)
-        for key in (*_REFUSED, "forms"):
-            options.pop(key, None)
         given = body.get("inputs")
         refuse_token_ids(given, "inputs")
         values = [given] if isinstance(given, str) else given
         if not isinstance(values, list) or not values:
             raise RequestError('"inputs" is a text, or a list of at least one')
         items = items_of(values, "inputs", text_or_image_item)
-        return (await self._embed(Wanted(items, **options), request)).shown("float")
+        wanted = read_wanted(items, body, readers=_READERS)
+        return (await self._embed(wanted, request)).shown("float")
 
 
 def describe(info: pb.InfoResponse) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from starlette.routing import Route
 from clip_server.errors import RequestError
 from clip_server.gateway.apis.embeddings import (
     Dialect,
-    Wanted,
     image_item,
     items_of,
     model_id,
-    read_options,
+    read_wanted,
     text_item,
 )
 from clip_server.gateway.http_messages import json_response
@@ -40,10 +39,10 @@ class WeaviateApi(Dialect):
         given = {key: body[key] for key in ("texts", "images") if body.get(key) is not None}
         if not given:
             raise RequestError(f"give texts, images or both, as {self.example}")
-        options = read_options({"model": body.get("model")}, {})
         texts = items_of(given.get("texts", []), "texts", text_item)
         images = items_of(given.get("images", []), "images", image_item)
-        embedded = await self._embed(Wanted([*texts, *images], **options), request)
+        wanted = read_wanted([*texts, *images], {"model": body.get("model")})
+        embedded = await self._embed(wanted, request)
         vectors = embedded.shown("float")
         return {"textVectors": vectors[: len(texts)], "imageVectors": vectors[len(texts) :]}
 
