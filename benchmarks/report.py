@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Iterable
@@ -108,6 +109,7 @@ def markdown(rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+_GOALS = "Goals"
 GOAL_COLUMNS = ["goal", "wanted", "measured", "met"]
 
 
@@ -121,7 +123,8 @@ def show(leg: Leg) -> None:
 def save(name: str, leg: Leg, how: str) -> None:
     """Adds a leg to the results, in place of what it gave before."""
     results = load()
-    results[name] = {"date": time.strftime("%Y-%m-%d"), "how": how, **asdict(leg)}
+    found = {"date": time.strftime("%Y-%m-%d"), "how": how, "where": machine(), **asdict(leg)}
+    results[name] = found
     RESULTS.write_text(json.dumps(results, indent=1))
 
 
@@ -138,23 +141,49 @@ def _leg(saved: dict[str, Any]) -> Leg:
 def write_docs(order: Iterable[str]) -> None:
     """Puts the results so far into docs/benchmarks.md, between its marks, and the plot beside.
 
+    The page keeps its sections and goals of legs without results, such as those of another machine.
+
     order: of the legs, by name.
     """
     results = load()
     legs = {name: _leg(results[name]) for name in order if name in results}
-    parts = [machine()]
-    goals = [[name, *goal.line()] for name, leg in legs.items() for goal in leg.goals]
-    parts += ["### Goals", markdown([["leg", *GOAL_COLUMNS], *goals])]
-    for name, leg in legs.items():
-        parts += [f"### {name}", f"{results[name]['date']}, {results[name]['how']}."]
-        parts += [markdown(leg.table()), *leg.notes]
     page = DOCS / "benchmarks.md"
     before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text("\n\n".join([before + BEGIN, *parts, END]) + after)
-    (DOCS / "benchmarks.svg").write_text(plot(legs))
+    measured, _, after = rest.partition(END)
+    above, kept = _sections(measured)
+    usual = machine() if kept.keys() - {_GOALS} <= legs.keys() else above
+    goals, parts = [["leg", *GOAL_COLUMNS]], []
+    for name in order:
+        if leg := legs.get(name):
+            goals += [[name, *goal.line()] for goal in leg.goals]
+            parts += [f"### {name}", _circumstances(results[name], usual)]
+            parts += [markdown(leg.table()), *leg.notes]
+        elif name in kept:
+            goals += [cells for cells in _cells(kept[_GOALS]) if cells[0] == name]
+            parts += [f"### {name}", kept[name]]
+    parts = [before + BEGIN, usual, f"### {_GOALS}", markdown(goals), *parts, END]
+    page.write_text("\n\n".join(parts) + after)
+    if {"texts", "photos"} <= legs.keys():
+        (DOCS / "benchmarks.svg").write_text(plot(legs))
     if SOAK_PLOT.is_file():
         (DOCS / SOAK_PLOT.name).write_text(SOAK_PLOT.read_text())
+
+
+def _circumstances(saved: dict[str, Any], usual: str) -> str:
+    """When and how a leg was measured, and where, unless that is the usual machine."""
+    elsewhere = f" {saved['where']}" if saved["where"] != usual else ""
+    return f"{saved['date']}, {saved['how']}.{elsewhere}"
+
+
+def _sections(measured: str) -> tuple[str, dict[str, str]]:
+    """What a page has above its headings, and under each."""
+    above, *parts = map(str.strip, re.split(r"^### (.+)$", measured, flags=re.MULTILINE))
+    return above, dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _cells(table: str) -> list[list[str]]:
+    """The rows of a table, as `markdown` takes them."""
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
 
 
 def machine() -> str:

@@ -14,6 +14,8 @@ import seeded
 from conftest import Server, free_range, needs_torch
 from PIL import Image
 
+from benchmarks import report
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,6 +49,58 @@ def test_the_gpu_benchmark_can_be_tried_without_one(tmp_path: Path) -> None:
     (heading,) = re.findall(r"^\| lowest cosine with torch fp32 .*", done.stdout, re.MULTILINE)
     assert heading
     assert done.stdout.count("not measured") == 6
+
+
+PAGE = """# Benchmarks
+
+<!-- measured: begin -->
+
+A machine.
+
+### Goals
+
+| leg | goal | wanted | measured | met |
+| --- | --- | --- | --- | --- |
+| texts | fast | ≥ 2 | 3 | yes |
+| cost | small | ≤ 2 | 3 | **no** |
+
+### texts
+
+2026-11-22, 3 rounds.
+
+| rate | clip-server |
+| --- | --- |
+| texts/s | 3 |
+
+### cost
+
+2026-11-26, on another machine.
+
+<!-- measured: end -->
+
+After.
+"""
+
+
+def test_a_page_keeps_the_sections_of_legs_that_were_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(report, "machine", lambda: "My machine.")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(PAGE)
+    report.write_docs(["texts", "photos", "cost"])
+    assert page.read_text() == PAGE
+    figures = report.Figures("texts/s", {"clip-server": [4.0]})
+    report.save(
+        "texts", report.Leg("rate", [figures], [report.Goal("fast", ">=", 2, 4)]), "1 round"
+    )
+    report.write_docs(["texts", "photos", "cost"])
+    written = re.sub("2026-.*1 round", "today, 1 round", page.read_text())
+    assert written == PAGE.replace("2026-11-22, 3 rounds.", "today, 1 round. My machine.").replace(
+        "| fast | ≥ 2 | 3 |", "| fast | ≥ 2 | 4 |"
+    ).replace("| texts/s | 3 |", "| texts/s | 4 |")
 
 
 @pytest.mark.slow
