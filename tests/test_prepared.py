@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exported import write_immich
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from test_exported import CLIP, IMAGE, tensors_of
 
 from clip_server.errors import ConfigurationError
 from clip_server.models import converted, zoo
@@ -123,6 +125,36 @@ def test_converted_towers_are_prepared_like_a_checkpoint(
     shutil.rmtree(prepared.folder())
     prepared.folder().write_text("")  # it cannot be cached any more
     np.testing.assert_allclose(embedding(folder), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_graphs_of_others_are_prepared_like_a_checkpoint(
+    apart: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if apart:
+        request.getfixturevalue("prepared_apart")
+    folder = tmp_path / "ViT-B-32__mine"
+    tensors = tensors_of(CLIP)
+
+    def embeddings() -> NDArray[np.float32]:
+        runtime = OnnxRuntime.load("mine", model_path=folder, device="cpu", threads=1)
+        found = [runtime.encode_text(samples(runtime.card, "text")[:1])]
+        found.append(runtime.encode_image(samples(runtime.card, "image")[:1]))
+        if sys.platform == "linux":
+            mapped = Path("/proc/self/maps").read_text()
+            assert sum(str(file) in mapped for file in prepared.folder().rglob("*.data")) == 2
+        return np.concatenate(found)
+
+    write_immich(folder, CLIP, tensors, image=IMAGE, external=not apart)
+    first = embeddings()
+    before = {file: file.stat().st_mtime_ns for file in prepared.folder().rglob("*.data")}
+    assert len(before) == 2
+    np.testing.assert_array_equal(embeddings(), first)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    shutil.rmtree(folder)  # and exported again, after training
+    tensors["ln_final.bias"] = tensors["ln_final.bias"] + 1
+    write_immich(folder, CLIP, tensors, image=IMAGE, external=not apart)
+    assert np.abs(embeddings() - first)[0].max() > 0.01
 
 
 def test_it_is_made_once() -> None:

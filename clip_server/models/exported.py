@@ -39,8 +39,9 @@ _BUNDLED: dict[str, Vocabulary] = {"clip": "clip", "chinese_clip": "chinese-bert
 _TRIMS: dict[str, Trim] = {"clip": "causal", "siglip": "fixed", "siglip2": "fixed"}
 # The logit bias that SigLIP's training began with; graphs do not contain the trained one.
 _LOGIT_BIAS = -10
-# Graphs of more bytes contain their weights, and are parsed only when they are downloaded.
-_MAX_WITHOUT_WEIGHTS = 100_000_000
+# Graphs of more bytes contain their weights: their other files are looked for only when they are
+# downloaded.
+MAX_WITHOUT_WEIGHTS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def fetch(repository: str, folder: Path, precision: str | None = None) -> Export
     cached = find(folder, precision)
     found = cached or _download(repository, precision)
     for file in found.files.values() if found else ():
-        if cached is None or file.stat().st_size <= _MAX_WITHOUT_WEIGHTS:
+        if cached is None or file.stat().st_size <= MAX_WITHOUT_WEIGHTS:
             _fetch_external_data(repository, folder, file)
     return found
 

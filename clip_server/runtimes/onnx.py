@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,11 @@ from numpy.typing import NDArray
 from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.model_card import ModelCard
-from clip_server.models import converted, zoo
+from clip_server.models import converted
 from clip_server.models.converted import Tower
-from clip_server.runtimes.onnx_graph import Graph, ImageGraph, TextGraph
+from clip_server.runtimes.onnx_graph import ImageGraph, TextGraph
 from clip_server.runtimes.onnx_sessions import Sessions
 from clip_server.runtimes.reloading import Reloadable
-
-if TYPE_CHECKING:
-    from clip_server.runtimes.onnx_towers import Towers
-
-_TowerGraph = TypeVar("_TowerGraph", ImageGraph, TextGraph)
 
 
 class OnnxRuntime:
@@ -72,80 +67,34 @@ class OnnxRuntime:
         Raises:
             ConfigurationError: the extra, the device, the precision or the model is unavailable.
         """
+        from clip_server.runtimes.onnx_towers import CheckpointTowers, FolderTowers, Towers
+
+        towers: Towers
+        served: str
         if own := cls.spec.own_towers(name, model_path, precision):
-            card = zoo.resolve(name, model_path)
-            return cls._load_graphs(card, own, device, precision, threads)
-        built_in = cls.spec.check_precision(precision)
-        sessions = Sessions(device, threads, built_in)
-        if built_in == "fp16" and sessions.device == "cpu":
-            # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
-            raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
-        from clip_server.runtimes.onnx_towers import CheckpointTowers
-
-        return cls._load_towers(
-            CheckpointTowers(name, model_path, built_in, sessions), sessions, built_in
-        )
-
-    @classmethod
-    def _load_towers(cls, towers: Towers, sessions: Sessions, precision: str) -> OnnxRuntime:
-        """Graphs of ours: of a checkpoint, or of a folder that was converted."""
+            described = converted.read(own.folder)
+            if described:
+                converted.check_precision(own.folder, precision)
+            sessions = Sessions(device, threads, described.precision if described else "fp32")
+            towers = FolderTowers(name, model_path, own, sessions)
+        else:
+            served = built_in = cls.spec.check_precision(precision)
+            sessions = Sessions(device, threads, built_in)
+            if built_in == "fp16" and sessions.device == "cpu":
+                # CPUs convert every fp16 product to fp32 and back: slower, and less exact.
+                raise ConfigurationError("dtype 'fp16' needs a GPU: on a CPU use fp32 or int8")
+            towers = CheckpointTowers(name, model_path, built_in, sessions)
         towers.check_memory()
-
-        def visual() -> ImageGraph:
-            return ImageGraph(towers.open("image"), towers.card.image)
-
-        def textual() -> TextGraph:
-            return TextGraph(towers.open("text"), towers.card.text)
-
+        image, text = towers.open_images(), towers.open_texts()
+        if own:
+            found = own.precision or ("fp16" if image.is_half else "fp32")
+            served = converted.check_precision(own.folder, precision, found)
         return cls(
             towers.card,
-            Reloadable(visual(), visual, towers.files),
-            Reloadable(textual(), textual, towers.files),
+            Reloadable(image, towers.open_images, towers.files),
+            Reloadable(text, towers.open_texts, towers.files),
             sessions.device,
-            precision,
-        )
-
-    @classmethod
-    def _load_graphs(
-        cls,
-        card: ModelCard,
-        own: runtimes.OwnTowers,
-        device: str | None,
-        precision: str | None,
-        threads: int | None,
-    ) -> OnnxRuntime:
-        """A folder's graphs: ours, which its `card.json` describes, or anyone's."""
-        if described := converted.read(own.folder):
-            converted.check_precision(own.folder, precision)
-            sessions = Sessions(device, threads, described.precision)
-            from clip_server.runtimes.onnx_towers import ConvertedTowers
-
-            towers = ConvertedTowers(own.files, described, sessions)
-            return cls._load_towers(towers, sessions, described.precision)
-        sessions = Sessions(device, threads)
-        files = own.files
-        dims: dict[Tower, int] = {}
-
-        def opened(tower: Tower, adapt: Callable[[Graph], _TowerGraph]) -> _TowerGraph:
-            graph = adapt(sessions.open(files[tower], str(files[tower])))
-            dims[tower] = graph.try_out(card)
-            return graph
-
-        def visual() -> ImageGraph:
-            return opened("image", lambda graph: ImageGraph(graph, card.image))
-
-        def textual() -> TextGraph:
-            return opened("text", lambda graph: TextGraph(graph, card.text))
-
-        image, text = visual(), textual()
-        found = own.precision or ("fp16" if image.is_half else "fp32")
-        converted.check_precision(own.folder, precision, found)
-        return cls(
-            replace(card, dim=_common(dims)),
-            Reloadable(image, visual, [files["image"]]),
-            Reloadable(text, textual, [files["text"]]),
-            sessions.device,
-            found,
+            served,
         )
 
     def encode_image(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -173,17 +122,3 @@ def open_tower(
     graph = Sessions(device, threads).open(path, str(path))
     (name,) = graph.inputs
     return lambda batch: graph.run({name: batch})
-
-
-def _common(dims: Mapping[Tower, int]) -> int:
-    """The dimensions of both towers' embeddings.
-
-    Raises:
-        ConfigurationError: they differ, as of different models.
-    """
-    if dims["image"] != dims["text"]:
-        raise ConfigurationError(
-            f"visual.onnx has embeddings of {dims['image']} dimensions and textual.onnx of "
-            f"{dims['text']}: they are of different models"
-        )
-    return dims["image"]

@@ -173,15 +173,15 @@ class ImageGraph:
         self.image = replace(image, size=side)
         self._graph, self._pixels = graph, pixels
 
-    def try_out(self, card: ModelCard) -> int:
-        """Tries the graph on samples; returns the dimension of its embeddings.
+    def try_out(self, card: ModelCard) -> NDArray[np.float32]:
+        """Tries the graph on samples; returns embeddings of some of them.
 
         Raises:
             ConfigurationError: as `Graph.try_out`.
         """
         pixels = samples(replace(card, image=self.image), "image")[:2]
         self._graph.try_out(self._feeds(pixels), card.dim)
-        return int(self.encode(pixels[:1]).shape[1])
+        return self.encode(pixels[:1])
 
     @property
     def is_half(self) -> bool:
@@ -217,8 +217,8 @@ class TextGraph:
         self.text = replace(text, context_length=self._length or text.context_length)
         self._graph, self._roles = graph, roles
 
-    def try_out(self, card: ModelCard) -> int:
-        """Tries the graph on samples; returns the dimension of its embeddings.
+    def try_out(self, card: ModelCard) -> NDArray[np.float32]:
+        """Tries the graph on samples; returns embeddings of some of them.
 
         Raises:
             ConfigurationError: as `Graph.try_out`.
@@ -229,7 +229,7 @@ class TextGraph:
         padded = self._graph.run(self._feeds(short))
         if self._length is None and not self._may_be_trimmed(short, padded):
             self._length = self.text.context_length
-        return int(padded.shape[1])
+        return padded
 
     def _may_be_trimmed(self, texts: NDArray[np.int32], padded: NDArray[np.float32]) -> bool:
         """Whether texts have the same embeddings without their padding."""

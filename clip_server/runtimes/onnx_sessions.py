@@ -22,6 +22,10 @@ _LOG_FATAL = 4
 _SMALLEST_EXTERNAL = 1024
 
 
+class SessionError(ConfigurationError):
+    """onnxruntime cannot load a model."""
+
+
 class Sessions:
     """Opens sessions on one device, with no fallback to another."""
 
@@ -88,9 +92,7 @@ class Sessions:
         try:
             session = self._ort.InferenceSession(source, options, [(provider, settings)])
         except Exception as error:  # onnxruntime's errors have no class of their own
-            raise ConfigurationError(
-                f"onnxruntime cannot load the model, {origin}: {error}"
-            ) from error
+            raise SessionError(f"onnxruntime cannot load the model, {origin}: {error}") from error
         if provider not in session.get_providers():
             raise ConfigurationError(
                 f"onnxruntime could not start {provider}: check that the CUDA and cuDNN "

@@ -1,4 +1,4 @@
-"""Towers of a checkpoint, or of a converted folder, as graphs of onnxruntime.
+"""Towers of a checkpoint, or of a folder of graphs, as graphs of onnxruntime.
 
 On a CPU they come from the cache of prepared models, where their weights have the layout that
 onnxruntime computes with, and are mapped. A process of its own prepares them, so that the memory
@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,16 @@ from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.launch.process_setup import die_with_parent
 from clip_server.model_card import ModelCard, Precision
-from clip_server.models import converted, weights, zoo
-from clip_server.models.converted import TOWERS, Converted, Tower
+from clip_server.models import converted, exported, weights, zoo
+from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import memory, prepared
 from clip_server.runtimes.loading import load_checkpoint
-from clip_server.runtimes.onnx_graph import Graph
-from clip_server.runtimes.onnx_sessions import NOT_INSTALLED, Sessions
-from clip_server.runtimes.samples import samples
+from clip_server.runtimes.onnx_graph import Graph, ImageGraph, TextGraph
+from clip_server.runtimes.onnx_sessions import NOT_INSTALLED, SessionError, Sessions
 
 try:
     import onnx
+    from google.protobuf.message import DecodeError
 
     from clip_server.towers import graph, onnx_file, registry
     from clip_server.towers.builder import Store
@@ -61,8 +63,8 @@ class Towers(ABC):
     """Opens the towers of a model.
 
     card, files: of the model; the files hold its weights.
-    origin: names the towers in error messages. source: the name and model_path that it was loaded
-        by, as in `load_runtime`. settings: all else that the towers depend on, as JSON.
+    source: the name and model_path that it is loaded by, as in `load_runtime`.
+    settings: all else that the towers depend on, as JSON.
     weight_bytes: in the precision of the towers.
     """
 
@@ -71,7 +73,6 @@ class Towers(ABC):
         card: ModelCard,
         files: Sequence[Path],
         *,
-        origin: str,
         source: tuple[str, str | Path | None],
         precision: str,
         settings: Mapping[str, Any],
@@ -79,11 +80,15 @@ class Towers(ABC):
         sessions: Sessions,
     ) -> None:
         self.card, self.files = card, files
-        self._origin, self._source = origin, (source[0], str(source[1] or ""))
+        self._source = source[0], str(source[1] or "")
         self._precision, self._settings, self._bytes = precision, settings, weight_bytes
         self._sessions = sessions
         self._on_cpu = self._uses_cache = sessions.device == "cpu"
         self._folder: Path | None = None
+
+    @abstractmethod
+    def origin(self, tower: Tower, /) -> str:
+        """Names a tower in error messages."""
 
     @abstractmethod
     def graph_file(self, tower: Tower, folder: Path, /) -> Path:
@@ -98,15 +103,22 @@ class Towers(ABC):
         if self._on_cpu:
             memory.check(self.card.name, self._bytes)
 
-    def open(self, tower: Tower) -> Graph:
-        """Opens a tower."""
+    def open_images(self) -> ImageGraph:
+        """Opens the image tower."""
+        return ImageGraph(self._open("image"), self.card.image)
+
+    def open_texts(self) -> TextGraph:
+        """Opens the text tower."""
+        return TextGraph(self._open("text"), self.card.text)
+
+    def _open(self, tower: Tower) -> Graph:
         was_cleared = self._folder is not None and not self._folder.is_dir()
         if self._uses_cache and (self._folder is None or was_cleared):
             self._folder = self._cached()
             self._uses_cache = self._folder is not None
         if self._folder is None:
             return self.open_unprepared(tower)
-        return self._sessions.open_prepared(self._folder / f"{tower}.onnx", self._origin)
+        return self._sessions.open_prepared(self._folder / f"{tower}.onnx", self.origin(tower))
 
     def _cached(self) -> Path | None:
         """The folder with the prepared towers; None, after a warning, if they cannot be kept."""
@@ -161,24 +173,33 @@ class Towers(ABC):
 
         Raises:
             CacheError: the disk is full, or the prepared towers compute something else.
+            ConfigurationError: a graph is not of a tower.
         """
         for tower in TOWERS:
             self._prepare_tower(tower, folder)
 
     def _prepare_tower(self, tower: Tower, folder: Path) -> None:
         graph, kept = self.graph_file(tower, folder), folder / f"{tower}.onnx"
-        batch = samples(self.card, tower)[:1]
         try:
-            expected = _run(self._sessions.prepare(graph, kept, self._origin), batch)
+            unprepared = self._sessions.prepare(graph, kept, self.origin(tower))
+            expected = self._try_out(tower, unprepared)
+            del unprepared
             onnx_file.align(kept)
-            found = _run(self._sessions.open_prepared(kept, self._origin), batch)
-        except ConfigurationError as error:  # of a disk that is full, too
+            opened = self._sessions.open_prepared(kept, self.origin(tower))
+        except SessionError as error:  # of a disk that is full, too
             raise prepared.CacheError(str(error)) from error
+        found = self._try_out(tower, opened)
         if not np.abs(found - expected).max() <= _ROUNDING * np.abs(expected).max():
             raise prepared.CacheError("the prepared model computes other embeddings")
         if graph.parent == folder:
             graph.unlink()
             graph.with_name(f"{graph.name}.data").unlink()
+
+    def _try_out(self, tower: Tower, graph: Graph) -> NDArray[np.float32]:
+        """The embeddings of samples."""
+        if tower == "image":
+            return ImageGraph(graph, self.card.image).try_out(self.card)
+        return TextGraph(graph, self.card.text).try_out(self.card)
 
 
 class CheckpointTowers(Towers):
@@ -200,7 +221,6 @@ class CheckpointTowers(Towers):
         super().__init__(
             card,
             self._tensors.files,
-            origin=f"a graph of {card.name}",
             source=(name, model_path),
             precision=precision,
             settings={"config": card.config, "image": card.image},
@@ -209,6 +229,9 @@ class CheckpointTowers(Towers):
         )
         self._build_in = precision
         self._target: Target = "onnxruntime" if self._on_cpu else "onnxruntime-cuda"
+
+    def origin(self, _: Tower, /) -> str:
+        return f"a graph of {self.card.name}"
 
     def graph_file(self, tower: Tower, folder: Path, /) -> Path:
         built = folder / "built.onnx"
@@ -220,7 +243,7 @@ class CheckpointTowers(Towers):
     def open_unprepared(self, tower: Tower) -> Graph:
         store = onnx_file.ArrayStore()
         model = self._build(tower, store).SerializeToString()
-        return self._sessions.open(model, self._origin, store.arrays)
+        return self._sessions.open(model, self.origin(tower), store.arrays)
 
     def _build(self, tower: Tower, store: Store) -> onnx.ModelProto:
         card, tensors = self.card, self._tensors
@@ -232,39 +255,82 @@ class CheckpointTowers(Towers):
         return build(card.config, tensors, precision=self._build_in, store=store)
 
 
-class ConvertedTowers(Towers):
-    """The towers in a folder that the convert command wrote.
+class FolderTowers(Towers):
+    """The towers in a folder: graphs of the convert command, or anyone's.
 
-    graphs: their files. found: the content of the folder's card.
+    The declarations of anyone's are not reliable, so that they are tried whenever they are opened.
+
+    name, model_path: as in `zoo.resolve`. own: the folder that they name.
+
+    Raises:
+        ConfigurationError: its card or its configuration cannot be read.
     """
 
-    def __init__(self, graphs: Mapping[Tower, Path], found: Converted, sessions: Sessions) -> None:
-        folder = graphs["image"].parent
-        data = (file.with_name(f"{file.name}.data") for file in graphs.values())
-        files = [*graphs.values(), *filter(Path.is_file, data)]
+    def __init__(
+        self,
+        name: str,
+        model_path: str | Path | None,
+        own: runtimes.OwnTowers,
+        sessions: Sessions,
+    ) -> None:
+        described = converted.read(own.folder)
+        card, precision = described or (zoo.resolve(name, model_path), own.precision or "")
+        files = [*own.files.values(), *_external_files(own.files.values())]
         super().__init__(
-            found.card,
+            card,
             files,
-            origin=str(folder),
-            source=("", folder),
-            precision=found.precision,
+            source=(card.name, own.folder),
+            precision=precision,
             settings={},
             weight_bytes=sum(file.stat().st_size for file in files),
             sessions=sessions,
         )
-        self._graphs = graphs
+        self._graphs, self._is_described = own.files, described is not None
+        self._dims: dict[Tower, int] = {}
+
+    def origin(self, tower: Tower, /) -> str:
+        return str(self._graphs[tower])
 
     def graph_file(self, tower: Tower, _: Path, /) -> Path:
         return self._graphs[tower]
 
     def open_unprepared(self, tower: Tower) -> Graph:
-        file = self._graphs[tower]
-        return self._sessions.open(file, str(file))
+        return self._sessions.open(self._graphs[tower], self.origin(tower))
+
+    def open_images(self) -> ImageGraph:
+        opened = super().open_images()
+        if not self._is_described:
+            self._check_dim("image", opened.try_out(self.card))
+        return opened
+
+    def open_texts(self) -> TextGraph:
+        opened = super().open_texts()
+        if not self._is_described:
+            self._check_dim("text", opened.try_out(self.card))
+        return opened
+
+    def _check_dim(self, tower: Tower, embeddings: NDArray[np.float32]) -> None:
+        """Takes over the dimensions of a tower's embeddings [B, D].
+
+        Raises:
+            ConfigurationError: the other tower's differ, as of different models.
+        """
+        dims = self._dims | {tower: embeddings.shape[1]}
+        if len(set(dims.values())) > 1:
+            raise ConfigurationError(
+                f"{self.origin('image')} has embeddings of {dims['image']} dimensions, and "
+                f"{self.origin('text')} of {dims['text']}: they are of different models"
+            )
+        self._dims, self.card = dims, replace(self.card, dim=dims[tower])
 
 
-def _run(opened: Graph, batch: NDArray[Any]) -> NDArray[np.float32]:
-    (name,) = opened.inputs
-    return opened.run({name: batch})
+def _external_files(graphs: Iterable[Path]) -> Iterator[Path]:
+    """The files that hold weights of graphs."""
+    for graph in graphs:
+        if graph.stat().st_size <= exported.MAX_WITHOUT_WEIGHTS:
+            with suppress(DecodeError):  # it is not a graph, as onnxruntime will say
+                files = (graph.parent / name for name in onnx_file.external_files(graph))
+                yield from filter(Path.is_file, files)
 
 
 def _prepare_for_parent(
@@ -274,11 +340,10 @@ def _prepare_for_parent(
     die_with_parent()
     try:
         sessions = Sessions("cpu", int(threads), precision)
-        own = runtimes.find("onnx").own_towers(name, model_path or None, precision)
-        described = converted.read(own.folder) if own else None
+        own = runtimes.find("onnx").own_towers(name, model_path or None, precision or None)
         towers = (
-            ConvertedTowers(own.files, described, sessions)
-            if own and described
+            FolderTowers(name, model_path or None, own, sessions)
+            if own
             else CheckpointTowers(name, model_path or None, precision, sessions)
         )
         towers.prepare(Path(folder))
