@@ -96,6 +96,7 @@ FRAMEWORKS = {
     "docarray": ["clip_server.executors", "clip_server.gateway",
                  "clip_server.rpc.documents"],
     "torch": ["clip_server.runtimes.torch", "clip_server.runtimes.torch_bert",
+              "clip_server.runtimes.torch_siglip",
               "clip_server.models.weights", "clip_server.convert.export"],
     "open_clip": ["clip_server.runtimes.torch"],
     "onnxruntime": ["clip_server.runtimes.onnx_sessions",

@@ -122,8 +122,16 @@ def test_clip_equals_transformers(
     assert_equal_to_transformers(runtime, model, tokens, longest=9)
 
 
-@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
-def test_siglip_equals_transformers(activation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [
+        ("onnx", "gelu_pytorch_tanh"),
+        ("onnx", "gelu"),
+        ("torch", "gelu_pytorch_tanh"),
+        ("torch", "quick_gelu"),
+    ],
+)
+def test_siglip_equals_transformers(kind: str, activation: str, tmp_path: Path) -> None:
     act = {"hidden_act": activation}
     text = {key: value for key, value in TEXT.items() if not key.endswith("token_id")} | act
     transformers = pytest.importorskip("transformers")
@@ -136,7 +144,7 @@ def test_siglip_equals_transformers(activation: str, tmp_path: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
-    runtime = OnnxRuntime.load("mine", model_path=tmp_path)
+    runtime = load(kind, tmp_path)
     card = runtime.card
     assert (card.dim, card.image) == (64, ImageSpec(64, resize="squash", crop="floor"))
     assert (card.text.context_length, card.text.trim, card.text.pad_id) == (20, "fixed", 1)
@@ -246,6 +254,8 @@ def test_how_pictures_are_prepared(
     [
         ({"model_type": "siglip2"}, {}, r"'siglip2': .*NaFlex.*siglip2-base-patch16-224"),
         ({"model_type": "blip"}, {}, "'blip': supported are 'clip', 'chinese_clip', 'siglip'"),
+        ({"model_type": "jina_clip"}, {}, "'jina_clip': its text tower .* a BERT with ALiBi"),
+        ({"model_type": "nomic_bert"}, {}, "'nomic_bert': it is one tower alone"),
         ({"vision_config": {"hidden_act": "relu"}}, {}, "hidden_act 'relu'"),
         ({"text_config": {"hidden_act": "gelu"}}, {}, "different activations"),
         ({}, {"size": {"shortest_edge": 256}}, "takes squares of 224 pixels"),

@@ -24,6 +24,7 @@ from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.protocol import OutOfMemoryError
 from clip_server.runtimes.reloading import Reloadable
 from clip_server.towers import registry
+from clip_server.towers.tower import ImageTower, TextTower
 
 try:
     import torch
@@ -38,6 +39,8 @@ except ImportError as missing:
 
 # The keys of a configuration that describe the towers; the prefix of CoCa's caption decoder.
 _TOWERS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+# The keys of the two towers, by their names in open_clip's models.
+_CONFIGURATIONS = {"visual": "vision_cfg", "text": "text_cfg"}
 # open_clip's prefix of a separate text tower, and those of what is not in it.
 _TEXT = "text."
 _NOT_TEXT = ("visual.", "logit_", _TEXT)
@@ -264,14 +267,14 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
     """open_clip's two towers of a card with the checkpoint's weights, on the CPU.
 
     Every family is built as open_clip's CustomTextCLIP: CLIP with a separate text tower, and CoCa
-    without its decoder. A family's `torch_module` replaces the text tower.
+    without its decoder. A family's `torch_module` replaces its tower.
     """
-    model, text = _empty_model(card), registry.text_tower(card.config)
+    model, own = _empty_model(card), _own_towers(card)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    if text.torch_module:
-        shapes |= text.shapes(card.dim)
-    else:
+    for tower in own.values():
+        shapes |= tower.shapes(card.dim)
+    if "text" not in own:
         state = convert_state_dict(model, state)  # checkpoints in a model's original format
         state = {
             name if name.startswith(_NOT_TEXT) else _TEXT + name: value
@@ -283,25 +286,35 @@ def _model(card: ModelCard, tensors: weights.Tensors) -> CustomTextCLIP:
         found = state[name] if name in state else torch.zeros_like(parameter)
         state[name] = found.reshape(parameter.shape)
     model.load_state_dict(state, strict=False, assign=True)
-    if text.torch_module:
-        module: Callable[..., nn.Module] = resolve_name(text.torch_module)
-        model.text = module(text, state).eval()
+    for part, tower in own.items():
+        module: Callable[..., nn.Module] = resolve_name(str(tower.torch_module))
+        setattr(model, part, module(tower, state).eval())
     return model
+
+
+def _own_towers(card: ModelCard) -> dict[str, ImageTower | TextTower]:
+    """The towers that open_clip lacks, by their names in its CustomTextCLIP."""
+    towers: dict[str, ImageTower | TextTower] = {
+        "visual": registry.image_tower(card.config),
+        "text": registry.text_tower(card.config),
+    }
+    return {part: tower for part, tower in towers.items() if tower.torch_module}
 
 
 def _empty_model(card: ModelCard) -> CustomTextCLIP:
     """open_clip's two towers of a card, with uninitialised parameters."""
     config = {key: value for key, value in card.config.items() if key in _TOWERS}
-    own_text = registry.text_tower(card.config).torch_module is not None
     # Otherwise a Hugging Face tower would be downloaded with its own weights.
-    text = {} if own_text else config["text_cfg"] | {"hf_model_pretrained": False}
+    config["text_cfg"] = config["text_cfg"] | {"hf_model_pretrained": False}
+    own = _own_towers(card)
+    replaced: dict[str, Any] = {_CONFIGURATIONS[part]: {} for part in own}
     try:
         with _SkipParameterInit():
-            model = CustomTextCLIP(**config | {"text_cfg": text}).eval()
+            model = CustomTextCLIP(**config | replaced).eval()
     except Exception as error:  # of open_clip, timm or transformers
         raise ConfigurationError(f"open_clip cannot build {card.name}: {error}") from error
-    if own_text:
-        model.text = nn.Identity()
+    for part in own:
+        setattr(model, part, nn.Identity())
     return model
 
 

@@ -29,7 +29,7 @@ class BertTextTower(nn.Module):
         kind = tensors[f"{prefix}token_type_embeddings.weight"][0]
         self.register_buffer("positions", places.float() + kind)
         self.norm = nn.LayerNorm(tower.width, tower.epsilon)
-        self.norm.load_state_dict(_affine(tensors, f"{prefix}LayerNorm", ""))
+        self.norm.load_state_dict(affine(tensors, f"{prefix}LayerNorm", ""))
         self.blocks = nn.ModuleList(_block(tower, index, tensors) for index in range(tower.layers))
         self.projection = _projection(tower, tensors)
 
@@ -65,17 +65,18 @@ def _block(tower: BertText, index: int, tensors: Mapping[str, Tensor]) -> nn.Mod
     state = {
         "self_attn.in_proj_weight": torch.cat([tensors[f"{name}.weight"] for name in names]),
         "self_attn.in_proj_bias": torch.cat([tensors[f"{name}.bias"] for name in names]),
-        **_affine(tensors, f"{prefix}attention.output.dense", "self_attn.out_proj."),
-        **_affine(tensors, f"{prefix}attention.output.LayerNorm", "norm1."),
-        **_affine(tensors, f"{prefix}intermediate.dense", "linear1."),
-        **_affine(tensors, f"{prefix}output.dense", "linear2."),
-        **_affine(tensors, f"{prefix}output.LayerNorm", "norm2."),
+        **affine(tensors, f"{prefix}attention.output.dense", "self_attn.out_proj."),
+        **affine(tensors, f"{prefix}attention.output.LayerNorm", "norm1."),
+        **affine(tensors, f"{prefix}intermediate.dense", "linear1."),
+        **affine(tensors, f"{prefix}output.dense", "linear2."),
+        **affine(tensors, f"{prefix}output.LayerNorm", "norm2."),
     }
     block.load_state_dict(state, assign=True)
     return block
 
 
-def _affine(tensors: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+def affine(tensors: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+    """The weight and the bias of a layer, by our prefix instead of the checkpoint's name."""
     return {f"{ours}{part}": tensors[f"{theirs}.{part}"] for part in ("weight", "bias")}
 
 

@@ -36,8 +36,8 @@ from clip_server.towers.vision_transformer import VisionTransformer
 if TYPE_CHECKING:
     from clip_server.towers.builder import GraphBuilder
 
-_PREFIX = "visual."
-_POOL = f"{_PREFIX}head."
+PREFIX = "visual."
+_POOL = f"{PREFIX}head."
 # What both towers have where their configuration does not say it.
 _DEFAULTS = {
     "hidden_size": 768,
@@ -63,6 +63,7 @@ class SiglipVision(ImageTower):
     grid: int
 
     keys = frozenset({"siglip"})
+    torch_module = "clip_server.runtimes.torch_siglip:SiglipVisionTower"
     saved = SavedByTransformers(
         model_types=("siglip",),
         defaults=_DEFAULTS | {"image_size": 224, "patch_size": 16},
@@ -80,7 +81,7 @@ class SiglipVision(ImageTower):
         width = vision["width"]
         heads = width // vision["head_width"]
         blocks = Transformer(
-            _PREFIX, width, vision["layers"], heads, vision["mlp_ratio"], activation, epsilon
+            PREFIX, width, vision["layers"], heads, vision["mlp_ratio"], activation, epsilon
         )
         return cls(blocks, vision["patch_size"], vision["image_size"] // vision["patch_size"])
 
@@ -108,7 +109,7 @@ class SiglipVision(ImageTower):
             **linear_shapes(OPEN_CLIP.mlp[0], width, self.blocks.mlp_width),
             **linear_shapes(OPEN_CLIP.mlp[1], self.blocks.mlp_width, width),
         }
-        named = {_PREFIX + name: shape for name, shape in shapes.items()}
+        named = {PREFIX + name: shape for name, shape in shapes.items()}
         return named | self.blocks.shapes() | {_POOL + name: each for name, each in pool.items()}
 
     def macs(self, dim: int) -> int:
@@ -120,10 +121,10 @@ class SiglipVision(ImageTower):
 
     def build(self, graph: GraphBuilder, image: ImageSpec, target: Target) -> str:
         length, epsilon = self.grid**2, self.blocks.epsilon
-        patches = embed_patches(graph, image, target, f"{_PREFIX}conv1", self.grid)
-        states = place_patches(graph, patches, graph.weight(f"{_PREFIX}positional_embedding"))
+        patches = embed_patches(graph, image, target, f"{PREFIX}conv1", self.grid)
+        states = place_patches(graph, patches, graph.weight(f"{PREFIX}positional_embedding"))
         states = self.blocks.build(graph, states, of_all_positions(graph, length))
-        states = graph.layer_norm(states, f"{_PREFIX}ln_post", epsilon)
+        states = graph.layer_norm(states, f"{PREFIX}ln_post", epsilon)
         weight = np.split(graph.weight(f"{_POOL}attention.in_proj_weight"), 3)
         bias = np.split(graph.weight(f"{_POOL}attention.in_proj_bias"), 3)
         query = weight[0] @ graph.weight(f"{_POOL}probe").reshape(-1) + bias[0]

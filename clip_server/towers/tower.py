@@ -83,11 +83,14 @@ class Tower(ABC):
     keys: of `vision_cfg` or `text_cfg` that the family reads. Where no family accepts a
         configuration, the error names the keys that none of them reads.
     saved: how transformers saves the tower; None if it does not.
+    torch_module: import path (`package.module:Class`) of the tower in torch, made from the tower
+        and its tensors; None if open_clip has it. An image tower gets normalised pixels.
     unused: prefixes of tensors that checkpoints may hold and the tower does not need.
     """
 
     keys: ClassVar[frozenset[str]]
     saved: ClassVar[SavedByTransformers | None] = None
+    torch_module: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -148,13 +151,10 @@ class TextTower(Tower):
     trim: how a batch of texts may be trimmed.
     pad_id: the padding token; None if any will do, so that the tokenizer's is used.
     max_length: the number of tokens that the tower has positions for.
-    torch_module: import path (`package.module:Class`) of the tower in torch, made from the tower
-        and its tensors; None if open_clip has it.
     hub: the repository whose `config.json` torch needs to build the tower, if any.
     """
 
     saved: ClassVar[TextSavedByTransformers | None] = None
-    torch_module: ClassVar[str | None] = None
     trim: Trim
     pad_id: int | None
     hub: str | None = None
