@@ -160,6 +160,20 @@ def test_transformers_js_folder_of_siglip(tmp_path: Path) -> None:
     assert (card.text.context_length, card.text.trim, card.logit_bias) == (20, "fixed", -10)
 
 
+def test_transformers_js_folder_of_a_type_without_a_checkpoint(tmp_path: Path) -> None:
+    """The towers of jina-clip are not built, but their graphs are served."""
+    tensors = tensors_of(CLIP)
+    write_tokenizer(tmp_path)
+    write_transformers_js(
+        tmp_path, CLIP, tensors, image=IMAGE, preprocessor={"size": 64},
+        described=CLIP_CONFIG | {
+            "model_type": "jina_clip", "text_config": {"max_position_embeddings": 77}
+        },
+    )  # fmt: skip
+    text = assert_served(tmp_path, CLIP, tensors, IMAGE).card.text
+    assert (text.tokenizer, text.trim, text.context_length) == (str(tmp_path), "masked", 77)
+
+
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_transformers_js(

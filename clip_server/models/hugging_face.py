@@ -33,6 +33,15 @@ _REFUSED = {
         "and these are not supported. SigLIP 2 models of a fixed size, such as "
         "google/siglip2-base-patch16-224, have the model_type 'siglip' and are supported"
     ),
+    "jina_clip": (
+        "its text tower is not supported: a BERT with ALiBi in jina-clip-v1, one with rotary "
+        "positions and adapters in v2. The ONNX runtime serves graphs of these models, in "
+        "onnx/vision_model.onnx and onnx/text_model.onnx"
+    ),
+    "nomic_bert": (
+        "it is one tower alone: nomic-embed-vision and nomic-embed-text have a repository each, "
+        "and their rotary positions and gated MLPs are not supported"
+    ),
 }
 # Pillow's numbers of the filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
