@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from guard import popen
 from websockets.sync.client import ClientConnection, connect
 
 _SECONDS = 60
@@ -119,7 +119,7 @@ def open_page(folder: Path) -> Iterator[Page]:
     command = [program, *_OPTIONS, f"--user-data-dir={folder}", "about:blank"]
     environment = {**os.environ, "HOME": str(folder)}
     with (folder / "log").open("wb") as log:
-        browser = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        browser = popen(command, stdout=log, stderr=log, env=environment)
     try:
         active = folder / "DevToolsActivePort"
         deadline = time.monotonic() + _SECONDS

@@ -29,6 +29,7 @@ import psutil
 import pytest
 import requests
 import yaml
+from guard import popen
 from prometheus_client.parser import text_string_to_metric_families
 
 from clip_client.proto import clip_pb2 as pb
@@ -192,9 +193,7 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     packages = ["milvus==2.3.5", "setuptools<81"]
     subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     command = [python, "-c", MILVUS, folder / "data", str(port)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    with popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
         yield f"http://127.0.0.1:{port}"
@@ -243,9 +242,9 @@ class Server:
         )
         assert text in self.output(), f"the server ended:\n{self.output()}"
 
-    def metrics(self) -> Counter[str]:
+    def metrics(self, **headers: str) -> Counter[str]:
         """Its metrics, summed over their labels, by name without `clip_` and `_total`."""
-        answer = requests.get(f"{self.http}/metrics", timeout=PATIENCE_SECONDS)
+        answer = requests.get(f"{self.http}/metrics", headers=headers, timeout=PATIENCE_SECONDS)
         assert answer.headers["content-type"].startswith("text/plain")
         found: Counter[str] = Counter()
         for family in text_string_to_metric_families(answer.text):
@@ -315,7 +314,7 @@ def starting(folders: pytest.TempPathFactory) -> Iterator[Start]:
         log = folder / "log"
         ports = spec.get("with", {}).get("port", [])
         with log.open("wb") as output:
-            process = subprocess.Popen(
+            process = popen(
                 [sys.executable, "-m", "clip_server", str(file)],
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import free_ports
 from fake_server import DIM, FakeServer, vector
+from guard import popen
 
 from clip_client import (
     AuthenticationError,
@@ -279,7 +280,7 @@ def test_a_gateway_of_jinas_own_is_named() -> None:
     ports = free_ports(3)
     command = [sys.executable, "-c", STOCK_FLOW, *map(str, ports)]
     environment = {**os.environ, "JINA_OPTOUT_TELEMETRY": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as flow:
+    with popen(command, stdout=subprocess.PIPE, text=True, env=environment) as flow:
         family = psutil.Process(flow.pid)
         try:
             assert flow.stdout is not None

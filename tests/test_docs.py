@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, SAMPLES, Server, Start, free_ports
+from guard import popen
 
 from clip_client import Client
 from clip_server.launch import flow
@@ -184,7 +185,7 @@ class Session:
         self.close()
         log = self._folder / "server.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(
+            process = popen(
                 ["bash", "-c", command],
                 cwd=self._folder,
                 env=self._environment,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import needs_ipv6, needs_torch
+from guard import popen
 
 from clip_server.launch import jina_internals
 
@@ -165,7 +166,7 @@ def test_it_prints_a_banner_and_leaves_a_folder_behind(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_waits_forever_for_a_process_that_died() -> None:
     code = FLOW + "sys.argv.append('die')\nflow.start()"
-    process = subprocess.Popen(
+    process = popen(
         [sys.executable, "-c", JINA + code],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from conftest import PATIENCE_SECONDS, flow
+from conftest import PATIENCE_SECONDS, eventually, flow, is_alive
+from guard import popen
 
 from clip_client import Client
 from clip_client.errors import ConnectionFailedError
@@ -34,7 +36,7 @@ def serve(tmp_path: Path, redirections: str) -> tuple[subprocess.Popen[bytes], s
     spec = flow()
     file = tmp_path / "flow.yml"
     file.write_text(yaml.safe_dump(spec))
-    process = subprocess.Popen(
+    process = popen(
         ["bash", "-c", f'exec "$0" -m clip_server "$1" {redirections}', sys.executable, str(file)],
         stdout=subprocess.PIPE,
     )
@@ -92,6 +94,25 @@ def test_a_command(command: str) -> None:
         done = run(f'"$PYTHON" -m clip_server.{command} {rest}; exit "${{PIPESTATUS[0]}}"')
         assert done.returncode == 0, done.stderr
         assert "Error" not in done.stderr
+
+
+OUTLIVED = """
+import time
+from guard import popen
+started = [popen(["sleep", "1000"]), popen(["true"])]
+print(started[0].pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_processes_end_with_the_tests_that_are_killed() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", OUTLIVED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as tests:
+        assert tests.stdout is not None
+        started = psutil.Process(int(tests.stdout.readline()))
+        tests.kill()
+        assert eventually(lambda: not is_alive(started))
 
 
 def test_what_can_be_written_is_written() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, Server, flow
+from guard import popen
 
 MINORS = (10, 11, 12, 13)
 
@@ -205,7 +206,7 @@ def test_served_from_wheels(wheels: tuple[Path, Path], tmp_path: Path, minor: in
     (tmp_path / "flow.yml").write_text(yaml.safe_dump(spec))
     log = tmp_path / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = popen(
             [Path(inside).with_name("clip-server"), "flow.yml"],
             cwd=tmp_path,
             stdout=output,

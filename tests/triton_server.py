@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import free_ports
+from guard import popen
 
 # Its python backend was built before numpy 2.
 WHEELS = ("nvidia-pytriton==0.7.0", "numpy==1.26.4")
@@ -114,9 +115,7 @@ def running(installed: Installed, repository: Path, log: Path) -> Iterator[Trito
     ]
     path = f"{installed.python.parent}:{os.environ['PATH']}"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment() | {"PATH": path}
-        )
+        process = popen(command, stdout=output, stderr=output, env=environment() | {"PATH": path})
     try:
         wait_until_ready(process, http_port, log)
         yield Triton(http_port, grpc_port)

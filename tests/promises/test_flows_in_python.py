@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Server, free_ports
 from docarray import DocList
+from guard import popen
 from guide import CAT, DIM, SENTENCES, Document, Match, rows, texts
 
 from clip_client import Client, ConnectionFailedError, ServerError
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 def stock_flow(module: str, protocol: str, executor: str, **environment: str) -> Iterator[int]:
     """The port of a Flow in a process of its own."""
     (port,) = free_ports(1)
-    process = subprocess.Popen(
+    process = popen(
         [
             *(sys.executable, Path(__file__).with_name("stock_flow.py")),
             *(module, str(port), protocol, executor),
@@ -90,7 +91,7 @@ def test_an_executor_by_itself() -> None:
     (port,) = free_ports(1)
     file = Path(__file__).with_name("unseen_encoder.yml")
     arguments = ("executor", "--uses", str(file), "--port", str(port), "--host", "127.0.0.1")
-    process = subprocess.Popen(
+    process = popen(
         [sys.executable, "-W", "ignore", "-m", "jina", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

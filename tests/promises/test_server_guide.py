@@ -15,6 +15,7 @@ import pytest
 import yaml
 from certificates import make_pair, needs_openssl
 from conftest import GPU_EXECUTOR, Http, Server, Start, flow, free_ports
+from guard import popen
 from guide import CAT, DIM, SENTENCES
 
 from clip_client import Client
@@ -146,7 +147,7 @@ executors:
 """
     folder = tmp_path_factory.mktemp("piped")
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
+        process = popen(
             [sys.executable, "-m", "clip_server", "-i"],
             stdin=subprocess.PIPE,
             stdout=log,
