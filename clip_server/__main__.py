@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from clip_server import logs
-from clip_server.commands import console
 from clip_server.errors import ConfigurationError
 from clip_server.install import conflict
 from clip_server.launch import flow as flows
@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         logs.choose(options.log_level, options.log_format, options.access_log)
+        logs.print_as_json()
         if advice := conflict():
-            console.log(f"clip_server: {advice}")
+            logs.announce(advice, logging.WARNING)
         spec = flows.load(flows.read(options.flow))
         flows.include_executors(spec, options.flow)
         jina_internals.import_jina(without_torch=flows.has_only_encoders(spec))
@@ -55,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         supervision = flows.supervision(spec)
         return server.run(flows.prepare(spec, options.host, options.port), supervision, started)
     except ConfigurationError as error:
-        console.log(f"clip_server: {error}")
+        logs.announce(str(error), logging.ERROR)
         return 1
     except ModuleNotFoundError as error:
-        console.log(f"clip_server: the server needs the package {error.name}: {install_options()}")
+        needed = f"the server needs the package {error.name}: {install_options()}"
+        logs.announce(needed, logging.ERROR)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,7 @@
 """The server's log: lines of text or JSON on stderr, each with the id of the request it is about.
 
-Set by environment variables, which every process of the server inherits:
+As JSON, whatever a process of the server prints is an object on a line. Set by environment
+variables, which every process of the server inherits:
 
     CLIP_LOG_LEVEL   debug, info (the default), warning, error
     CLIP_LOG_FORMAT  text (the default), json
@@ -9,17 +10,21 @@ Set by environment variables, which every process of the server inherits:
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 # The request that the current task works on; "": none.
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+_TIME, _MILLISECONDS = "%Y-%m-%dT%H:%M:%S", ".%03dZ"
 # Attributes of a record that is logged with `extra` as fields of JSON.
 _FIELDS = "fields"
 
@@ -31,6 +36,7 @@ def configure() -> None:
     handler.setFormatter(_JsonFormatter() if is_json() else _TextFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
+    logging.captureWarnings(True)
     # Libraries tell every step of a connection.
     root.setLevel(max(logging.getLevelName(level), logging.WARNING))
     for name in ("clip_server", "clip_client"):
@@ -43,6 +49,38 @@ def choose(level: str | None, form: str | None, access: bool) -> None:
     """Sets the environment of this process and its children; None, False: leaves it as it is."""
     chosen = {"CLIP_LOG_LEVEL": level, "CLIP_LOG_FORMAT": form, "CLIP_ACCESS_LOG": access and "1"}
     os.environ.update({name: str(value) for name, value in chosen.items() if value})
+
+
+def print_as_json() -> None:
+    """Makes this process and its forks print JSON only, if lines are JSON: what libraries and
+    executors print, and tracebacks, become messages.
+
+    Call it once, before anything is printed.
+    """
+    if is_json():
+        sys.stdout, sys.stderr = _JsonOutput(sys.stdout), _JsonOutput(sys.stderr)
+
+
+def announce(
+    message: str,
+    level: int = logging.INFO,
+    *,
+    details: Mapping[str, Sequence[str]] | None = None,
+    file: TextIO | None = None,
+) -> None:
+    """Prints a message of the command, whatever the level of the log.
+
+    details: fields of JSON; in text, lines below the message.
+    file: None: stderr.
+    """
+    details = details or {}
+    if is_json():
+        text = _object(f"clip_server: {message}", level, "clip_server", time.time(), details)
+    else:
+        warning = "warning: " if level == logging.WARNING else ""
+        lines = [line for lines in details.values() for line in lines]
+        text = "\n  ".join([f"clip_server: {warning}{message}", *lines])
+    print(text, file=file or sys.stderr, flush=True)
 
 
 def is_json() -> bool:
@@ -62,8 +100,8 @@ def _chosen(variable: str, allowed: tuple[str, ...], default: str) -> str:
 
 class _TextFormatter(logging.Formatter):
     converter = staticmethod(time.gmtime)
-    default_time_format = "%Y-%m-%dT%H:%M:%S"
-    default_msec_format = "%s.%03dZ"
+    default_time_format = _TIME
+    default_msec_format = f"%s{_MILLISECONDS}"
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -74,20 +112,71 @@ class _TextFormatter(logging.Formatter):
         return f"{line} [request {named}]" if named else line
 
 
-class _JsonFormatter(_TextFormatter):
+class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if named := _request_id(record):
-            line["request_id"] = named
-        line |= getattr(record, _FIELDS, {})
+        named = _request_id(record)
+        fields = {"request_id": named} if named else {}
+        fields |= getattr(record, _FIELDS, {})
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+            fields["exception"] = self.formatException(record.exc_info)
+        return _object(record.getMessage(), record.levelno, record.name, record.created, fields)
+
+
+def _object(
+    message: str, level: int, logger: str, seconds: float, fields: Mapping[str, Any]
+) -> str:
+    moment = time.strftime(_TIME, time.gmtime(seconds)) + _MILLISECONDS % (seconds % 1 * 1000)
+    line = {
+        "time": moment,
+        "level": logging.getLevelName(level).lower(),
+        "logger": logger,
+        "message": message,
+        **fields,
+    }
+    return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class _JsonOutput(io.TextIOBase):
+    """A stream that is given text, and writes JSON: objects as they are, all else as messages.
+
+    stream: where it writes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._begun = stream, ""
+
+    def write(self, text: str) -> int:
+        self._begun += text
+        if self._begun.endswith("\n"):
+            self._write_message()
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def _write_message(self) -> None:
+        message, self._begun = self._begun.strip("\r\n"), ""
+        if not _is_object(message):
+            message = message and _object(message, logging.INFO, "output", time.time(), {})
+        if message:
+            self._stream.write(f"{message}\n")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return text.startswith("{") and isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _request_id(record: logging.LogRecord) -> str:

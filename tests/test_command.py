@@ -473,7 +473,7 @@ def test_ipv6_and_ipv4(start: Start) -> None:
         for host in ("[::1]", "127.0.0.1"):
             with Client(f"{scheme}://{host}:{port}") as client:
                 assert client.encode(["a cat"]).shape == (1, 256)
-    assert "WARNING: listening on all network interfaces" in server.output()
+    assert "warning: listening on all network interfaces" in server.output()
     server.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clip_server.commands import console
+from clip_server import logs
 from clip_server.errors import ConfigurationError
 from clip_server.launch import flow_keys, jina_internals
 from clip_server.launch.flow_keys import as_list, as_mapping, section
@@ -86,7 +87,8 @@ def _lift(executor: dict[str, Any], uses: dict[str, Any], place: str) -> None:
     if "replicas" in uses:
         # Jina would ignore it there without a word.
         executor.setdefault("replicas", uses.pop("replicas"))
-        console.log(f"clip_server: warning: {place}: replicas belongs next to uses:, not under it")
+        message = f"{place}: replicas belongs next to uses:, not under it"
+        logs.announce(message, logging.WARNING)
     if "workspace" in uses:
         executor.setdefault("workspace", uses.pop("workspace"))
 
@@ -108,9 +110,8 @@ def _prepare_indexer(executor: dict[str, Any], place: str) -> None:
     uses = executor["uses"]
     if uses["jtype"] == _ANNLITE[1]:
         uses["jtype"] = "CLIPIndexer"
-        console.log(
-            f"clip_server: {place}: {_ANNLITE[1]} is replaced by CLIPIndexer; the collection "
-            "begins empty"
+        logs.announce(
+            f"{place}: {_ANNLITE[1]} is replaced by CLIPIndexer; the collection begins empty"
         )
     # Where AnnLite kept its rows.
     if "workspace" in executor and not uses["with"].keys() & {"path", "uri"}:
@@ -147,9 +148,9 @@ def _without_missing_gpus(env: dict[str, Any]) -> dict[str, Any]:
     devices = str(env.get(_GPUS, ""))
     if not devices.startswith("RR") or jina_internals.selects_gpus(devices):
         return env
-    console.log(
-        f"clip_server: warning: {_GPUS}: {devices} selects none of this machine's NVIDIA GPUs; "
-        "using the CPU"
+    logs.announce(
+        f"{_GPUS}: {devices} selects none of this machine's NVIDIA GPUs; using the CPU",
+        logging.WARNING,
     )
     return {**env, _GPUS: "-1"}  # empty, Jina would make it None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from clip_server import logs
 from clip_server.errors import RequestError
 from clip_server.launch import ports
 from clip_server.launch.tracing import Trace, span
@@ -59,6 +60,9 @@ GATEWAY_DEFAULTS: Mapping[str, Any] = {
 def import_jina(*, without_torch: bool = False) -> None:
     """Imports Jina with what concerns the process as a whole patched. May be called again."""
     warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
+    # gRPC writes lines of its own, in no format of ours.
+    if logs.is_json():
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with _no_folders_in_home(), _hidden_torch(without_torch):
@@ -75,8 +79,26 @@ def import_jina(*, without_torch: bool = False) -> None:
     # Jina's document for endpoints without annotations cannot be read with chunks or matches.
     jina.serve.executors.LegacyDocumentJina = UntypedDoc
     _refuse_misfit_documents()
+    if logs.is_json():
+        _log_with_ours()
     # Jina's banner shows addresses that are not ours, and pages that this server lacks.
     jina.orchestrate.flow.base.print = lambda *_: None
+
+
+def _log_with_ours() -> None:
+    """Makes Jina's loggers use the handlers of the process, as others do.
+
+    Jina gives each logger handlers of its own, which draw tables of 80 columns.
+    """
+    from jina.enums import LogVerbosity
+    from jina.logging.logger import JinaLogger
+
+    def add_handlers(logger: JinaLogger, *_: Any, **__: Any) -> None:
+        logger.logger.handlers = []
+        logger.logger.propagate = True
+        logger.logger.setLevel(LogVerbosity.from_string(os.environ["JINA_LOG_LEVEL"]).value)
+
+    JinaLogger.add_handlers = add_handlers
 
 
 def _refuse_misfit_documents() -> None:

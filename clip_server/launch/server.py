@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from clip_server import logs
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool, replica_pools
 from clip_server.launch import heartbeats, jina_internals
@@ -97,7 +100,7 @@ def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
     try:
         _print_banner(spec, flow, time.perf_counter() - started)
         status = supervisor.watch(stop.wait, failures)
-        print("clip_server: shutting down: draining in-flight requests", flush=True)
+        logs.announce("shutting down: draining in-flight requests", file=sys.stdout)
     finally:
         supervisor.stop(stop.is_repeated)
     return stop.forced_status if stop.is_repeated() else status
@@ -125,14 +128,17 @@ def _abort(flow: Any) -> None:
 
 
 def _print_banner(spec: dict[str, Any], flow: Any, seconds: float) -> None:
-    lines = [f"clip_server: ready in {seconds:.1f} s"]
-    lines += [*_described(jina_internals.executor_addresses(flow)), *addresses(spec)]
+    details = {
+        "executors": _described(jina_internals.executor_addresses(flow)),
+        "addresses": addresses(spec),
+    }
     if spec["gateway"]["host"] in ALL_INTERFACES and not needs_key(spec):
-        lines.append(
-            "WARNING: listening on all network interfaces, and callers need no key; set "
-            "CLIP_AUTH_TOKEN, or use --host 127.0.0.1 to restrict it to this machine"
+        logs.announce(
+            "listening on all network interfaces, and callers need no key; set CLIP_AUTH_TOKEN, or "
+            "use --host 127.0.0.1 to restrict it to this machine",
+            logging.WARNING,
         )
-    print("\n  ".join(lines), flush=True)
+    logs.announce(f"ready in {seconds:.1f} s", details=details, file=sys.stdout)
 
 
 def _described(deployments: dict[str, Any]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from clip_server.commands import console
+from clip_server import logs
 from clip_server.launch import heartbeats
 from clip_server.launch.heartbeats import Pulse
 from clip_server.launch.jina_internals import FlowProcess
@@ -75,7 +76,7 @@ class SupervisedProcess:
         elif not self._is_ready and self.process.is_ready:
             self._is_ready, self._ready = True, now
             seconds = now - self._started
-            console.log(f"clip_server: {self.process.name} is ready again after {seconds:.1f} s")
+            logs.announce(f"{self.process.name} is ready again after {seconds:.1f} s")
         elif not self._is_ready and now - self._started > self.process.ready_seconds:
             self._kill(f"was not ready within {self.process.ready_seconds:g} s (timeout_ready)")
         elif self._is_ready and now - self._ready > _RECOVERED_SECONDS:
@@ -103,14 +104,16 @@ class SupervisedProcess:
         if self._deaths > most:
             self.stays_down = True
             times = f", {self._deaths} times in a row" if self._deaths > 1 else ""
-            console.log(f"clip_server: {cause}{times}: it stays down (max_restarts: {most})")
+            message = f"{cause}{times}: it stays down (max_restarts: {most})"
+            logs.announce(message, logging.ERROR)
             return
         pause = 0.0
         if self._deaths > 1:
             pause = min(_FIRST_PAUSE * 2 ** (self._deaths - 2), _LONGEST_PAUSE)
         self._restart_at = now + pause
         when = f" in {pause:g} s" if pause else ""
-        console.log(f"clip_server: {cause}: restarting it{when} ({self._deaths} of {most})")
+        message = f"{cause}: restarting it{when} ({self._deaths} of {most})"
+        logs.announce(message, logging.ERROR)
 
 
 class Supervisor:
@@ -143,7 +146,7 @@ class Supervisor:
                     each.look(failures)
                 if group and all(each.stays_down for each in group):
                     what = "the gateway" if name == "gateway" else f"every replica of {name}"
-                    console.log(f"clip_server: the server ends, because {what} is down")
+                    logs.announce(f"the server ends, because {what} is down", logging.ERROR)
                     return 1
         return 0
 
