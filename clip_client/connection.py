@@ -134,12 +134,14 @@ class Connection:
                 if too_late or not _is_passing(failure) or self._is_too_much(sends):
                     raise failure from None
                 self._note_absence(failure, patience)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                asked = failure.retry_after if isinstance(failure, ServerError) else 0.0
+                await asyncio.sleep(max(asked, pause) * random.uniform(0.5, 1.0))
                 pause = min(1.5 * pause, _LONGEST_PAUSE)
                 continue
             self._has_answered, self._is_away = True, False
             if not response.HasField("error") or not response.error.retry_after:
                 return response
+            failures.append(_error_in(response))
             # With jitter, or all refused requests would return at the same moment.
             await asyncio.sleep(response.error.retry_after / 1000 * random.uniform(0.5, 1.5))
 
@@ -196,7 +198,9 @@ def check_seconds(name: str, seconds: float | None) -> None:
 
 def _is_passing(error: Failure) -> bool:
     """Whether a retry may help."""
-    return error.code == "UNAVAILABLE" if isinstance(error, ServerError) else error.away
+    if isinstance(error, ConnectionFailedError):
+        return error.away
+    return error.code == "UNAVAILABLE" or error.retry_after > 0
 
 
 def _error_in(response: clip_pb2.Response) -> ServerError:

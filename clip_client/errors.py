@@ -31,9 +31,12 @@ class ClipError(Exception):
     `.embeddings`, where the error ended an `encode` that returns embeddings: those computed until
     then, [N, D] float32 in the order of the items, NaN in the rows that were not computed ([N, 0]
     where none was). Else None.
+    `.request_id` is the name in the server's log of the request that it refused or failed; empty
+    where the server named none.
     """
 
     embeddings: NDArray[np.float32] | None = None
+    request_id: str = ""
 
 
 class InvalidInputError(ClipError, ValueError):
@@ -82,12 +85,11 @@ class ItemsError(ClipError):
 
 
 class ServerError(ClipError):
-    """The server refused or failed a whole request. `.code` is clip.v1's `Error.Code` name.
-
-    `.request_id` is the request's name in the server's log; empty if the server gave none.
-    """
+    """The server refused or failed a whole request. `.code` is clip.v1's `Error.Code` name."""
 
     code = "UNKNOWN"
+    # Seconds after which the server suggests to try again; 0: it does not.
+    retry_after = 0.0
 
     def __init__(self, message: str, code: str | None = None, request_id: str = "") -> None:
         super().__init__(f"{message} [request {request_id}]" if request_id else message)

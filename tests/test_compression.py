@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import socket
@@ -15,13 +16,18 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from conftest import SAMPLES, Http, Server, Start, flow
+from conftest import PATIENCE_SECONDS, SAMPLES, Http, Server, Start, flow
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.routing import Route
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from clip_client import Client, InvalidInputError, TruncationWarning
 from clip_client.proto import clip_pb2 as pb
+from clip_server.gateway import compressing_app
 
 CAT = (SAMPLES / "cat.png").read_bytes()
 TEXTS = [f"a cat of {years} years" for years in range(40)]
@@ -253,8 +259,60 @@ def test_responses_are_compressed_where_the_flow_says_so(start: Start, onnx_serv
         assert "content-encoding" not in unasked.headers
         assert "content-encoding" not in http.get("/livez").headers
     with connect(server.websocket, proxy=None) as socket:
-        response = ask(socket, TEXTS).encode
-    assert response.count == len(TEXTS)
+        for texts in (["a cat"], TEXTS):  # the second is large enough for a thread
+            response = ask(socket, texts).encode
+            assert response.count == len(texts)
+
+
+def test_a_large_response_is_compressed_while_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The compression waits for another request, which would never be answered after it."""
+    answered = threading.Event()
+    compress = compressing_app._gzip
+
+    def compress_late(content: bytes) -> bytes:
+        assert answered.wait(PATIENCE_SECONDS)
+        return compress(content)
+
+    monkeypatch.setattr(compressing_app, "_gzip", compress_late)
+    app = Starlette(
+        routes=[
+            Route("/large", lambda _: Response(bytes(1 << 20))),
+            Route("/small", lambda _: Response("small")),
+        ],
+        middleware=[Middleware(compressing_app.CompressingApp)],
+    )
+
+    async def get(path: str) -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            raise AssertionError("a GET has no body")
+
+        headers = [(b"accept-encoding", b"br;q=1.0, gzip;q=0.8")]
+        scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
+        await app(scope, receive, send)
+        return sent
+
+    async def get_both() -> list[Any]:
+        large = asyncio.create_task(get("/large"))
+        await asyncio.sleep(0)
+        assert (await get("/small"))[1]["body"] == b"small"
+        answered.set()
+        return await large
+
+    start, body = asyncio.run(get_both())
+    assert (b"content-encoding", b"gzip") in start["headers"]
+    assert gzip.decompress(body["body"]) == bytes(1 << 20)
+
+
+@pytest.mark.parametrize("accepted", ["", "br", "gzip;q=0", "br, gzip; q=0.0", "identity"])
+def test_who_does_not_accept_gzip_gets_none(accepted: str) -> None:
+    assert not compressing_app._accepts_gzip(accepted)
 
 
 class Relay:

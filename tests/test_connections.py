@@ -7,19 +7,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import Server, Start, flow
+from conftest import PATIENCE_SECONDS, Server, Start, flow
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from clip_client import Client
+from clip_client import Client, ConnectionFailedError, ServerError
 from clip_server.errors import ConfigurationError
 from clip_server.launch.flow import prepare
 
 # No connection may be too old before MOST are open, on a busy machine either.
 TIMEOUT, AGE, MOST = 0.5, 3.0, 20
+OF_ADDRESS = f"{MOST} connections from one address (max_connections_per_address)"
 BODY = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
 
 
@@ -45,6 +48,7 @@ def test_slow_requests_are_cut_off(strict: Server, sent: bytes, bound: str) -> N
         connection.sendall(sent)
         answer = b"".join(iter(lambda: connection.recv(1000), b""))
     assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"x-request-id: " in answer
     assert bound.encode() in answer
     assert f"{TIMEOUT:g} s".encode() in answer
 
@@ -59,6 +63,7 @@ def test_large_headers_are_refused_with_the_limit(strict: Server) -> None:
     answer = requests.get(f"{strict.http}/livez", headers={"x": "y" * 100_000})
     assert answer.status_code == 431
     assert "64 KiB" in answer.json()["error"]["message"]
+    assert len(answer.headers["x-request-id"]) == 32
 
 
 def test_too_many_connections_of_one_address(strict: Server) -> None:
@@ -66,15 +71,73 @@ def test_too_many_connections_of_one_address(strict: Server) -> None:
         for _ in range(MOST):
             stack.enter_context(connect(strict.websocket, proxy=None))
         refused = requests.get(f"{strict.http}/livez")
-        assert refused.status_code == 503
-        assert "max_connections_per_address" in refused.json()["error"]["message"]
-        assert str(MOST) in refused.json()["error"]["message"]
+        assert refused.status_code == 429
+        assert OF_ADDRESS in refused.json()["error"]["message"]
         with pytest.raises(InvalidStatus) as raised, connect(strict.websocket, proxy=None):
             pass
-        assert raised.value.response.status_code == 503
-    # The client waits for its turn.
-    with Client(strict.http) as client:
+        assert raised.value.response.status_code == 429
+        for headers in (refused.headers, raised.value.response.headers):
+            assert headers["retry-after"] == "1"
+            assert len(headers["x-request-id"]) == 32
+        waiting = [Client(each) for each in (strict.http, strict.websocket)]
+        with ThreadPoolExecutor() as pool:
+            calls = [pool.submit(each.encode, ["a cat"]) for each in waiting]
+            stack.close()
+            assert [len(call.result()) for call in calls] == [1, 1]  # once it is their turn
+    for client in waiting:
+        client.close()
+
+
+def info(channel: grpc.Channel) -> grpc.Call:
+    """An ended call."""
+    call = channel.unary_unary("/clip.v1.Clip/Info").future(b"", timeout=PATIENCE_SECONDS)
+    call.exception()
+    return call
+
+
+def test_too_many_grpc_connections_of_one_address(strict: Server) -> None:
+    with ExitStack() as stack:
+        own = ("grpc.use_local_subchannel_pool", 1)  # a connection for each channel
+        channels = [stack.enter_context(strict.channel([own])) for _ in range(MOST + 1)]
+        with Client(strict.grpc) as client:
+            assert len(client.encode(["a cat"])) == 1
+            *admitted, refused = map(info, channels)
+            assert {call.code() for call in admitted[:-1]} == {grpc.StatusCode.OK}
+            for call in (admitted[-1], refused):  # the client has one of those that are admitted
+                assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert OF_ADDRESS in call.details()
+                said = dict(call.trailing_metadata())
+                assert said["grpc-retry-pushback-ms"] == "1000"
+                assert len(said["x-request-id"]) == 32
+            health = health_pb2_grpc.HealthStub(channels[-1])
+            assert health.Check(health_pb2.HealthCheckRequest()).status == 1
+        with Client(strict.grpc, connect_timeout=0.2) as other:  # the place that became free
+            assert len(other.encode(["a cat"])) == 1
+
+
+@pytest.mark.slow
+def test_too_many_connections_in_all(start: Start) -> None:
+    spec = flow()
+    spec["with"]["max_connections"] = 2
+    server = start(spec)
+    with Client(server.grpc) as first, Client(server.grpc) as second:
+        assert len(first.encode(["a cat"])) == len(second.encode(["a cat"])) == 1
+        third = Client(server.grpc, connect_timeout=0.5)
+        with third, pytest.raises(ConnectionFailedError):
+            third.encode(["a cat"])
+    with Client(server.grpc) as client:
         assert len(client.encode(["a cat"])) == 1
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(connect(server.websocket, proxy=None))
+        for address in (server.http, server.websocket):
+            with (
+                Client(address, connect_timeout=0.5) as client,
+                pytest.raises(ServerError, match=r"2 connections \(max_connections\)") as caught,
+            ):
+                client.encode(["a cat"])
+            assert (caught.value.code, len(caught.value.request_id)) == ("UNAVAILABLE", 32)
+    server.stop()
 
 
 def test_old_connections_are_closed_between_requests(strict: Server) -> None:

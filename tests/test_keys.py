@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import io
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def test_refused_keys_are_counted_and_logged(server: Server, protocol: str) -> N
     client = Client(getattr(server, protocol), credential="wrong")
     with client, pytest.raises(AuthenticationError) as caught:
         client.encode(["a cat"])
-    assert caught.value.request_id or protocol == "websocket"
+    assert re.fullmatch("[0-9a-f]{32}", caught.value.request_id)
+    assert caught.value.request_id in server.output()
     assert eventually(lambda: refused() > before)
     assert server.output().count(f"protocol={protocol} ") > logged
 

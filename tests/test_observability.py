@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +18,7 @@ from typing import Any
 import grpc
 import pytest
 import requests
-from conftest import ROOT, Server, Start, eventually, flow
+from conftest import ROOT, SLOW_EXECUTOR, Server, Start, eventually, flow
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client import Metric
@@ -203,6 +207,39 @@ def test_the_clients_errors_name_the_request(onnx_server: Server, protocol: str)
     assert (str(copied), copied.request_id) == (str(error), error.request_id)
 
 
+@pytest.mark.slow
+def test_every_refusal_names_its_request(start: Start) -> None:
+    """To the client, whatever the reason: a key, a mistake, a server that is full or ends."""
+    spec = flow(module=SLOW_EXECUTOR, max_queued_items=100)
+    spec["with"]["max_wait"] = 0
+    server = start(spec, CLIP_AUTH_TOKEN="right", CLIP_ACCESS_LOG="1")
+
+    def refused(address: str, credential: str = "right", **options: Any) -> tuple[str, str]:
+        client = Client(address, credential=credential)
+        with client, pytest.raises(ServerError) as caught:
+            client.encode(["a cat"], **options)
+        return caught.value.code, caught.value.request_id
+
+    def assert_refused(code: str, **options: Any) -> None:
+        with ThreadPoolExecutor() as pool:
+            calls = [pool.submit(refused, each, **options) for each in server.addresses]
+        codes, named = zip(*(call.result() for call in calls), strict=True)
+        assert codes == (code, code, code)
+        assert eventually(lambda: all(each and each in server.output() for each in named))
+
+    assert_refused("UNAUTHENTICATED", credential="wrong")
+    assert_refused("INVALID_ARGUMENT", model="none")
+    texts = [f"text {number}" for number in range(5_000)]  # for 8 s
+    with Client(server.grpc, credential="right") as client, ThreadPoolExecutor() as pool:
+        bulk = pool.submit(client.encode, texts, batch_size=5_000)
+        assert eventually(lambda: server.metrics(authorization="right")["in_flight_items"] > 0)
+        assert_refused("RESOURCE_EXHAUSTED", timeout=1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_output("draining")
+        assert_refused("UNAVAILABLE", timeout=3)  # at first they are accepted
+        assert len(bulk.result()) == 5_000
+
+
 def test_request_ids_over_grpc_and_websocket(used: Server) -> None:
     encode = pb.EncodeRequest(items=[pb.Item(text="a cat")])
     with used.channel() as channel:
@@ -243,3 +280,62 @@ def test_the_access_log_has_a_line_for_each_request(observed: Server) -> None:
     assert all(line["client"].startswith("127.0.0.1:") for line in encoded)
     assert all(line["duration_ms"] > 0 for line in encoded)
     assert encoded[-1]["request_id"] == "order-69"
+
+
+# Whatever prints in a process of the server.
+PRINTS = """
+import logging, sys, threading, warnings
+from clip_server import logs
+logs.print_as_json()
+logs.configure()
+print("a line"), print("two\\nlines"), print({"a": 1}), print(3), print()
+logs.announce("told", logging.WARNING, details={"addresses": ["one", "two"]})
+warnings.warn("outdated", DeprecationWarning)
+logging.getLogger("clip_server.x").info("logged", extra={"request_id": "order-70"})
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start(), thread.join()
+sys.stderr.write("unfinished")
+raise SystemExit("the reason")
+"""
+
+
+def test_all_that_is_printed_is_json() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", PRINTS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CLIP_LOG_FORMAT": "json"},
+        check=False,
+    )
+    printed = [json.loads(line)["message"] for line in done.stdout.splitlines()]
+    assert printed == ["a line", "two\nlines", "{'a': 1}", "3"]
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    told, warned, logged, *failed = lines
+    assert (told["level"], told["message"]) == ("warning", "clip_server: told")
+    assert told["addresses"] == ["one", "two"]
+    assert "DeprecationWarning: outdated" in warned["message"]
+    assert (logged["message"], logged["request_id"]) == ("logged", "order-70")
+    said = "".join(each["message"] for each in failed)
+    assert "ZeroDivisionError" in said
+    assert said.endswith("unfinishedthe reason")
+    assert all({"time", "level", "logger"} <= each.keys() for each in lines)
+
+
+def test_json_logs_hold_nothing_else(observed: Server) -> None:
+    """From the start to the end, with a request that fails and a process that dies."""
+    requests.post(f"{observed.http}/encode", data="{", timeout=30)
+    gateway = next(
+        each for each in observed.family()[1:]
+        if observed.ports[1] in [it.laddr.port for it in each.net_connections("inet")]
+    )  # fmt: skip
+    gateway.kill()
+    observed.wait_for_output("is ready again")
+    observed.stop()
+    lines = [json.loads(line) for line in observed.output().splitlines()]
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= line.keys()
+    (ready,) = (each for each in lines if each["message"].startswith("clip_server: ready in"))
+    assert ready["addresses"] == observed.addresses
+    assert "emoji-small::embedded" in ready["executors"][0]
+    assert [each["level"] for each in lines if "was killed" in each["message"]] == ["error"]
+    assert "draining" in lines[-1]["message"]

@@ -5,9 +5,10 @@ A transport carries envelopes and knows nothing of their meaning. It lives on on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Protocol, TypeAlias
 
-from clip_client.errors import ClipError, ConnectionFailedError, server_error
+from clip_client.errors import ConnectionFailedError, ServerError, server_error
 from clip_client.proto import clip_pb2
 from clip_client.proxies import through
 
@@ -52,12 +53,22 @@ def broken(error: ConnectionFailedError) -> ConnectionFailedError:
     return error
 
 
-def status_error(where: str, status: int, body: bytes, proxy: str | None = None) -> ClipError:
+def status_error(
+    where: str, status: int, body: bytes, headers: Mapping[str, str], proxy: str | None = None
+) -> ServerError:
     """The error for an HTTP status without a clip.v1 error in its body."""
     detail = body[:200].decode("utf-8", "replace").strip()
     if status == 404:
         detail = f"is this the address of a CLIP server? {detail}"
     code = STATUS_CODES.get(status, "UNKNOWN")
-    return server_error(
-        code, f"{where}{through(proxy)} answered with status {status}: {detail}".rstrip(": ")
-    )
+    message = f"{where}{through(proxy)} answered with status {status}: {detail}".rstrip(": ")
+    return refusal(code, message, headers)
+
+
+def refusal(code: str, message: str, headers: Mapping[str, str]) -> ServerError:
+    """The error for an answer over HTTP with these headers."""
+    error = server_error(code, message, headers.get(REQUEST_ID, ""))
+    seconds = headers.get("retry-after", "")  # or a date, which only proxies send
+    if seconds.isdecimal():
+        error.retry_after = float(seconds)
+    return error

@@ -30,6 +30,8 @@ from clip_client.transports.jina_gateway import STATUS, jina_gateway_error
 from clip_client.transports.multiplex import Multiplexer
 
 _STREAM, _INFO = "/clip.v1.Clip/Stream", "/clip.v1.Clip/Info"
+# Milliseconds after which the server suggests to try again; negative: not at all.
+_PUSHBACK = "grpc-retry-pushback-ms"
 # The process that uses gRPC.
 _process: int | None = None
 _OPTIONS: list[tuple[str, str | int]] = [
@@ -174,10 +176,11 @@ class _StreamLink:
 
     def _error(self, error: grpc.aio.AioRpcError) -> ClipError:
         code, details = error.code(), error.details() or ""
-        if code in _CODES and "RST_STREAM" not in details:
-            metadata = error.trailing_metadata() or ()
-            named = (str(value) for name, value in metadata if name == REQUEST_ID)
-            return server_error(code.name, details, next(named, ""))
+        said = {name: str(value) for name, value in error.trailing_metadata() or ()}
+        if REQUEST_ID in said or (code in _CODES and "RST_STREAM" not in details):
+            refusal = server_error(code.name, details, said.get(REQUEST_ID, ""))
+            refusal.retry_after = int(said.get(_PUSHBACK, 0)) / 1000
+            return refusal
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return server_error(code.name, f"{self._address} is no CLIP server: {details}")
         # The last of a chain of reasons: the rest of it is how gRPC got there.

@@ -28,6 +28,7 @@ from clip_client.transports.base import (
     REQUEST_ID,
     Compression,
     broken,
+    refusal,
     status_error,
 )
 from clip_client.transports.jina_gateway import is_jina_gateway, jina_gateway_error
@@ -157,8 +158,7 @@ class HttpTransport:
 
     def _read(self, kind: str, reply: aiohttp.ClientResponse, content: bytes) -> clip_pb2.Response:
         succeeded = 200 <= reply.status < 300
-        request_id = reply.headers.get(REQUEST_ID, "")
-        response = clip_pb2.Response(request_id=request_id)
+        response = clip_pb2.Response(request_id=reply.headers.get(REQUEST_ID, ""))
         try:
             if reply.content_type == _PROTOBUF:
                 body = getattr(response, kind if succeeded else "error")
@@ -171,9 +171,11 @@ class HttpTransport:
             raise server_error("UNKNOWN", f"{reply.url} answered, but not with a clip.v1 message")
         try:
             error = json.loads(content)["error"]
-            raise server_error(str(error["code"]), str(error["message"]), request_id)
+            raise refusal(str(error["code"]), str(error["message"]), reply.headers)
         except (ValueError, KeyError, TypeError):
-            raise status_error(str(reply.url), reply.status, content, self._proxy) from None
+            raise status_error(
+                str(reply.url), reply.status, content, reply.headers, self._proxy
+            ) from None
 
 
 def _is_small(request: clip_pb2.Request) -> bool:

@@ -48,8 +48,9 @@ class Multiplexer:
 
     async def close(self) -> None:
         self._closed = True
-        if self._connection is not None:
-            await self._connection.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
 
 class _Connection:
@@ -78,8 +79,13 @@ class _Connection:
             self._pending.pop(request.id, None)
 
     async def close(self) -> None:
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        tasks = self._reader, self._writer
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        # They keep the frames in which they were cancelled, with a call: only when nothing refers
+        # to it any more does gRPC close its connection.
+        del self._reader, self._writer
 
     async def _write(self) -> None:
         # The reader sees the same break, and its reason.
@@ -113,7 +119,7 @@ class _Connection:
         if response.HasField("error") and not response.id:
             # It names no request, so it is about the connection.
             code = clip_pb2.Error.Code.Name(response.error.code)
-            raise server_error(code, response.error.message)
+            raise server_error(code, response.error.message, response.request_id)
         answer = self._pending.pop(response.id, None)
         # There is none for a request that was cancelled.
         if answer is not None and not answer.done():

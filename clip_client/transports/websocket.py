@@ -39,8 +39,10 @@ def open_transport(
                 ping_timeout=120,
             )
         except InvalidStatus as error:
-            status, body = error.response.status_code, bytes(error.response.body or b"")
-            raise status_error(str(address), status, body, proxy) from None
+            answer = error.response
+            body = bytes(answer.body or b"")
+            returned = {name.lower(): value for name, value in answer.headers.raw_items()}
+            raise status_error(str(address), answer.status_code, body, returned, proxy) from None
         except (OSError, TimeoutError, InvalidHandshake) as error:
             raise address.unreachable(error, proxy) from None
         return _SocketLink(address, socket, proxy, trust)

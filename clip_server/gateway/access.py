@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
-from websockets.asyncio.server import ServerConnection
-from websockets.http11 import Request, Response
 
 from clip_server.errors import RequestError
 from clip_server.gateway.http_messages import json_error
@@ -38,7 +35,8 @@ _OPEN_PATHS = (
 )
 _METRICS_PATH = "/metrics"
 _OPEN_SERVICE = "/grpc.health.v1.Health/"
-_CHALLENGE = 'Bearer, Basic realm="CLIP", charset="UTF-8"'
+# Of an answer with status 401.
+CHALLENGE = {"WWW-Authenticate": 'Bearer, Basic realm="CLIP", charset="UTF-8"'}
 _RETRY_SECONDS = 1.0
 _HOW = (
     "send the header `authorization: Bearer <key>`, with the Python client Client(..., "
@@ -165,7 +163,7 @@ class HttpAccess:
                 self._access.identify(headers)
             except RequestError as error:
                 response = json_error(401, error.code, str(error))
-                response.headers["WWW-Authenticate"] = _CHALLENGE
+                response.headers.update(CHALLENGE)
                 if not self._is_short(headers):
                     response.headers["Connection"] = "close"
                 await response(scope, receive, send)
@@ -208,21 +206,6 @@ class GrpcAccess(grpc.aio.ServerInterceptor):
 
         # Of this kind for calls of every kind: one that takes a single message would read it first.
         return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def check_handshake(access: Access) -> Callable[[ServerConnection, Request], Response | None]:
-    """What a WebSocket server asks about each handshake: the response that refuses it, or None."""
-
-    def check(connection: ServerConnection, request: Request) -> Response | None:
-        try:
-            access.identify({name.lower(): value for name, value in request.headers.raw_items()})
-        except RequestError as error:
-            response = connection.respond(HTTPStatus.UNAUTHORIZED, f"{error}\n")
-            response.headers["WWW-Authenticate"] = _CHALLENGE
-            return response
-        return None
-
-    return check
 
 
 def _text_headers(metadata: Any) -> dict[str, str]:

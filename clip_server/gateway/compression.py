@@ -1,4 +1,5 @@
-"""Inflates requests of all protocols within bounds, so that a small one cannot fill the memory."""
+"""Inflates requests of all protocols within bounds, so that a small one cannot fill the memory; and
+compresses responses over WebSocket."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from clip_server.rpc.grpc_service import Context, abort
 
 # Of responses: float32 embeddings shrink by a tenth, and no more at the slower levels.
 LEVEL = 1
-# Responses with fewer bytes are not compressed.
-SMALLEST_RESPONSE = 1024
+# Responses up to this size, which take about 1 ms, are compressed on the event loop, others in a
+# thread.
+FAST_RESPONSE = 16 << 10
 # A request may grow by this factor: texts and images stay below it, bombs reach 1,000.
 _MOST_GROWTH = 32
 # Requests of up to so many inflated bytes may grow by any factor.
@@ -32,9 +34,9 @@ _FAST_BYTES = 8 << 10
 # Compressed bytes inflated at a time, and inflated bytes made at a time.
 _STEP, _PIECE = 64 << 10, 1 << 20
 # Values of zlib's `wbits`.
-_GZIP, _ZLIB = zlib.MAX_WBITS | 16, zlib.MAX_WBITS
+GZIP, _ZLIB = zlib.MAX_WBITS | 16, zlib.MAX_WBITS
 # By the names of the formats in `Content-Encoding`.
-_WINDOW_BITS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": _ZLIB}
+_WINDOW_BITS = {"gzip": GZIP, "x-gzip": GZIP, "deflate": _ZLIB}
 
 
 # An option of gRPC servers that leaves it to `GrpcInflation`.
@@ -171,7 +173,7 @@ def _bits_of_message(message: bytes) -> int | None:
     zlib's for an integer in field 15, which neither clip.v1's requests nor Jina's have.
     """
     if message[:2] == b"\x1f\x8b":
-        return _GZIP
+        return GZIP
     if message[:1] == b"\x78" and int.from_bytes(message[:2], "big") % 31 == 0:
         return _ZLIB
     return None
@@ -224,7 +226,31 @@ class _BoundedDeflate(Extension):
         return decoded
 
     def encode(self, frame: Frame) -> Frame:
+        if isinstance(frame.data, _Deflated):
+            return Frame(frame.opcode, frame.data, frame.fin, rsv1=True)
         return self._deflate.encode(frame) if self._compresses else frame
+
+    async def deflate(self, message: bytes) -> bytes:
+        """The message as `encode` leaves it alone, compressed in a thread if it is large."""
+        if not self._compresses or len(message) <= FAST_RESPONSE:
+            return message
+        frame = Frame(Opcode.BINARY, message)
+        return _Deflated((await asyncio.to_thread(self._deflate.encode, frame)).data)
+
+
+class _Deflated(bytes):
+    """A message that is compressed already."""
+
+
+async def deflated(message: bytes, extensions: Sequence[Extension]) -> bytes:
+    """A message for a WebSocket with these extensions, compressed in a thread if that takes long.
+
+    Only one of a connection may be compressed at a time.
+    """
+    for each in extensions:
+        if isinstance(each, _BoundedDeflate):
+            return await each.deflate(message)
+    return message
 
 
 def _inflated_limit(received: int, most: int) -> int:

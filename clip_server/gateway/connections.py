@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +14,17 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from clip_server.gateway.http_messages import json_error
+from clip_server.errors import RequestError
+from clip_server.gateway.http_messages import json_error, own_error, retry_headers, status_of
+from clip_server.gateway.observation import (
+    REQUEST_ID,
+    Caller,
+    Observed,
+    Observer,
+    caller,
+    join_host_port,
+)
+from clip_server.gateway.observed_app import ObservedApp, observed_in
 
 # Of a request's line and headers.
 _MOST_HEAD_BYTES = 64 << 10
@@ -21,6 +32,8 @@ _MOST_HEAD_BYTES = 64 << 10
 _SLOWEST_BODY = 16 << 10
 # A connection beyond the limit has this long to send a request, and learn why it is closed.
 _BEYOND_LIMIT_SECONDS = 1.0
+# When the client of one may try again.
+_RETRY_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
 _LARGE_HEAD = f"the headers are larger than {_MOST_HEAD_BYTES >> 10} KiB, the most the server takes"
 
@@ -29,7 +42,7 @@ _LARGE_HEAD = f"the headers are larger than {_MOST_HEAD_BYTES >> 10} KiB, the mo
 class ConnectionBounds:
     """Keys of a flow's `with:`.
 
-    max_connections, max_connections_per_address: HTTP and WebSocket connections, together.
+    max_connections, max_connections_per_address: of HTTP and WebSocket together, and of gRPC.
     header_timeout: seconds in which the headers of a request, or the handshake of a connection,
         must have come; 0: any time.
     body_timeout: seconds in which the body of an HTTP request must have come, apart from the time
@@ -57,17 +70,15 @@ class Connections:
         self.bounds = bounds
         self._open: Counter[str] = Counter()
 
-    def add(self, address: str) -> str:
-        """Counts a connection. Returns why it is one too many; empty if it is not."""
+    def add(self, address: str) -> RequestError | None:
+        """Counts a connection. Returns why it is one too many; None: it is not."""
         self._open[address] += 1
-        total, of_address = self._open.total(), self._open[address]
-        most, most_of_address = (
-            self.bounds.max_connections,
-            self.bounds.max_connections_per_address,
-        )
-        if of_address > most_of_address:
-            return f"{most_of_address:,} connections from one address (max_connections_per_address)"
-        return f"{most:,} connections (max_connections)" if total > most else ""
+        bounds = self.bounds
+        if self._open[address] > bounds.max_connections_per_address:
+            return too_many_of_address(bounds.max_connections_per_address)
+        if self._open.total() > bounds.max_connections:
+            return _too_many(f"{bounds.max_connections:,} connections (max_connections)")
+        return None
 
     def remove(self, address: str) -> None:
         """Counts a connection as closed."""
@@ -76,9 +87,15 @@ class Connections:
             del self._open[address]
 
 
-def refusal(why: str) -> str:
-    """A message for the client of a connection that is one too many."""
-    return f"the server takes at most {why}; try again in a moment"
+def too_many_of_address(most: int) -> RequestError:
+    """Why a connection of an address that has `most` is refused."""
+    bound = f"{most:,} connections from one address (max_connections_per_address)"
+    return _too_many(bound, "RESOURCE_EXHAUSTED")
+
+
+def _too_many(bound: str, code: str = "UNAVAILABLE") -> RequestError:
+    message = f"the server takes at most {bound}; try again in a moment"
+    return RequestError(message, code, retry_after=_RETRY_SECONDS)
 
 
 async def _refuse_large_head(scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,14 +107,18 @@ async def _refuse_large_head(scope: Scope, receive: Receive, send: Send) -> None
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with bounds on connections and on the size and time of requests."""
+    """uvicorn's protocol with bounds on connections and on the size and time of requests.
 
-    def __init__(self, connections: Connections, **arguments: Any) -> None:
+    observer: observes the requests that are refused here, before an application gets them.
+    """
+
+    def __init__(self, connections: Connections, observer: Observer, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._all = connections
+        self._all, self._observer = connections, observer
+        self._refuse_large_head = ObservedApp(_refuse_large_head, observer)
         self._bounds = connections.bounds
         self._address = ""
-        self._beyond_limit = ""
+        self._beyond_limit: RequestError | None = None
         self._timer: asyncio.TimerHandle | None = None
         # What came since the last part of a body, or the end of a request.
         self._head_bytes = 0
@@ -122,16 +143,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._beyond_limit:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "UNAVAILABLE", refusal(self._beyond_limit))
+            self._refuse(status_of(self._beyond_limit.code), self._beyond_limit)
             return
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(
-                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                "INVALID_ARGUMENT",
-                _LARGE_HEAD,
-            )
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, RequestError(_LARGE_HEAD))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -150,7 +167,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         # They may have come at once, with their end.
         is_large = self._field_bytes > _MOST_HEAD_BYTES
-        self.app = _refuse_large_head if is_large else self.config.loaded_app
+        self.app = self._refuse_large_head if is_large else self.config.loaded_app
         super().on_headers_complete()
         self._body_bytes = 0
         self._expect(self._bounds.body_timeout, self._refuse_slow_body)
@@ -196,16 +213,32 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             )
 
     def _refuse_slow(self, message: str) -> None:
-        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "DEADLINE_EXCEEDED", message)
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, RequestError(message, "DEADLINE_EXCEEDED"))
 
-    def _refuse(self, status: HTTPStatus, code: str, message: str) -> None:
+    def _refuse(self, status: HTTPStatus, error: RequestError) -> None:
         """Answers and closes the connection, whatever is left to read."""
         if self.transport.is_closing():
             return
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
-            body = json.dumps({"error": {"code": code, "message": message}}).encode()
-            self.transport.write(
-                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-                b"connection: close\r\n\r\n%s" % (status, status.phrase.encode(), len(body), body)
-            )
+            self.transport.write(self._response(status, error))
         self.transport.close()
+
+    def _response(self, status: HTTPStatus, error: RequestError) -> bytes:
+        with self._observing() as observed:
+            observed.status, observed.code = status, error.code
+        body = json.dumps(own_error(status, error.code, str(error))).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            REQUEST_ID: observed.request_id,
+            **retry_headers(error),
+        }
+        lines = [f"HTTP/1.1 {status:d} {status.phrase}", *map(": ".join, headers.items())]
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+    def _observing(self) -> AbstractContextManager[Observed]:
+        if self.cycle and not self.cycle.response_complete and (known := observed_in(self.scope)):
+            return nullcontext(known)
+        caller.set(Caller("http", join_host_port(self.client)))
+        return self._observer.request("")

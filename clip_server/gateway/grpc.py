@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,9 +14,13 @@ from grpc_reflection.v1alpha import reflection
 from clip_client.address import Address
 from clip_server.gateway.access import GrpcAccess
 from clip_server.gateway.compression import NO_GRPC_INFLATION, GrpcInflation
+from clip_server.gateway.grpc_connections import (
+    ConnectionsOfAddresses,
+    client_of,
+    count_connections,
+)
 from clip_server.gateway.jina_protocol import JINA_SERVICES, jina_handlers
 from clip_server.gateway.listener import IN_FLIGHT, Listener
-from clip_server.gateway.metrics import count_grpc_connections
 from clip_server.gateway.observation import REQUEST_ID, TRACEPARENT, Caller, Observed, caller
 from clip_server.rpc.grpc_service import SERVICE, Context, clip_handlers
 from clip_server.rpc.multiplexing import StreamServer
@@ -33,15 +36,16 @@ class GrpcListener(Listener):
 
     async def start(self) -> None:
         """Opens the port."""
+        bounds = self.options.connections.bounds
         self._server = grpc.aio.server(
             options=list(self._server_options().items()),
             interceptors=[
+                ConnectionsOfAddresses(bounds, self._observe_refused),
                 GrpcAccess(self.options.access, self._observe_refused),
                 GrpcInflation(self.options.max_request_bytes),
             ],
             compression=self.options.compression,
         )
-        bounds = self.options.connections.bounds
         self._streams = StreamServer(
             self.observer.observing(self.count_call), IN_FLIGHT, bounds.draw_age
         )
@@ -78,6 +82,9 @@ class GrpcListener(Listener):
         return {
             "grpc.max_send_message_length": -1,
             "grpc.max_receive_message_length": self.options.max_request_bytes,
+            "grpc.max_concurrent_streams": IN_FLIGHT,
+            # Closes those beyond it, before they have said anything.
+            "grpc.max_allowed_incoming_connections": bounds.max_connections,
             **NO_GRPC_INFLATION,
             "grpc.http2.max_ping_strikes": 0,  # an idle client may ping as often as it likes
             "grpc.keepalive_time_ms": _KEEPALIVE_MS,
@@ -99,9 +106,8 @@ class GrpcListener(Listener):
     def _begin(self, context: Context) -> None:
         """Notes who makes the calls of this task."""
         metadata = dict(context.invocation_metadata() or ())
-        peer = unquote(context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")
         given = (str(metadata.get(name, "")) for name in (REQUEST_ID, TRACEPARENT))
-        caller.set(Caller("grpc", peer, *given))
+        caller.set(Caller("grpc", client_of(context), *given))
 
     @contextmanager
     def _observe(self, endpoint: str, context: Context) -> Iterator[Observed]:
@@ -111,12 +117,12 @@ class GrpcListener(Listener):
             yield observed
 
     def _observe_refused(self, method: str, context: Context) -> AbstractContextManager[Observed]:
-        """Observes a call without a key as a request to its method's endpoint."""
+        """Observes a call that is refused as a request to its method's endpoint."""
         return self._observe(f"/{method.rpartition('/')[2].lower()}", context)
 
     def count_connections(self) -> int:
         """The connections that are open."""
-        return count_grpc_connections()
+        return count_connections()
 
     async def stop(self, seconds: float) -> None:
         self._following.cancel()

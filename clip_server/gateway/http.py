@@ -15,7 +15,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, request_response
@@ -33,7 +32,7 @@ from clip_server.gateway.apis.immich import ImmichApi
 from clip_server.gateway.apis.openai import OpenAIApi
 from clip_server.gateway.apis.tei import TeiApi
 from clip_server.gateway.apis.weaviate import WeaviateApi
-from clip_server.gateway.compression import LEVEL, SMALLEST_RESPONSE
+from clip_server.gateway.compressing_app import CompressingApp
 from clip_server.gateway.connections import BoundedHttpProtocol
 from clip_server.gateway.early_refusal import EarlyRefusal
 from clip_server.gateway.http_messages import (
@@ -82,7 +81,7 @@ class HttpListener(Listener):
             ObservedApp(_DrainingApp(self._app(), self.lifecycle), self.observer),
             self.hosts,
             self.port,
-            http=partial(BoundedHttpProtocol, self.options.connections),  # type: ignore[arg-type]
+            http=partial(BoundedHttpProtocol, self.options.connections, self.observer),  # type: ignore[arg-type]
             log_config=None,
             access_log=False,
             proxy_headers=False,
@@ -148,16 +147,13 @@ class HttpListener(Listener):
             max_discarded_bytes=self.options.max_request_bytes,
         )
         refusing = Middleware(EarlyRefusal)
-        compressing = Middleware(
-            GZipMiddleware, minimum_size=SMALLEST_RESPONSE, compresslevel=LEVEL
-        )
         page = [Middleware(PageForBrowsers)] if self.options.page else []
         app = Starlette(
             # They are tried in this order, which costs microseconds each.
             routes=[*clip.routes(), *dialects, *pages],
             # CORS before keys: browsers send none with their preflight requests.
             middleware=[
-                *([compressing] if self.options.compresses else []),
+                *([Middleware(CompressingApp)] if self.options.compresses else []),
                 *([cors] if self.options.cors else []),
                 *page,
                 access,

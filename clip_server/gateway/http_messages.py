@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -197,6 +198,16 @@ def code_of(status: int) -> str:
     return "OK" if status < 400 else _CODES.get(status, "INTERNAL")
 
 
+def status_of(code: str) -> HTTPStatus:
+    """The status with which an error of this code is answered."""
+    return HTTPStatus(_STATUS.get(code, 500))
+
+
+def retry_headers(error: RequestError) -> dict[str, str]:
+    """The headers that say when to try again, if that helps."""
+    return {"Retry-After": str(math.ceil(error.retry_after))} if error.retry_after else {}
+
+
 def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., Any]]:
     """Starlette's handlers for requests that raise, by exception or status.
 
@@ -225,7 +236,7 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
 async def refuse(request: Request, error: Exception) -> Response:
     """The response to a request that raised a RequestError."""
     assert isinstance(error, RequestError)
-    status, code, dialect = _STATUS.get(error.code, 500), error.code, _dialect_of(request)
+    status, code, dialect = int(status_of(error.code)), error.code, _dialect_of(request)
     if isinstance(error, TooLargeError):
         status = _TOO_LARGE
     elif isinstance(error, UnknownEncodingError):
@@ -238,8 +249,7 @@ async def refuse(request: Request, error: Exception) -> Response:
         response = protobuf_response(error_response(0, error).error, status)
     else:
         response = json_error(status, code, str(error), dialect)
-    if error.retry_after:
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
+    response.headers.update(retry_headers(error))
     if status == _TOO_LARGE:
         response.headers["Connection"] = "close"  # the rest of the body is not read
     return response

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -16,8 +14,6 @@ from clip_client.proto import clip_pb2 as pb
 from clip_server.rpc.metrics import SECONDS, merged
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-# The most sockets of one server that gRPC lists in one answer.
-_MOST_SOCKETS = 1 << 20
 
 
 class GatewayMetrics:
@@ -90,14 +86,3 @@ class _Connections(Collector):
         for protocol, count in self._count.items():
             family.add_metric([protocol], count())
         yield family
-
-
-def count_grpc_connections() -> int:
-    """Open connections of this process's gRPC servers, as gRPC's channelz lists them."""
-    servers = json.loads(cygrpc.channelz_get_servers(0)).get("server", ())
-    count = 0
-    for server in servers:
-        number = int(server["ref"]["serverId"])
-        listed = json.loads(cygrpc.channelz_get_server_sockets(number, 0, _MOST_SOCKETS))
-        count += len(listed.get("socketRef", ()))
-    return count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,12 +13,21 @@ from clip_server.gateway.observation import (
     REQUEST_ID,
     TRACEPARENT,
     Caller,
+    Observed,
     Observer,
     caller,
     join_host_port,
 )
 
 log = logging.getLogger(__name__)
+
+_OBSERVED = "observed"
+
+
+def observed_in(scope: Mapping[str, Any]) -> Observed | None:
+    """The observed request that a scope describes; None: no application has it yet."""
+    found: Observed | None = scope["state"].get(_OBSERVED)
+    return found
 
 
 class ObservedApp:
@@ -36,11 +45,13 @@ class ObservedApp:
         given = (headers.get(name.encode(), "") for name in (REQUEST_ID, TRACEPARENT))
         caller.set(Caller("http", join_host_port(scope.get("client")), *given))
         with self._observer.request(scope["path"]) as observed:
+            scope["state"][_OBSERVED] = observed
 
             async def send_observed(message: MutableMapping[str, Any]) -> None:
                 if message["type"] == "http.response.start":
-                    observed.status = message["status"]
-                    observed.code = code_of(observed.status)
+                    if not observed.status:  # it was not refused meanwhile
+                        observed.status = message["status"]
+                        observed.code = code_of(observed.status)
                     name = (REQUEST_ID.encode(), observed.request_id.encode())
                     message["headers"] = [*message.get("headers", ()), name]
                 await send(message)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -18,9 +19,10 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from clip_server.errors import RequestError
-from clip_server.gateway.access import check_handshake
-from clip_server.gateway.compression import BoundedDeflateFactory
-from clip_server.gateway.connections import Connections, refusal
+from clip_server.gateway.access import CHALLENGE
+from clip_server.gateway.compression import BoundedDeflateFactory, deflated
+from clip_server.gateway.connections import Connections
+from clip_server.gateway.http_messages import retry_headers, status_of
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import IN_FLIGHT, Listener
 from clip_server.gateway.observation import (
@@ -30,7 +32,7 @@ from clip_server.gateway.observation import (
     caller,
     join_host_port,
 )
-from clip_server.rpc.multiplexing import StreamServer
+from clip_server.rpc.multiplexing import Send, StreamServer
 
 # Jina's clients ask for it; each frame is then one of its requests or responses.
 _JINA = Subprotocol("bytes")
@@ -55,27 +57,13 @@ class WebSocketListener(Listener):
         bounds = self.options.connections.bounds
         observed = self.observer.observing(self.count_call)
         self._streams = StreamServer(observed, IN_FLIGHT, bounds.draw_age)
-        has_access = check_handshake(self.options.access)
-
-        def check(connection: ServerConnection, request: Request) -> Response | None:
-            assert isinstance(connection, _CountedConnection)
-            if connection.beyond_limit:
-                return connection.respond(503, refusal(connection.beyond_limit))
-            response = has_access(connection, request)
-            if response:
-                self._begin(connection, request)
-                with self.observer.request(request.path.partition("?")[0]) as observed:
-                    observed.code, observed.status = "UNAUTHENTICATED", response.status_code
-                    response.headers[REQUEST_ID] = observed.request_id
-            return response
-
         tls = self.options.tls
         self._server = await serve(
             self._serve,
             self.hosts,
             self.port,
             ssl=tls.context() if tls else None,
-            process_request=check,
+            process_request=self._check_handshake,
             create_connection=partial(_CountedConnection, self.options.connections),  # type: ignore[arg-type]
             open_timeout=bounds.header_timeout or None,
             ping_timeout=_PING_TIMEOUT,
@@ -87,14 +75,40 @@ class WebSocketListener(Listener):
             ],
         )
 
+    def _check_handshake(self, connection: ServerConnection, request: Request) -> Response | None:
+        """The response that refuses a handshake; None: it is accepted."""
+        assert isinstance(connection, _CountedConnection)
+        headers = {name.lower(): value for name, value in request.headers.raw_items()}
+        try:
+            if connection.beyond_limit:
+                raise connection.beyond_limit
+            self.options.access.identify(headers)
+        except RequestError as error:
+            return self._refusal(connection, request, error)
+        return None
+
+    def _refusal(
+        self, connection: ServerConnection, request: Request, error: RequestError
+    ) -> Response:
+        status = status_of(error.code)
+        self._begin(connection, request)
+        with self.observer.request(request.path.partition("?")[0]) as observed:
+            observed.code, observed.status = error.code, status
+        response = connection.respond(status, f"{error}\n")
+        response.headers.update(retry_headers(error))
+        response.headers[REQUEST_ID] = observed.request_id
+        if status == HTTPStatus.UNAUTHORIZED:
+            response.headers.update(CHALLENGE)
+        return response
+
     async def _serve(self, connection: ServerConnection) -> None:
         async def send(message: bytes) -> None:
-            await connection.send(message)
+            await connection.send(await deflated(message, connection.protocol.extensions))
 
         self._begin(connection, connection.request)
         with contextlib.suppress(ConnectionClosed):
             if connection.subprotocol == _JINA:
-                await self._serve_jina(connection)
+                await self._serve_jina(connection, send)
             else:
                 await self._streams.serve(_messages(connection), send)
                 await connection.close(CloseCode.GOING_AWAY, "connect again")
@@ -106,7 +120,7 @@ class WebSocketListener(Listener):
         given = (headers.get(name, "") for name in (REQUEST_ID, TRACEPARENT))
         caller.set(Caller("websocket", join_host_port(connection.remote_address), *given))
 
-    async def _serve_jina(self, connection: ServerConnection) -> None:
+    async def _serve_jina(self, connection: ServerConnection, send: Send) -> None:
         if connection.request and connection.request.path == "/dry_run":
             await connection.recv()
             await connection.send(await self.jina.is_ready())
@@ -115,7 +129,7 @@ class WebSocketListener(Listener):
         try:
             async for response in self.jina.answer_all(_jina_messages(connection)):
                 failed = failed or is_error(response)
-                await connection.send(serialize(response))
+                await send(serialize(response))
             if failed:
                 # The client forgets an error that it has not yet read when the connection closes.
                 await asyncio.wait_for(connection.wait_closed(), _READING_SECONDS)
@@ -140,9 +154,11 @@ class WebSocketListener(Listener):
 class _CountedConnection(ServerConnection):
     """A connection that is counted while it is open. beyond_limit: why it is one too many."""
 
+    beyond_limit: RequestError | None = None
+
     def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._all, self._address, self.beyond_limit = connections, "", ""
+        self._all, self._address = connections, ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         peer = transport.get_extra_info("peername")
