@@ -51,7 +51,7 @@ ARCHITECTURES = (
     "ViT-B-16",
     "ViT-B-32-SigLIP2-256",
     "PE-Core-S-16-384",
-    "ViTamin-B",
+    "ViTamin-L",
 )
 _LEAST_OF_BF16 = 0.999
 Embeddings = dict[Tower, NDArray[np.float32]]

@@ -298,13 +298,16 @@ class Int8Builder(GraphBuilder):
 
     def product(self, source: str, name: str, matrix: NDArray[np.float32]) -> str:
         rows, scale = self._quantized_rows(source, name)
-        product = self._integer_product(rows, quantize.ROW_ZERO, name, matrix)
+        product = self._integer_product(rows, name, matrix)
         return self.op("Mul", product, scale, name=f"{name}.out")
 
     def linear_from_uint8(
         self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
     ) -> str:
-        return self._integer_product(source, 0, name, weight.T, bias)
+        # Subtracting a medium grey from the pixels, and adding it to the bias, keeps the rounding
+        # errors of the weights from adding up to an offset that grows with the brightness.
+        bias = bias + np.float32(quantize.ROW_ZERO) * weight.sum(axis=1)
+        return self._integer_product(source, name, weight.T, bias)
 
     def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
         halves = self.constant(name, table.astype(np.float16))
@@ -323,19 +326,18 @@ class Int8Builder(GraphBuilder):
         scale = self.op("Mul", largest, step, name=f"{name}.scale")
         inverse = self.op("Reciprocal", scale, name=f"{name}.inverse")
         values = self.op("Mul", source, inverse, name=f"{name}.scaled")
-        zero = self._byte(quantize.ROW_ZERO)
-        rows = self.op("QuantizeLinear", values, self.number(1), zero, name=f"{name}.rows")
+        one, zero = self.number(1), self._row_zero()
+        rows = self.op("QuantizeLinear", values, one, zero, name=f"{name}.rows")
         return rows, scale
 
     def _integer_product(
         self,
         rows: str,
-        zero: int,
         name: str,
         matrix: NDArray[np.float32],
         bias: NDArray[np.float32] | None = None,
     ) -> str:
-        """uint8 rows [..., I], less `zero`, by a matrix [I, O], plus a bias [O], in float32."""
+        """uint8 rows [..., I] about `ROW_ZERO` by a matrix [I, O], plus a bias [O], in float32."""
         integers, scale = quantize.quantized(matrix)
         biases = [] if bias is None else [self.constant(f"{name}.bias", bias)]
         # An empty name is an omitted input: the zero points of the matrix.
@@ -346,15 +348,15 @@ class Int8Builder(GraphBuilder):
             self.constant(f"{name}.integers", integers),
             self.number(1),
             self.constant(f"{name}.scales", scale),
-            self._byte(zero),
+            self._row_zero(),
             *left_out,
             *biases,
             name=f"{name}.product",
             domain=_ONNXRUNTIME,
         )
 
-    def _byte(self, value: int) -> str:
-        return self.constant(f"u8({value})", np.array(value, dtype=np.uint8))
+    def _row_zero(self) -> str:
+        return self.constant("row_zero", np.array(quantize.ROW_ZERO, dtype=np.uint8))
 
 
 def _onnx_type(dtype: npt.DTypeLike) -> int:

@@ -78,6 +78,11 @@ def batch_norm(graph: GraphBuilder, name: str) -> tuple[Values, Values]:
     return scale, graph.weight(f"{name}.bias") - graph.weight(f"{name}.running_mean") * scale
 
 
+def convolution_shapes(name: str, inputs: int, outputs: int, side: int) -> Shapes:
+    """The tensors of a torch Conv2d with a bias. inputs: of each group. side: of the kernel."""
+    return {f"{name}.weight": (outputs, inputs, side, side), f"{name}.bias": (outputs,)}
+
+
 def batch_norm_shapes(name: str, width: int) -> Shapes:
     """The tensors of a torch BatchNorm."""
     moments: Shapes = {f"{name}.running_mean": (width,), f"{name}.running_var": (width,)}

@@ -23,6 +23,7 @@ from clip_server.towers.convolution import (
     Convolution,
     batch_norm,
     batch_norm_shapes,
+    convolution_shapes,
     to_channels,
     to_rows,
 )
@@ -116,8 +117,8 @@ class Branches:
         if self.skips:
             shapes |= batch_norm_shapes(f"{self.prefix}identity", self.inputs)
         if self.gate:
-            shapes |= _pointwise_shapes(f"{self.prefix}se.fc1", self.outputs, self.gate)
-            shapes |= _pointwise_shapes(f"{self.prefix}se.fc2", self.gate, self.outputs)
+            shapes |= convolution_shapes(f"{self.prefix}se.fc1", self.outputs, self.gate, 1)
+            shapes |= convolution_shapes(f"{self.prefix}se.fc2", self.gate, self.outputs, 1)
         return shapes
 
     def macs(self, grid: int) -> int:
@@ -215,14 +216,13 @@ class Stage:
         for each in self._opening():
             shapes |= each.shapes()
         if self._attends:
-            shapes[f"{self._positions}.weight"] = (self.width, 1, _LARGE, _LARGE)
-            shapes[f"{self._positions}.bias"] = (self.width,)
+            shapes |= convolution_shapes(self._positions, 1, self.width, _LARGE)
         for prefix in self._prefixes():
             mixing = self._attention_shapes if self._attends else self._mixer_shapes
             shapes |= mixing(prefix)
             shapes |= self._before_mlp(prefix).shapes()
-            shapes |= _pointwise_shapes(f"{prefix}mlp.fc1", self.width, self.hidden)
-            shapes |= _pointwise_shapes(f"{prefix}mlp.fc2", self.hidden, self.width)
+            shapes |= convolution_shapes(f"{prefix}mlp.fc1", self.width, self.hidden, 1)
+            shapes |= convolution_shapes(f"{prefix}mlp.fc2", self.hidden, self.width, 1)
         return shapes
 
     def _mixer_shapes(self, prefix: str) -> Shapes:
@@ -371,11 +371,6 @@ class FastVit(ImageTower):
 def _halved(side: int, times: int) -> int:
     """The side after convolutions with a stride of 2."""
     return math.ceil(side / (1 << times))
-
-
-def _pointwise_shapes(name: str, inputs: int, outputs: int) -> Shapes:
-    """The tensors of a torch Conv2d of single positions."""
-    return {f"{name}.weight": (outputs, inputs, 1, 1), f"{name}.bias": (outputs,)}
 
 
 def _scale_shapes(names: Sequence[str], width: int) -> Shapes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from clip_server.model_card import ImageSpec
+from clip_server.towers.convolution import convolution_shapes, to_rows
 from clip_server.towers.layout import of_all_positions
 from clip_server.towers.patches import mean_of_patches, place_patches
 from clip_server.towers.pixels import normalised
@@ -145,11 +146,11 @@ class Vitamin(ImageTower):
     def shapes(self, dim: int) -> Shapes:
         (first, last), width = self.size.channels, self.size.width
         shapes: Shapes = {
-            **_convolution_shapes(f"{_STEM}conv1", 3, first, 3),
+            **convolution_shapes(f"{_STEM}conv1", 3, first, 3),
             **norm_shapes(f"{_STEM}norm1", first),
-            **_convolution_shapes(f"{_STEM}conv2", first, first, 3),
+            **convolution_shapes(f"{_STEM}conv2", first, first, 3),
             **norm_shapes(f"{_POOL}norm", last),
-            **_convolution_shapes(f"{_POOL}proj", last, width, 3),
+            **convolution_shapes(f"{_POOL}proj", last, width, 3),
             **self._transformer.shapes(),
             **norm_shapes(f"{_TRUNK}fc_norm", width),
             f"{_PROJECTION}.weight": (dim, width),
@@ -196,16 +197,12 @@ class Vitamin(ImageTower):
     def _placed(self, graph: GraphBuilder, states: str) -> str:
         """States [B, W, G, G] as the rows of the transformer, [B * G * G, W]."""
         width = self.size.width
-        rows = graph.op("Transpose", states, name="positions", perm=[0, 2, 3, 1])
+        rows = to_rows(graph, states, width, _POOL)
         if not self.size.has_positions:
-            return graph.op("Reshape", rows, graph.integers(-1, width), name="states.flat")
+            return rows
         shape = graph.integers(-1, self._grid**2, width)
         patches = graph.op("Reshape", rows, shape, name="patches")
         return place_patches(graph, patches, graph.weight(f"{_TRUNK}pos_embed")[0])
-
-
-def _convolution_shapes(name: str, inputs: int, outputs: int, kernel: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
 
 
 def _block_shapes(block: Block) -> Shapes:
@@ -213,12 +210,12 @@ def _block_shapes(block: Block) -> Shapes:
     inside = _WIDER * outputs
     shapes: Shapes = {
         **norm_shapes(f"{prefix}pre_norm", inputs),
-        **_convolution_shapes(f"{prefix}conv1_1x1", inputs, inside, 1),
-        **_convolution_shapes(f"{prefix}conv2_kxk", 1, inside, 3),
-        **_convolution_shapes(f"{prefix}conv3_1x1", inside, outputs, 1),
+        **convolution_shapes(f"{prefix}conv1_1x1", inputs, inside, 1),
+        **convolution_shapes(f"{prefix}conv2_kxk", 1, inside, 3),
+        **convolution_shapes(f"{prefix}conv3_1x1", inside, outputs, 1),
     }
     if inputs != outputs:
-        shapes |= _convolution_shapes(f"{prefix}shortcut.expand", inputs, outputs, 1)
+        shapes |= convolution_shapes(f"{prefix}shortcut.expand", inputs, outputs, 1)
     return shapes
 
 
