@@ -129,11 +129,11 @@ EXPECTED = np.array([[vector(text)] for text in TEXTS])
 def test_small_requests_share_an_http_request(shared: tuple[FakeServer, Client]) -> None:
     server, client = shared
     np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
-    assert server.posts == 2
+    assert server.posts == 4
     long = [each * 1000 for each in TEXTS[:5]]
     assert len(encode_together(client, long)) == 5
     client.encode(TEXTS, batch_size=10)
-    assert server.posts == 2 + 5 + 2
+    assert server.posts == 4 + 5 + 2
 
 
 def test_a_server_that_takes_no_shared_requests(shared: tuple[FakeServer, Client]) -> None:
@@ -141,7 +141,7 @@ def test_a_server_that_takes_no_shared_requests(shared: tuple[FakeServer, Client
     server.shares = False
     for _ in range(2):
         np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
-    assert server.posts == 2 + 2 * len(TEXTS)  # it is tried once
+    assert server.posts == 4 + 2 * len(TEXTS)  # it is tried once
 
 
 def test_shared_requests_fail_and_are_sent_again_each_by_itself(

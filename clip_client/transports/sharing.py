@@ -9,8 +9,11 @@ from typing import TypeAlias
 
 from clip_client.proto import clip_pb2
 
-# Requests of one exchange. Its cost is small among so many, and the next is on its way meanwhile.
-_MAX_SHARED = 16
+# Requests of one exchange, whose cost is small among so many.
+_MAX_SHARED = 32
+# Exchanges among which the requests in flight are divided, so that client and server work at the
+# same time.
+_MIN_EXCHANGES = 4
 # A request in flight, and where its response goes.
 _Sent: TypeAlias = tuple[clip_pb2.Request, "asyncio.Future[clip_pb2.Response]"]
 Exchange: TypeAlias = Callable[[Sequence[clip_pb2.Request]], Awaitable[Sequence[clip_pb2.Response]]]
@@ -25,6 +28,7 @@ class Sharing:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._waiting: list[_Sent] = []
+        self._in_flight = 0
         self._exchanges: set[asyncio.Task[None]] = set()
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
@@ -34,12 +38,17 @@ class Sharing:
             loop.call_soon(self._begin)
         answer: asyncio.Future[clip_pb2.Response] = loop.create_future()
         self._waiting.append((request, answer))
-        return await answer
+        self._in_flight += 1
+        try:
+            return await answer
+        finally:
+            self._in_flight -= 1
 
     def _begin(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for start in range(0, len(waiting), _MAX_SHARED):
-            sent = waiting[start : start + _MAX_SHARED]
+        size = min(_MAX_SHARED, max(1, self._in_flight // _MIN_EXCHANGES))
+        for start in range(0, len(waiting), size):
+            sent = waiting[start : start + size]
             task = asyncio.create_task(self._answer(sent))
             self._exchanges.add(task)  # the loop alone does not keep it
             task.add_done_callback(self._exchanges.discard)

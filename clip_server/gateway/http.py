@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping, MutableSequence
+from collections.abc import MutableMapping, MutableSequence, Sequence
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route, request_response
+from starlette.routing import Route, Router, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import clip_client.proto
@@ -149,8 +149,6 @@ class HttpListener(Listener):
         refusing = Middleware(EarlyRefusal)
         page = [Middleware(PageForBrowsers)] if self.options.page else []
         app = Starlette(
-            # They are tried in this order, which costs microseconds each.
-            routes=[*clip.routes(), *dialects, *pages],
             # CORS before keys: browsers send none with their preflight requests.
             middleware=[
                 *([Middleware(CompressingApp)] if self.options.compresses else []),
@@ -161,7 +159,8 @@ class HttpListener(Listener):
             ],
             exception_handlers=error_handlers(_ENDPOINTS),
         )
-        app.router.default = request_response(answer_other)
+        routes = [*clip.routes(), *dialects, *pages]
+        app.router = _TableRouter(routes, default=request_response(answer_other))
         return app
 
     async def _about(self, _: Request) -> Response:
@@ -223,6 +222,28 @@ def _fields(message: Message) -> dict[str, Any]:
         else:
             fields[field.name] = _fields(value) if isinstance(value, Message) else value
     return fields
+
+
+class _TableRouter(Router):
+    """Looks paths without parameters up in a table: to try one route after the other costs a
+    microsecond for each."""
+
+    def __init__(self, routes: Sequence[Route], default: ASGIApp) -> None:
+        super().__init__(routes, default=default)
+        self._table = {
+            (method, route.path): route
+            for route in routes
+            if not route.param_convertors
+            for method in route.methods or ()
+        }
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._table.get((scope["method"], scope["path"]))
+        if route is None:
+            await super().app(scope, receive, send)
+            return
+        scope["path_params"] = {}
+        await route.app(scope, receive, send)
 
 
 class _DrainingApp:
