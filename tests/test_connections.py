@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -11,10 +13,10 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import PATIENCE_SECONDS, Server, Start, flow
+from conftest import PATIENCE_SECONDS, Server, Start, eventually, flow
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from clip_client import Client, ConnectionFailedError, ServerError
 from clip_server.errors import ConfigurationError
@@ -51,6 +53,55 @@ def test_slow_requests_are_cut_off(strict: Server, sent: bytes, bound: str) -> N
     assert b"x-request-id: " in answer
     assert bound.encode() in answer
     assert f"{TIMEOUT:g} s".encode() in answer
+
+
+def send_slowly(link: ClientConnection, is_fragmented: bool) -> None:
+    """Sends a message that does not come to its end."""
+
+    def fragments() -> Iterator[bytes]:
+        while True:
+            yield b"x"
+            time.sleep(TIMEOUT / 5)
+
+    if is_fragmented:
+        link.send(fragments())
+    else:
+        link.socket.sendall(b"\x82\xfe\xff\xffmaskx")  # the start of a frame of 64 KiB
+    link.recv(PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("is_fragmented", [True, False])
+def test_a_slow_message_is_cut_off(strict: Server, is_fragmented: bool) -> None:
+    with (
+        connect(strict.websocket, proxy=None) as link,
+        pytest.raises(ConnectionClosed) as raised,
+    ):
+        send_slowly(link, is_fragmented)
+    closed = raised.value.rcvd
+    assert closed is not None
+    assert closed.code == 1008
+    assert closed.reason == f"the message did not come within {TIMEOUT:g} s (body_timeout)"
+
+
+def test_a_response_that_is_not_read_is_given_up(strict: Server) -> None:
+    body = json.dumps({"data": ["a cat"] * 5_000}).encode()
+    head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+
+    def is_open() -> bool:
+        of_port = (each for each in gateway.net_connections() if each.laddr.port == port)
+        return any(each.raddr and each.raddr.port == own for each in of_port)
+
+    port = strict.ports[1]
+    gateway = next(
+        process
+        for process in strict.family()
+        if any(each.laddr.port == port for each in process.net_connections())
+    )
+    with socket.create_connection(("127.0.0.1", port), 30) as connection:
+        own = connection.getsockname()[1]
+        connection.sendall(head + body)
+        assert connection.recv(1) == b"H"
+        assert eventually(lambda: not is_open())
 
 
 @pytest.mark.parametrize("port", [1, 2], ids=["http", "websocket"])

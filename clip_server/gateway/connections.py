@@ -28,8 +28,8 @@ from clip_server.gateway.observed_app import ObservedApp, observed_in
 
 # Of a request's line and headers.
 _MOST_HEAD_BYTES = 64 << 10
-# A body that comes at this rate, or faster, is never too slow. Bytes a second.
-_SLOWEST_BODY = 16 << 10
+# A body or message that comes at this rate, or faster, is never too slow. Bytes a second.
+SLOWEST_BODY = 16 << 10
 # A connection beyond the limit has this long to send a request, and learn why it is closed.
 _BEYOND_LIMIT_SECONDS = 1.0
 # When the client of one may try again.
@@ -45,8 +45,9 @@ class ConnectionBounds:
     max_connections, max_connections_per_address: of HTTP and WebSocket together, and of gRPC.
     header_timeout: seconds in which the headers of a request, or the handshake of a connection,
         must have come; 0: any time.
-    body_timeout: seconds in which the body of an HTTP request must have come, apart from the time
-        that it takes at 16 KiB a second; 0: any time.
+    body_timeout: seconds in which the body of an HTTP request or a message over WebSocket must
+        have come, apart from the time that it takes at 16 KiB a second; a response over HTTP that
+        is read more slowly is given up. 0: any time.
     max_connection_age: seconds after which a connection is closed between two requests, so that
         its client connects anew, perhaps to another server; 0: never.
     """
@@ -120,6 +121,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._address = ""
         self._beyond_limit: RequestError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
         # What came since the last part of a body, or the end of a request.
         self._head_bytes = 0
         self._field_bytes = self._body_bytes = 0
@@ -138,6 +140,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost.set_result(None)
         self._expect_nothing()
+        self._expect_no_reading()
         self._all.remove(self._address)
         super().connection_lost(exc)
 
@@ -184,6 +187,31 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._expect_nothing()
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        self._expect_no_reading()
+        super().resume_writing()
+
+    def _expect_reading(self) -> None:
+        """Closes the connection if its client does not read the response fast enough."""
+        seconds, unread = self._bounds.body_timeout, self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if unread - self.transport.get_write_buffer_size() < seconds * SLOWEST_BODY:
+                self.transport.abort()
+            else:
+                self._expect_reading()
+
+        if seconds:
+            self._reading = self.loop.call_later(seconds, look)
+
+    def _expect_no_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+
     def _expect(self, seconds: float, otherwise: Any) -> None:
         self._expect_nothing()
         if seconds:
@@ -205,8 +233,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         received, self._body_bytes = self._body_bytes, 0
         if self.flow.read_paused:  # it is not read
             self._expect(self._bounds.body_timeout, self._refuse_slow_body)
-        elif received >= _SLOWEST_BODY:
-            self._expect(received / _SLOWEST_BODY, self._refuse_slow_body)
+        elif received >= SLOWEST_BODY:
+            self._expect(received / SLOWEST_BODY, self._refuse_slow_body)
         else:
             self._refuse_slow(
                 f"the body did not come within {self._bounds.body_timeout:g} s (body_timeout)"

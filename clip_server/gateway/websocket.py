@@ -14,14 +14,15 @@ from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.frames import CloseCode
+from websockets.frames import CTRL_OPCODES, CloseCode, Frame
 from websockets.http11 import Request, Response
+from websockets.protocol import Event, State
 from websockets.typing import Subprotocol
 
 from clip_server.errors import RequestError
 from clip_server.gateway.access import CHALLENGE
 from clip_server.gateway.compression import BoundedDeflateFactory, deflated
-from clip_server.gateway.connections import Connections
+from clip_server.gateway.connections import SLOWEST_BODY, Connections
 from clip_server.gateway.http_messages import retry_headers, status_of
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import IN_FLIGHT, Listener
@@ -159,6 +160,8 @@ class _CountedConnection(ServerConnection):
     def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._all, self._address = connections, ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._received, self._has_fragments = 0, False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         peer = transport.get_extra_info("peername")
@@ -166,7 +169,43 @@ class _CountedConnection(ServerConnection):
         self.beyond_limit = self._all.add(self._address)
         super().connection_made(transport)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._received += len(data)
+        has_begun = self._has_fragments or bool(self.protocol.reader.buffer)
+        if not has_begun or self.state is not State.OPEN:
+            self._expect_nothing()
+        elif self._timer is None:
+            self._expect_message()
+
+    def process_event(self, event: Event) -> None:
+        if isinstance(event, Frame) and event.opcode not in CTRL_OPCODES:
+            self._has_fragments = not event.fin
+        super().process_event(event)
+
+    def _expect_message(self) -> None:
+        """Closes the connection if the rest of a message does not come fast enough."""
+        seconds, self._received = self._all.bounds.body_timeout, 0
+
+        def look() -> None:
+            is_read = not self.recv_messages.paused
+            if is_read and self._received < seconds * SLOWEST_BODY:
+                reason = f"the message did not come within {seconds:g} s (body_timeout)"
+                closing = self.close(CloseCode.POLICY_VIOLATION, reason)
+                self._closing = self.loop.create_task(closing)
+            else:
+                self._expect_message()
+
+        if seconds:
+            self._timer = self.loop.call_later(seconds, look)
+
+    def _expect_nothing(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
         self._all.remove(self._address)
         super().connection_lost(exc)
 
