@@ -25,6 +25,9 @@ from benchmarks.peers import (
     OURS,
     RAW,
     SCHEMES,
+    SIGLIP2,
+    SIGLIP2_INFINITY,
+    SIGLIP2_INT8,
     THIN,
     THIN_INFINITY,
     TRITON,
@@ -34,6 +37,7 @@ from benchmarks.processes import Driver
 from benchmarks.report import Figures, Goal, Leg
 from benchmarks.search import search
 from benchmarks.soak import soak
+from benchmarks.triton import stages
 from clip_client import scores
 from clip_server.preprocess.image import ImageTransform
 from clip_server.runtimes.onnx import OnnxRuntime
@@ -44,7 +48,7 @@ WARM_UP_SECONDS = 2.0
 PERCENTILES = (50, 95, 99)
 IN_FLIGHT = (1, 8, 64)
 # Requests at once that keep each busy; clip-as-service computes one after the other.
-TEXTS_IN_FLIGHT = {OURS: 8, INFINITY: 8, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 8}
+TEXTS_IN_FLIGHT = {OURS: 8, INT8: 8, INFINITY: 8, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 8}
 PHOTOS_IN_FLIGHT = {OURS: 4, INT8: 4, INFINITY: 4, CLIP_AS_SERVICE: 2, RAW: 1, TRITON: 4}
 # OpenAI's API, as the null runtime's table has it.
 EMBEDDINGS = "/v1/embeddings"
@@ -141,11 +145,29 @@ def capacity(peers: Peers, options: Options) -> Leg:
     return Leg("null runtime", [many, single, by_api, idle, *others], goals)
 
 
+def siglip2(peers: Peers, options: Options) -> Leg:
+    """Texts and photos a second with ViT-B-16-SigLIP2."""
+    names = {OURS: SIGLIP2, INT8: SIGLIP2_INT8, INFINITY: SIGLIP2_INFINITY}
+    drivers = _by_column(peers, names)
+    rows = [
+        _rates("texts/s, 32 a request", drivers, TEXTS_IN_FLIGHT, options, "texts", 32),
+        _rates("photos/s, 16 a request", drivers, PHOTOS_IN_FLIGHT, options, "photos", 16),
+    ]
+    return Leg("rate (ours is so many times as fast)", rows, [])
+
+
+def _by_column(peers: Peers, names: dict[str, str]) -> dict[str, Driver]:
+    """The drivers of those that run here.
+
+    names: of the peers, by column of the table.
+    """
+    found = peers.available(*names.values())
+    return {column: found[name] for column, name in names.items() if name in found}
+
+
 def overhead(peers: Peers, options: Options) -> Leg:
     """The server around the model: a CLIP of one thin layer, over OpenAI's API on both sides."""
-    found = peers.available(THIN, THIN_INFINITY)
-    columns = {OURS: THIN, INFINITY: THIN_INFINITY}
-    drivers = {column: found[name] for column, name in columns.items() if name in found}
+    drivers = _by_column(peers, {OURS: THIN, INFINITY: THIN_INFINITY})
     rows, goals = [], []
     for batch, in_flight in ((1, 64), (32, 16), (1, 1)):
         what = f"texts/s, {batch} a request, {in_flight} in flight"
@@ -170,7 +192,19 @@ def triton(peers: Peers, options: Options) -> Leg:
         1,
     )
     rows = [many, photos, rates, *_latencies("1 in flight", drivers, options, in_flight=1)]
-    return Leg("rate (ours is so many times as fast)", rows, [])
+    notes = _ensembles(peers, drivers[TRITON], options) if TRITON in drivers else []
+    return Leg("rate (ours is so many times as fast)", rows, [], notes)
+
+
+def _ensembles(peers: Peers, driver: Driver, options: Options) -> list[str]:
+    """What an ensemble adds to the models it consists of, for texts and for photos."""
+    url = peers.started(TRITON).addresses["http"]
+    one = {"batch": 1, "in_flight": 1, "seconds": options.seconds, "seed": 1}
+    kinds = {"text_embedding": "texts", "image_embedding": "photos"}
+    return [
+        stages(url, ensemble, lambda kind=kind: driver("throughput", kind=kind, **one))
+        for ensemble, kind in kinds.items()
+    ]
 
 
 def mixed(peers: Peers, options: Options) -> Leg:
@@ -290,6 +324,7 @@ LEGS: dict[str, Callable[[Peers, Options], Leg]] = {
         photos,
         latency,
         capacity,
+        siglip2,
         overhead,
         triton,
         search,

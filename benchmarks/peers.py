@@ -34,6 +34,9 @@ EMBEDDED, NULL = "clip-server embedded", "clip-server null"
 EMBEDDED_REPLICAS = "clip-server embedded, two replicas"
 # With a model that takes no time: what is measured is the server around it.
 THIN, THIN_INFINITY = "clip-server thin", "infinity thin"
+# ViT-B-16-SigLIP2.
+SIGLIP2, SIGLIP2_INT8 = "clip-server SigLIP 2", "clip-server SigLIP 2 int8"
+SIGLIP2_INFINITY = "infinity SigLIP 2"
 TORCH, TWO_REPLICAS = "clip-server torch", "clip-server two replicas"
 
 # The cache of our servers.
@@ -52,7 +55,7 @@ LEAST_COSINE = {
     TRITON: 0.9999,
 }
 # Who is driven over HTTP by OpenAI's API.
-OPENAI = (INFINITY, THIN, THIN_INFINITY)
+OPENAI = (INFINITY, THIN, THIN_INFINITY, SIGLIP2_INFINITY)
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,9 @@ class Peers:
     def _start(self, name: str) -> Started:
         print(f"  starting {name}", flush=True)
         start = {
-            INFINITY: lambda: self._infinity(INFINITY, workload.checkpoint()),
-            THIN_INFINITY: lambda: self._infinity(THIN_INFINITY, workload.thin_checkpoint()),
+            INFINITY: lambda: self._infinity(INFINITY, _clip_folder(INFINITY)),
+            THIN_INFINITY: lambda: self._infinity(THIN_INFINITY, _clip_folder(THIN_INFINITY)),
+            SIGLIP2_INFINITY: lambda: self._infinity(SIGLIP2_INFINITY, _siglip2_folder()),
             CLIP_AS_SERVICE: self._clip_as_service,
             TRITON: self._triton,
         }
@@ -188,9 +192,9 @@ class Peers:
         environment = {"XDG_CACHE_HOME": str(PREPARED)}
         return Started(Server(name, command, "clip_server: ready", environment), addresses)
 
-    def _infinity(self, name: str, checkpoint: Path) -> Started:
+    def _infinity(self, name: str, model: Path) -> Started:
+        """model: a Hugging Face folder."""
         python, port = environments.python("infinity"), str(next(self._ports))
-        model = _converted(name, "infinity", checkpoint, VOCABULARY)
         command = [python.with_name("infinity_emb"), "v2"]
         command += ["--model-id", model, "--served-model-name", "clip", "--batch-size", "32"]
         # Its better transformer is not for CLIP, and its warm-up is left to ours.
@@ -202,7 +206,8 @@ class Peers:
 
     def _clip_as_service(self) -> Started:
         python, port = environments.python("clip_as_service"), next(self._ports)
-        model = _converted(CLIP_AS_SERVICE, "clip_as_service", workload.checkpoint())
+        script = "clip_as_service_model.py"
+        model = _written(CLIP_AS_SERVICE, python, script, workload.checkpoint())
         parameters = {"name": MODEL, "model_path": str(model), "device": "cpu"}
         listen = {"protocol": "grpc", "port": port, "host": HOST}
         module = "clip_server.executors.clip_onnx"
@@ -225,7 +230,11 @@ class Peers:
         # The backend runs the first `python3` that it finds.
         path = f"{python.parent}:{os.environ['PATH']}"
         server = Server(TRITON, command, "Started HTTPService", {"PATH": path})
-        return Started(server, {"grpc": f"triton+grpc://{HOST}:{ports[1]}"})
+        addresses = {
+            "grpc": f"triton+grpc://{HOST}:{ports[1]}",
+            "http": f"http://{HOST}:{ports[0]}",
+        }
+        return Started(server, addresses)
 
 
 def _model_repository() -> Path:
@@ -246,7 +255,9 @@ def _encoder(name: str) -> dict[str, Any]:
         return {"encoder": "NullEncoder", "module": module, "parameters": {"name": MODEL}}
     parameters = {"name": MODEL, "model_path": str(workload.checkpoint())}
     module = "clip_server.executors.clip_torch" if name == TORCH else _ONNX
-    if name == INT8:
+    if name in (SIGLIP2, SIGLIP2_INT8):
+        parameters = {"name": str(_siglip2_folder())}
+    if name in (INT8, SIGLIP2_INT8):
         parameters["dtype"] = "int8"
     elif name == THIN:
         parameters = {"name": str(workload.thin_checkpoint())}
@@ -282,13 +293,24 @@ def _write_flow(
     return file
 
 
-def _converted(name: str, environment: str, checkpoint: Path, *more: Path) -> Path:
-    """A checkpoint in a peer's own form, made once."""
+def _clip_folder(name: str) -> Path:
+    """One of our checkpoints in Hugging Face's form, for infinity."""
+    checkpoint = workload.checkpoint() if name == INFINITY else workload.thin_checkpoint()
+    python = environments.python("infinity")
+    return _written(name, python, "infinity_model.py", checkpoint, VOCABULARY)
+
+
+def _siglip2_folder() -> Path:
+    """In Hugging Face's form, which this server reads too."""
+    return _written("SigLIP 2", environments.python("infinity"), "siglip2_model.py")
+
+
+def _written(name: str, python: Path, script: str, *arguments: Path) -> Path:
+    """The folder that a script writes with a peer's packages, made once."""
     folder = CACHE / "models" / name
     done = folder / "done"
     if not done.is_file():
-        script = DRIVERS / f"{environment}_model.py"
-        command = [environments.python(environment), script, checkpoint, *more, folder]
+        command = [python, DRIVERS / script, *arguments, folder]
         with (LOGS / f"{name} model.log").open("wb") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log)
         done.touch()
