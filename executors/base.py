@@ -163,7 +163,9 @@ class BaseCLIPEncoder(ClipExecutor):
         return max(1, (cores or 1) // max(1, getattr(self.runtime_args, "replicas", 1)))
 
     async def handle(self, request: pb.Request) -> pb.Response:
-        response = await self.service.handle(request)
+        answer = self.service.handle(request)
+        del request  # see `Service.handle`
+        response = await answer
         if response.HasField("info"):
             response.info.access_paths = self.parameters.access_paths
             response.info.aliases.extend(self.parameters.aliases)

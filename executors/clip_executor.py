@@ -12,7 +12,7 @@ from clip_server import logs
 from clip_server.launch import heartbeats, jina_internals
 from clip_server.launch.process_setup import (
     die_with_parent,
-    return_memory_when_idle,
+    return_memory_regularly,
     spare_garbage_collector,
 )
 from clip_server.rpc.grpc_service import clip_handlers
@@ -34,7 +34,7 @@ class ClipExecutor(Executor):
         if self.is_served:
             logs.configure()
             die_with_parent()
-            return_memory_when_idle()
+            return_memory_regularly()
 
     def is_stuck(self, seconds: float) -> bool:
         """Whether a piece of work, which may take so long, does not come to an end."""
@@ -62,7 +62,9 @@ class _ClipCalls(grpc.aio.ServerInterceptor):
                 return await executor.handle(request)
             endpoint = f"/{request.WhichOneof('body')}"
             with timed(endpoint, items, request.traceparent) as trace:
-                response = await executor.handle(request)
+                answer = executor.handle(request)
+                del request  # see `Service.handle`
+                response = await answer
                 kind = response.WhichOneof("body")
                 if trace and kind in ("encode", "rank"):
                     trace.add_stages(getattr(response, kind).timings)

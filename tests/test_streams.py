@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from clip_client.envelope import MESSAGE_BYTES, serialize_messages
 from clip_client.proto import clip_pb2 as pb
+from clip_server.engine.service import Service
+from clip_server.errors import RequestError
+from clip_server.launch.process_setup import return_freed_memory
 from clip_server.rpc.multiplexing import StreamServer
 
 
@@ -51,3 +57,43 @@ def test_requests_that_came_before_the_end_are_answered() -> None:
     streams = StreamServer(call, max_in_flight=100)
     asyncio.run(asyncio.wait_for(streams.serve(messages(), send), 10))
     assert sorted(each.id for each in answered) == [*range(1, 9)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_images_in_flight_are_in_memory_once() -> None:
+    """Neither the message that they came in nor the request is kept while they are encoded."""
+    sizes: list[int] = []
+    image = bytes(range(256)) * (4 << 10)
+
+    class Held:
+        async def encode(self, items: list[Any], **_: Any) -> None:
+            assert set(items) == {image}
+            await asyncio.sleep(0.1)  # all have come
+            return_freed_memory()
+            sizes.append(anonymous_bytes())
+            raise RequestError("held")
+
+    async def messages() -> AsyncIterator[bytes]:
+        for number in range(1, 5):
+            request = pb.Request(
+                id=number, encode=pb.EncodeRequest(items=[pb.Item(image=image)] * 8)
+            )
+            yield pb.Requests(requests=[request]).SerializeToString()
+            del request
+        await asyncio.sleep(0.2)
+
+    async def send(_: bytes) -> None:
+        pass
+
+    streams = StreamServer(Service(cast(Any, Held())).handle, max_in_flight=100)
+    return_freed_memory()
+    before = anonymous_bytes()
+    asyncio.run(asyncio.wait_for(streams.serve(messages(), send), 10))
+    assert len(sizes) == 4
+    # The images are once in memory; with their messages it would be twice.
+    assert sizes[0] - before < 1.5 * 4 * 8 * len(image)
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))

@@ -72,15 +72,23 @@ class Service:
         self._fetcher = fetcher
 
     async def handle(self, request: pb.Request) -> pb.Response:
-        """Answers `request`. Errors are in the response: none that a client can cause is raised."""
+        """Answers `request`. Errors are in the response: none that a client can cause is raised.
+
+        The items to encode are copies of what the message holds. It is released before they are
+        computed, by all callers: images would be in memory twice.
+        """
         response = pb.Response(id=request.id)
         try:
             kind = request.WhichOneof("body")
             timeout = request.timeout / 1e3 or None
             if kind == "encode":
-                await self._encode(request.encode, timeout, response.encode)
+                encoding = self._encode(request.encode, timeout, response.encode)
+                del request
+                await encoding
             elif kind == "rank":
-                await self._rank(request.rank, timeout, response.rank)
+                ranking = self._rank(request.rank, timeout, response.rank)
+                del request
+                await ranking
             elif kind == "info":
                 response.info.CopyFrom(self._info())
             elif kind == "metrics":
@@ -90,22 +98,22 @@ class Service:
             else:
                 raise RequestError("an empty request: it holds one of encode, rank or info")
         except RequestError as error:
-            return error_response(request.id, error)
+            return error_response(response.id, error)
         except Exception:
             log.exception("a request failed")
-            return error_response(request.id, RequestError(FAILED, "INTERNAL"))
+            return error_response(response.id, RequestError(FAILED, "INTERNAL"))
         return response
 
     async def _encode(
         self, request: pb.EncodeRequest, timeout: float | None, response: pb.EncodeResponse
     ) -> None:
         check_count(len(request.items), self.limits.max_request_items)
+        minibatch_size, normalize = request.options.minibatch_size, request.options.normalize
         items, timeout = await self._to_items(request.items, timeout)
-        encoded = await self.engine.encode(
-            items, minibatch_size=request.options.minibatch_size, timeout=timeout
-        )
+        del request  # see `handle`
+        encoded = await self.engine.encode(items, minibatch_size=minibatch_size, timeout=timeout)
         embeddings = encoded.embeddings
-        if request.options.normalize:
+        if normalize:
             embeddings = scores.normalize(embeddings)
         response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
         response.count, response.dim = embeddings.shape
@@ -144,6 +152,7 @@ class Service:
         check_count(len(request.candidates) + 1, self.limits.max_request_items)
         parts = [request.query, *request.candidates]
         (query, *candidates), timeout = await self._to_items(parts, timeout)
+        del request, parts  # see `handle`
         ranked = await self.rank(query, candidates, timeout)
         response.matches.extend(ranked.matches)
         response.errors.extend(item_errors(ranked.errors))

@@ -38,7 +38,7 @@ from clip_server.launch import heartbeats, jina_internals
 from clip_server.launch.process_setup import (
     die_with_parent,
     raise_descriptor_limit,
-    return_memory_when_idle,
+    return_memory_regularly,
     spare_garbage_collector,
 )
 from clip_server.rpc.errors import error_response
@@ -89,7 +89,7 @@ class ClipGateway(BaseServer, BaseGateway):
         logs.configure()
         die_with_parent()
         raise_descriptor_limit()
-        return_memory_when_idle()
+        return_memory_regularly()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         timed = jina_internals.gateway_timer(self)

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_ARENA_MAX = -8  # malloc.h of glibc
 _MAX_ARENAS = 2
-# A process is idle if it used less than this share of a core for this long.
-_IDLE_SECONDS, _IDLE_SHARE = 5.0, 0.05
+# Between two looks at what malloc keeps, and how many of them a process is idle for, which means
+# that it used less than this share of a core, before all of it is returned.
+_LOOK_SECONDS, _IDLE_LOOKS, _IDLE_SHARE = 1.0, 5, 0.05
 # New objects after which the garbage collector looks at the young ones; Python's own 700 are made
 # by a handful of requests.
 _COLLECTED_OBJECTS = 10_000
 # Growth that is worth returning.
-_GROWTH_BYTES = 16 << 20
+_GROWTH_BYTES = 8 << 20
 
 
 def die_with_parent() -> None:
@@ -63,16 +64,16 @@ def limit_malloc_arenas() -> None:
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _MAX_ARENAS)
 
 
-def return_memory_when_idle() -> None:
-    """Starts a thread that returns freed memory to the system while this process is idle (glibc
-    only).
+def return_memory_regularly() -> None:
+    """Starts a thread that returns freed memory to the system (glibc only).
 
-    Freed memory lies between blocks that are still used, so malloc keeps it; returning it takes
-    milliseconds, as does getting it back. Thus it is returned only when nothing is being computed,
-    and only if the process has grown since it last was.
+    Freed memory lies between blocks that are still used, so malloc keeps it, and the activations
+    and images of each batch find other holes than those before. Returning it takes milliseconds, as
+    does getting it back: it is returned once a second at most, and only if the process has grown
+    since it last was, or has become idle.
     """
     if _can_trim():
-        threading.Thread(target=_trim_when_idle, name="malloc-trim", daemon=True).start()
+        threading.Thread(target=_trim_regularly, name="malloc-trim", daemon=True).start()
 
 
 def spare_garbage_collector() -> None:
@@ -104,20 +105,22 @@ def _can_trim() -> bool:
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
 
 
-def _trim_when_idle() -> None:
-    smallest = _resident_bytes()
+def _trim_regularly() -> None:
+    size, idle_looks = _anonymous_bytes(), 0
     while True:
         used = time.process_time()
-        time.sleep(_IDLE_SECONDS)
-        is_idle = time.process_time() - used < _IDLE_SHARE * _IDLE_SECONDS
-        if is_idle and _resident_bytes() > smallest + _GROWTH_BYTES:
+        time.sleep(_LOOK_SECONDS)
+        is_idle = time.process_time() - used < _IDLE_SHARE * _LOOK_SECONDS
+        idle_looks = idle_looks + 1 if is_idle else 0
+        if idle_looks == _IDLE_LOOKS or _anonymous_bytes() > size + _GROWTH_BYTES:
             return_freed_memory()
-            smallest = _resident_bytes()
+            size = _anonymous_bytes()
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * mmap.PAGESIZE
+def _anonymous_bytes() -> int:
+    """Resident memory that is not of files, such as mapped weights."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text("ascii").split())
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def bypass_proxies() -> None:

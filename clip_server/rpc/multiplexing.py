@@ -87,6 +87,7 @@ class _Connection:
     async def read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
             requests = self._requests(message)
+            del message  # or it would be kept until the next one comes
             try:
                 await self._begin_all(requests)
             finally:  # none is lost at the end
@@ -125,8 +126,10 @@ class _Connection:
         self._in_flight[key] = asyncio.create_task(self._answer(key, request))
 
     async def _answer(self, key: int, request: pb.Request) -> None:
+        answer = self._call(request)
+        del request  # or its images would be in memory until it is answered
         try:
-            self._put(await self._call(request))
+            self._put(await answer)
         finally:
             del self._in_flight[key]
             self._answered.set()
