@@ -60,8 +60,9 @@ class FakeServer:
         self.truncated = 0
         # Breaks the connection instead of answering, so many times.
         self.drops = 0
-        # Over HTTP: whether several requests may come in one, and how many HTTP requests came.
-        self.shares = True
+        # Over HTTP: the status of several requests in one, 0 where they are answered, and how many
+        # HTTP requests came.
+        self.shared_status = 0
         self.posts = 0
         # Set while requests may be answered.
         self.gate = threading.Event()
@@ -270,8 +271,8 @@ class FakeServer:
                 self._send(400 if failed else 200, message.SerializeToString())
 
             def _answer_several(self, requests: Iterable[Any]) -> None:
-                if not fake.shares:
-                    self._send(404, b"")
+                if fake.shared_status:
+                    self._send(fake.shared_status, b"")
                 elif not fake.admits(self.headers["authorization"]):
                     wrong = _failed(0, "UNAUTHENTICATED", "the credential is wrong")
                     self._send(401, wrong.error.SerializeToString())

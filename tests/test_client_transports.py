@@ -102,12 +102,14 @@ def encode_together(client: Client, texts: Iterable[str], **options: Any) -> lis
     """The results of one call for each text, all of which are ready at the same moment."""
 
     async def run() -> list[Any]:
-        released = threading.Event()
+        held, released = threading.Event(), threading.Event()
 
         async def hold() -> None:
+            held.set()
             released.wait()
 
         background.submit(hold())  # the event loop that sends requests
+        held.wait()
         calls = [asyncio.create_task(client.aencode([text], **options)) for text in texts]
         await asyncio.sleep(0)
         released.set()
@@ -136,9 +138,13 @@ def test_small_requests_share_an_http_request(shared: tuple[FakeServer, Client])
     assert server.posts == 4 + 5 + 2
 
 
-def test_a_server_that_takes_no_shared_requests(shared: tuple[FakeServer, Client]) -> None:
+@pytest.mark.parametrize("status", [200, 301, 404, 500])
+def test_a_server_that_takes_no_shared_requests(
+    shared: tuple[FakeServer, Client], status: int
+) -> None:
+    """Or one that has something else at the root."""
     server, client = shared
-    server.shares = False
+    server.shared_status = status
     for _ in range(2):
         np.testing.assert_array_equal(encode_together(client, TEXTS), EXPECTED)
     assert server.posts == 4 + 2 * len(TEXTS)  # it is tried once

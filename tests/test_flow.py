@@ -390,6 +390,14 @@ def test_the_command_line(refused: Refused, capsys: pytest.CaptureFixture[str]) 
         assert word in said
 
 
+def test_classes_as_tags_are_classes_as_keys() -> None:
+    """Jina's older form of a flow."""
+    tagged = "!Flow\nwith: {port: 1}\nexecutors:\n- uses: !CLIPEncoder {with: {name: a}}\n"
+    keys = "jtype: Flow\nwith: {port: 1}\n"
+    keys += "executors:\n- uses: {jtype: CLIPEncoder, with: {name: a}}\n"
+    assert flows.load(tagged) == flows.load(keys)
+
+
 @pytest.mark.parametrize("folder", ["project", "elsewhere"])
 def test_an_executors_own_file_is_beside_the_flow_or_here(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

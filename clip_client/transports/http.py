@@ -41,8 +41,9 @@ _LEVEL = 1
 _MAX_IN_FLIGHT = 32
 # Requests up to this size may share an HTTP request.
 _SMALL_BYTES = 4 << 10
-# The statuses of a server or proxy that does not know of shared requests.
-_CANNOT_SHARE = (400, 403, 404, 405, 415, 422, 501)
+# The statuses of shared requests that each of them would get by itself, too. Any other comes from a
+# server or proxy that does not know of sharing.
+_OF_EACH = (401, 429, 502, 503, 504)
 # Larger bodies are handed over as files.
 _LARGE_BYTES = 1 << 20
 
@@ -116,10 +117,10 @@ class HttpTransport:
         for number, request in enumerate(requests, 1):
             request.id = number
         reply, content = await self._exchange("POST", "", serialize_messages(iter(requests)))
-        if reply.status in _CANNOT_SHARE:
-            raise _CannotShareError
-        if reply.status != 200:
+        if reply.status in _OF_EACH:
             return [self._read("", reply, content)] * len(requests)
+        if reply.status != 200:
+            raise _CannotShareError
         try:
             responses = clip_pb2.Responses.FromString(content).responses
             found = {response.id: response for response in responses}
