@@ -58,7 +58,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     values = (noise.astype(np.float32) / 128).reshape(shape)
     if name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
         return 1 + values / 2
-    if len(shape) == 1:
+    if shape[:1] == (count,):  # a vector, even if it has more axes
         return values / 10
     stored_as_product = name in ("visual.proj", "text_projection")
     inputs = shape[0] if stored_as_product else int(np.prod(shape[1:]))

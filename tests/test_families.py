@@ -39,7 +39,7 @@ from test_tokenizer_hugging_face import t5 as write_tokenizer
 from clip_client import Client
 from clip_client.scores import cosines
 from clip_server.convert.parity import Parity
-from clip_server.model_card import ImageSpec
+from clip_server.model_card import ImageSpec, Precision
 from clip_server.models import weights
 from clip_server.runtimes.onnx import OnnxRuntime
 from clip_server.towers import bert, graph, nllb, registry
@@ -269,12 +269,15 @@ def test_graphs_equal_open_clip(family: str, tmp_path: Path) -> None:
     folder = seeded.save(model, tmp_path, described)
     if "hf_tokenizer_name" in described["text_cfg"]:
         write_tokenizer(folder)
-    for precision in ("fp32", "int8"):
-        runtime = OnnxRuntime.load("mine", model_path=folder, precision=precision, threads=1)
-        for batch, longest in ((1, 5), (3, CONTEXT)):
-            pixels = seeded.random_pixels(described, batch)
-            tokens = random_tokens(described, batch, longest)
-            images, texts = references(model, pixels, tokens)
+    runtimes: dict[Precision, OnnxRuntime] = {
+        precision: OnnxRuntime.load("mine", model_path=folder, precision=precision, threads=1)
+        for precision in ("fp32", "int8")
+    }
+    for batch, longest in ((1, 5), (3, CONTEXT)):
+        pixels = seeded.random_pixels(described, batch)
+        tokens = random_tokens(described, batch, longest)
+        images, texts = references(model, pixels, tokens)
+        for precision, runtime in runtimes.items():
             kept = CONTEXT if runtime.card.text.trim == "fixed" else longest
             assert Parity.of(runtime.encode_image(pixels), images).suffices(precision)
             assert Parity.of(runtime.encode_text(tokens[:, :kept]), texts).suffices(precision)

@@ -133,11 +133,17 @@ class GraphBuilder:
 
         scale: by which each output is multiplied, [O]; None: by nothing.
         """
+        weight, bias = self._scaled(tensor, scale)
+        return self.linear(source, tensor, weight.reshape(len(bias), -1), bias)
+
+    def _scaled(
+        self, tensor: str, scale: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The weight and the bias of a layer of the checkpoint, with its outputs scaled."""
         weight, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
-        weight = weight.reshape(len(bias), -1)
-        if scale is not None:
-            weight, bias = weight * scale[:, np.newaxis], bias * scale
-        return self.linear(source, tensor, weight, bias)
+        if scale is None:
+            return weight, bias
+        return weight * scale.reshape(-1, *(1 for _ in weight.shape[1:])), bias * scale
 
     def joined_linear(self, source: str, name: str, tensors: Sequence[str]) -> str:
         """Several torch Linears of the checkpoint as one; their outputs are side by side."""
@@ -180,6 +186,18 @@ class GraphBuilder:
         """A torch Conv2d of the checkpoint, padded as in `convolution`."""
         kernel, bias = self.weight(f"{tensor}.weight"), self.weight(f"{tensor}.bias")
         return self.convolution(source, tensor, kernel, bias, stride=stride, groups=groups)
+
+    def pointwise_mlp(
+        self, source: str, tensors: tuple[str, str], scale: NDArray[np.float32]
+    ) -> str:
+        """Two torch Conv2d of single positions, with a GELU between them: source [B, C, S, S] to
+        the same.
+
+        scale: by which each output of the second is multiplied, [C].
+        """
+        first, second = tensors
+        hidden = self.gelu(self.stored_convolution(source, first), f"{first}.gelu")
+        return self.convolution(hidden, second, *self._scaled(second, scale))
 
     def linear_from_uint8(
         self, source: str, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
@@ -308,6 +326,18 @@ class Int8Builder(GraphBuilder):
         # errors of the weights from adding up to an offset that grows with the brightness.
         bias = bias + np.float32(quantize.ROW_ZERO) * weight.sum(axis=1)
         return self._integer_product(source, name, weight.T, bias)
+
+    def pointwise_mlp(
+        self, source: str, tensors: tuple[str, str], scale: NDArray[np.float32]
+    ) -> str:
+        (first, second), width = tensors, self.integers(-1, len(scale))
+        last = self.op("Transpose", source, name=f"{first}.last", perm=[0, 2, 3, 1])
+        rows = self.op("Reshape", last, width, name=f"{first}.flat")
+        hidden = self.gelu(self.stored_linear(rows, first), f"{first}.gelu")
+        rows = self.stored_linear(hidden, second, scale)
+        shape = self.op("Shape", last, name=f"{first}.shape")
+        squares = self.op("Reshape", rows, shape, name=f"{second}.squares")
+        return self.op("Transpose", squares, name=f"{second}.channels", perm=[0, 3, 1, 2])
 
     def lookup(self, name: str, table: NDArray[np.float32], indices: str) -> str:
         halves = self.constant(name, table.astype(np.float16))

@@ -292,14 +292,10 @@ class Stage:
         return graph.op("Add", states, hidden, name=f"{prefix}attended")
 
     def _through_mlp(self, graph: GraphBuilder, states: str, prefix: str) -> str:
-        name = f"{prefix}mlp."
+        """States with the output of the block's MLP added."""
         scale = _scale(graph, f"{prefix}layer_scale{'_2' if self._attends else ''}")
         hidden = self._before_mlp(prefix).build(graph, states)
-        rows = to_rows(graph, hidden, self.width, name)
-        rows = graph.stored_linear(rows, f"{name}fc1")
-        rows = graph.gelu(rows, f"{name}gelu")
-        rows = graph.stored_linear(rows, f"{name}fc2", scale)
-        hidden = to_channels(graph, rows, self.grid, self.width, name)
+        hidden = graph.pointwise_mlp(hidden, (f"{prefix}mlp.fc1", f"{prefix}mlp.fc2"), scale)
         return graph.op("Add", states, hidden, name=f"{prefix}states")
 
 
