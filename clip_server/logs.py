@@ -24,6 +24,8 @@ LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 # The request that the current task works on; "": none.
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+# Control characters and line separators, as they are shown in a line of text.
+_ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 _TIME, _MILLISECONDS = "%Y-%m-%dT%H:%M:%S", ".%03dZ"
 # Attributes of a record that is logged with `extra` as fields of JSON.
 _FIELDS = "fields"
@@ -107,7 +109,8 @@ class _TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record)
+        # Requests hold line breaks, which would look like lines of the log.
+        line = super().formatMessage(record).translate(_ESCAPED)
         named = _request_id(record)
         return f"{line} [request {named}]" if named else line
 

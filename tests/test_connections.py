@@ -83,6 +83,17 @@ def test_a_slow_message_is_cut_off(strict: Server, is_fragmented: bool) -> None:
     assert closed.reason == f"the message did not come within {TIMEOUT:g} s (body_timeout)"
 
 
+def test_a_message_of_too_many_fragments_is_refused(strict: Server) -> None:
+    """Empty ones, which no limit on the size of a message would stop."""
+    with connect(strict.websocket, proxy=None) as link:
+        link.socket.sendall(b"\x02\x80mask" + b"\x00\x80mask" * 4096)
+        with pytest.raises(ConnectionClosed) as raised:
+            link.recv(PATIENCE_SECONDS)
+    closed = raised.value.rcvd
+    assert closed is not None
+    assert (closed.code, closed.reason) == (1009, "the message has more than 4,096 fragments")
+
+
 def test_a_response_that_is_not_read_is_given_up(strict: Server) -> None:
     body = json.dumps({"data": ["a cat"] * 5_000}).encode()
     head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)

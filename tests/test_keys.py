@@ -134,6 +134,13 @@ def test_our_client(server: Server, key: str, protocol: int) -> None:
         client.info()
 
 
+def test_a_request_adds_no_line_to_the_log(server: Server) -> None:
+    requests.get(f"{server.http}/a%0D%0A2026 INFO%20forged%E2%80%A8", timeout=60)
+    assert eventually(lambda: "forged" in server.output())
+    (line,) = (each for each in server.output().splitlines() if "forged" in each)
+    assert r"endpoint=/a\r\n2026 INFO forged\u2028 " in line
+
+
 def test_forms_of_a_key(server: Server, key: str) -> None:
     def status(**headers: str) -> int:
         return requests.post(
@@ -394,6 +401,8 @@ def no_keys_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"keys: {{a b: {{sha256: {'a' * 64}}}}}", "the name 'a b'"),
         (f"keys: {{a: {{sha256: {'a' * 64}, max_in_flight_items: 0}}}}", "whole number from 1"),
         ("max_in_flight_items: many", "whole number from 1"),
+        (f"keys: {{a: {{sha256: {'a' * 64}}}, a: {{sha256: {'b' * 64}}}}}", "a is there twice"),
+        (f"keys: {{a: {{sha256: {'a' * 64}, sha256: {'b' * 64}}}}}", "sha256 is there twice"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, content: str, said: str) -> None:

@@ -44,6 +44,7 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
     authority, stranger = (make_pair(tmp_path, name) for name in ("authority", "stranger"))
     right_pair = make_pair(tmp_path, "right", authority=authority)
     right, wrong = joined(right_pair), joined(make_pair(tmp_path, "wrong", authority=stranger))
+    outdated = joined(make_pair(tmp_path, "outdated", authority=authority, days=-1))
     first, second = (joined(make_pair(tmp_path, name)) for name in ("first", "second"))
     served = Path(shutil.copy(first, tmp_path / "served.pem"))
     spec = flow()
@@ -67,11 +68,12 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
             pytest.raises(ConnectionFailedError, match="asks for a certificate of the client"),
         ):
             other.encode(["a cat"])
-        with (
-            Client(address, ca_file=first, cert_file=wrong) as other,
-            pytest.raises(ConnectionFailedError, match="does not accept the certificate"),
-        ):
-            other.encode(["a cat"])
+        for refused in (wrong, outdated):
+            with (
+                Client(address, ca_file=first, cert_file=refused) as other,
+                pytest.raises(ConnectionFailedError, match="does not accept the certificate"),
+            ):
+                other.encode(["a cat"])
     key, chain = right_pair
     with Client(addresses[0], ca_file=first, cert_file=chain, key_file=key) as client:
         assert client.encode(["a cat"]).shape == (1, 256)

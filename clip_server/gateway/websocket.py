@@ -44,6 +44,11 @@ _READING_SECONDS = 0.5
 # The longest reason that fits the frame that closes a connection, in bytes.
 _LONGEST_REASON = 123
 
+# Of one message: each takes memory, even if it is empty. Newer versions of the library have the
+# same limit, and do not name it.
+_MOST_FRAGMENTS = 4096
+# How long a client whose connection is given up may take to close it.
+_CLOSING_SECONDS = 1.0
 # How long a client may take to answer a ping: it may be busy.
 _PING_TIMEOUT = 60.0
 
@@ -161,7 +166,8 @@ class _CountedConnection(ServerConnection):
         super().__init__(*args, **options)
         self._all, self._address = connections, ""
         self._timer: asyncio.TimerHandle | None = None
-        self._received, self._has_fragments = 0, False
+        # Bytes since the last look, and the fragments of a message that has more.
+        self._received = self._fragments = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         peer = transport.get_extra_info("peername")
@@ -172,15 +178,19 @@ class _CountedConnection(ServerConnection):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._received += len(data)
-        has_begun = self._has_fragments or bool(self.protocol.reader.buffer)
-        if not has_begun or self.state is not State.OPEN:
+        if self.state is not State.OPEN:
+            return
+        if not self._fragments and not self.protocol.reader.buffer:
             self._expect_nothing()
         elif self._timer is None:
             self._expect_message()
 
     def process_event(self, event: Event) -> None:
         if isinstance(event, Frame) and event.opcode not in CTRL_OPCODES:
-            self._has_fragments = not event.fin
+            self._fragments = 0 if event.fin else self._fragments + 1
+        if self._fragments >= _MOST_FRAGMENTS and self.state is State.OPEN:
+            reason = f"the message has more than {_MOST_FRAGMENTS:,} fragments"
+            self._give_up(CloseCode.MESSAGE_TOO_BIG, reason)
         super().process_event(event)
 
     def _expect_message(self) -> None:
@@ -191,13 +201,19 @@ class _CountedConnection(ServerConnection):
             is_read = not self.recv_messages.paused
             if is_read and self._received < seconds * SLOWEST_BODY:
                 reason = f"the message did not come within {seconds:g} s (body_timeout)"
-                closing = self.close(CloseCode.POLICY_VIOLATION, reason)
-                self._closing = self.loop.create_task(closing)
+                self._give_up(CloseCode.POLICY_VIOLATION, reason)
             else:
                 self._expect_message()
 
         if seconds:
             self._timer = self.loop.call_later(seconds, look)
+
+    def _give_up(self, code: CloseCode, reason: str) -> None:
+        """Closes the connection, and drops what still comes."""
+        self.protocol.fail(code, reason)
+        self.send_data()
+        self._expect_nothing()
+        self._timer = self.loop.call_later(_CLOSING_SECONDS, self.transport.abort)
 
     def _expect_nothing(self) -> None:
         if self._timer is not None:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,8 @@ def read_entries(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text("utf-8")) or {}
+        text = file.read_text("utf-8")
+        content = yaml.safe_load(text) or {}
     except OSError as error:
         raise ConfigurationError(f"the file of keys {file}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError):
@@ -146,7 +148,26 @@ def read_entries(file: Path) -> dict[str, Any]:
     keys = content.get("keys") or {}
     if not isinstance(keys, dict):
         raise ConfigurationError(f"{file}: keys: holds an entry for each name")
+    if twice := _twice_named(text):
+        # YAML's reader would keep the last without a word.
+        raise ConfigurationError(f"{file}: {twice} is there twice")
     return {**content, "keys": keys}
+
+
+def _twice_named(text: str) -> str:
+    """A name that a mapping in some YAML has more than once; empty: none."""
+    import yaml
+
+    mappings = [yaml.compose(text, yaml.SafeLoader)]
+    while mappings:
+        node = mappings.pop()
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(name.value for name, _ in node.value)
+            twice = (str(name) for name, count in names.items() if count > 1)
+            if found := next(twice, ""):
+                return found
+            mappings += [value for _, value in node.value]
+    return ""
 
 
 def check_name(name: str) -> None:
