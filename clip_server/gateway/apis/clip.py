@@ -166,7 +166,7 @@ class ClipApi:
             if index in errors:
                 result["error"] = errors[index]
             elif as_base64:
-                result["embedding"] = base64.b64encode(embeddings[index].tobytes()).decode()
+                result["embedding"] = base64.b64encode(embeddings[index]).decode()
             else:
                 result["embedding"] = embeddings[index]
         return echoes, encoded.truncated

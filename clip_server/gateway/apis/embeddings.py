@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,7 @@ _IMAGE_URI = re.compile(r"\s*data:image/", re.IGNORECASE)
 _URI = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """An item of a request and its place in the body, such as `input[0]`, for error messages."""
 
     place: str
@@ -92,7 +91,7 @@ class Embedded:
         """The embeddings in one of `FORMATS`, as they stand in JSON."""
         if form == "base64":
             rows = self.embeddings.astype("<f4", copy=False)
-            return [base64.b64encode(row.tobytes()).decode() for row in rows]
+            return [base64.b64encode(row).decode() for row in rows]
         return list(self.embeddings if form == "float" else quantize(self.embeddings, form))
 
     def shown_in(self, forms: Sequence[str]) -> list[Any]:
