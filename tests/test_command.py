@@ -36,6 +36,7 @@ from conftest import (
 from clip_client import Client
 from clip_client.errors import ClipError
 from clip_server.__main__ import main
+from clip_server.launch.overrides import override_encoders
 
 LARGE = 300  # items of a request, which take half a second
 
@@ -140,7 +141,6 @@ _WRITTEN = (
     {"uses": "own.yml"},
     {"uses": "own.yml", "uses_with": {"model-path": "/nowhere"}, "py_modules": [_ONNX]},
     {"uses": "tagged.yml"},
-    {"uses": "image.yml"},
 )
 
 
@@ -153,10 +153,6 @@ def refusal(
         f"metas: {{py_modules: {_ONNX}}}\n"
     )
     (folder / "tagged.yml").write_text(f"!CLIPEncoder\nmetas:\n  py_modules: [{_ONNX}]\n")
-    (folder / "image.yml").write_text(
-        "jtype: CLIPImageEncoder\nwith: {pretrained_model_name_or_path: embedded}\n"
-        "metas: {py_modules: [clip_server.executors.clip_hub]}\n"
-    )
     spec = {"jtype": "Flow", "executors": [dict(each) for each in executors]}
     (folder / "flow.yml").write_text(yaml.safe_dump(spec))
     assert main([str(folder / "flow.yml"), "--port", "0", *options]) == 1
@@ -191,6 +187,19 @@ def test_of_several_encoders_an_option_names_one(tmp_path: Path, capfd: Capture)
     for devices in (["odd"], ["cpu", "executor1=odd"], ["executor1=odd", "cpu"]):
         given = [word for device in devices for word in ("--device", device)]
         assert "odd" in refused(*good, *given)
+
+
+def test_encoders_of_one_modality_share_a_model() -> None:
+    """The one that the flow names is forgotten, with all that is about it."""
+    own = {"pretrained_model_name_or_path": "a", "base-tokenizer-model": "a", "batch_size": 8}
+    executors = [
+        {"uses": {"jtype": f"CLIP{kind}Encoder", "with": dict(own)}} for kind in ("Image", "Text")
+    ]
+    override_encoders({"executors": executors}, {"model": ["b"], "dtype": ["executor1=int8"]})
+    for executor, dtype in zip(executors, ({}, {"dtype": "int8"}), strict=True):
+        assert executor["uses_with"] == {"name": "b", **dtype}
+        kept = {"pretrained_model_name_or_path": "a", "batch_size": 8}
+        assert executor["uses"]["with"] == kept  # `name` goes before its alias
 
 
 def test_options_for_a_flow_without_encoders(tmp_path: Path, capfd: Capture) -> None:
