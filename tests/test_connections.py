@@ -23,7 +23,7 @@ from clip_server.errors import ConfigurationError
 from clip_server.launch.flow import prepare
 
 # No connection may be too old before MOST are open, on a busy machine either.
-TIMEOUT, AGE, MOST = 0.5, 3.0, 20
+TIMEOUT, AGE, MOST = 0.5, 2.0, 12
 OF_ADDRESS = f"{MOST} connections from one address (max_connections_per_address)"
 BODY = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
 

@@ -92,12 +92,14 @@ class HttpListener(Listener):
         config.load()
         if self.options.tls:
             config.ssl = self.options.tls.context()
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config, self.options.handshake_seconds)
         # The gateway's process has handlers of its own.
         self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
         self._serving = asyncio.create_task(self._server.serve())
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(0.01)
+        if self._serving.done():
+            await self._serving  # raises why it could not start
 
     async def stop(self, seconds: float) -> None:
         # Read at the end only; any number of seconds will do.
@@ -244,6 +246,39 @@ class _TableRouter(Router):
             return
         scope["path_params"] = {}
         await route.app(scope, receive, send)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with a bound on the time of TLS handshakes.
+
+    handshake_seconds: None: without TLS.
+    """
+
+    def __init__(self, config: uvicorn.Config, handshake_seconds: float | None) -> None:
+        super().__init__(config)
+        self._handshake_seconds = handshake_seconds
+
+    async def startup(self, sockets: Any = None) -> None:
+        del sockets
+        config = self.config
+        await self.lifespan.startup()
+        protocol_class: Any = config.http_protocol_class
+        protocol = partial(
+            protocol_class,
+            config=config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        server = await asyncio.get_running_loop().create_server(
+            protocol,
+            config.host,
+            config.port,
+            ssl=config.ssl,
+            ssl_handshake_timeout=self._handshake_seconds,
+            backlog=config.backlog,
+        )
+        self.servers = [server]
+        self.started = True
 
 
 class _DrainingApp:

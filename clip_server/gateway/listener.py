@@ -50,6 +50,12 @@ class ListenerOptions:
     page: bool = True
 
     @property
+    def handshake_seconds(self) -> float | None:
+        """The seconds that a TLS handshake may take; None: without TLS, or as many as asyncio
+        allows."""
+        return (self.connections.bounds.header_timeout or None) if self.tls else None
+
+    @property
     def compresses(self) -> bool:
         """Whether responses are compressed."""
         return self.compression is not grpc.Compression.NoCompression

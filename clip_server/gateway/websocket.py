@@ -69,6 +69,7 @@ class WebSocketListener(Listener):
             self.hosts,
             self.port,
             ssl=tls.context() if tls else None,
+            ssl_handshake_timeout=self.options.handshake_seconds,
             process_request=self._check_handshake,
             create_connection=partial(_CountedConnection, self.options.connections),  # type: ignore[arg-type]
             open_timeout=bounds.header_timeout or None,
