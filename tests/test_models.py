@@ -61,13 +61,22 @@ def test_models_are_filtered_by_what_they_are(capsys: pytest.CaptureFixture[str]
     assert "no model has all of these properties" in capsys.readouterr().err
 
 
-def test_a_model_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "parameters", "image_macs", "text_macs"),
+    [
+        ("ViT-L-14::openai", 427_616_513, 81_012_768_768, 6_649_841_664),
+        ("MobileCLIP2-S0::dfndr2b", 74_835_073, 2_385_149_952, 2_979_770_368),
+    ],
+)
+def test_a_model_says_what_it_costs(
+    name: str, parameters: int, image_macs: int, text_macs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As torch counts parameters, and its FlopCounterMode the multiply-accumulates."""
-    (model,) = listed(capsys, "ViT-L-14::openai")
+    (model,) = listed(capsys, name)
     cost = model["cost"]
-    assert cost["parameters"] == 427_616_513
-    assert cost["image_macs"] == pytest.approx(81_012_768_768, rel=1e-3)
-    assert cost["text_macs"] == pytest.approx(6_649_841_664, rel=1e-3)
+    assert cost["parameters"] == parameters
+    assert cost["image_macs"] == pytest.approx(image_macs, rel=1e-3)
+    assert cost["text_macs"] == pytest.approx(text_macs, rel=1e-3)
     assert cost["memory"]["fp32"] == 2 * cost["memory"]["fp16"] == 4 * cost["parameters"]
     assert 0.25 < cost["memory"]["int8"] / cost["memory"]["fp32"] < 0.4
 

@@ -67,7 +67,9 @@ def cost(card: ModelCard) -> Cost | None:
     """What a model costs, without its weights; None if only torch builds it."""
     if not registry.builds(card.config):
         return None
-    shapes = registry.tensor_shapes(card.config)
+    # The statistics of batch norms are not parameters.
+    tensors = registry.tensor_shapes(card.config).items()
+    shapes = {name: shape for name, shape in tensors if ".running_" not in name}
     count = sum(math.prod(shape) for shape in shapes.values())
     int8 = sum(_int8_bytes(name, shape) for name, shape in shapes.items())
     return Cost(
@@ -80,9 +82,9 @@ def cost(card: ModelCard) -> Cost | None:
 
 def _int8_bytes(name: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor in int8: matrices in one byte each, tables of tokens in two, the rest as
-    it is."""
+    it is. The matrices of an MLP may be stored as convolutions of single positions."""
     size = math.prod(shape)
-    if len(shape) != 2:
+    if len(shape) != 2 and not (".mlp." in name and shape[2:] == (1, 1)):
         return 4 * size
     return 2 * size if "embed" in name else size
 
