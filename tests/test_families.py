@@ -474,7 +474,12 @@ def hub_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         repository.mkdir(parents=True)
         numbers = {"logit_scale": np.float32([3]), "logit_bias": np.float32([-3])}
         tensors = drawn(registry.tensor_shapes(described)) | numbers
-        save_file(tensors, repository / weights.CHECKPOINT)
+        if family == "vitamin":  # whose checkpoints on the hub are pickled
+            torch = pytest.importorskip("torch")
+            pickled = {name: torch.from_numpy(value) for name, value in tensors.items()}
+            torch.save(pickled, repository / "pytorch_model.bin")
+        else:
+            save_file(tensors, repository / weights.CHECKPOINT)
         seeded.describe(repository, described)
         if "hf_tokenizer_name" in described["text_cfg"]:
             write_tokenizer(repository)

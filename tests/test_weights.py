@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import warnings
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import ml_dtypes
@@ -153,6 +156,49 @@ class TestPickles:
         assert weights.read_shapes(path) == {"weight": (2, 3), "logit_scale": ()}
         assert weights.read_logit_scale(path) == pytest.approx(np.exp(2))
 
+    def test_torch_is_not_needed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        numbers = torch.arange(24.0).reshape(2, 3, 4)
+        tensors = {
+            "views.of_one": numbers[1],
+            "views.of_the_same": numbers[:, 1:, ::2],
+            "transposed": numbers.permute(2, 0, 1).bfloat16(),
+            "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+            "number": torch.tensor(7),
+            "switches": torch.tensor([True, False]),
+            "nothing": torch.zeros(0, 3),
+        }
+        path = tmp_path / "state.pt"
+        saved = torch.nn.Linear(2, 1).state_dict()  # an OrderedDict with attributes
+        torch.save(saved | tensors, path)
+        monkeypatch.setitem(sys.modules, "torch", None)
+        found = weights.read(path)
+        assert found.keys() == {*tensors, "weight", "bias"}
+        for name, tensor in tensors.items():
+            expected = tensor.detach().float().numpy()
+            np.testing.assert_array_equal(found[name], expected, strict=tensor.is_floating_point())
+            assert weights.read_shapes(path)[name] == expected.shape
+
+    @pytest.mark.parametrize(
+        ("offset", "shape", "strides"),
+        [(0, (5,), (1,)), (1, (4,), (1,)), (0, (2, 2), (1, 3)), (3, (2,), (-1,)), (-1, (), ())],
+    )
+    def test_a_tensor_outside_of_its_storage_is_refused(
+        self,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        tmp_path: Path,
+    ) -> None:
+        path = tmp_path / "beyond.pt"
+        with zipfile.ZipFile(path, "w") as archive, archive.open("a/data.pkl", "w") as file:
+            StoragePickler(file).dump({"weight": Beyond(offset, shape, strides)})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("a/data/0", np.ones(4, np.float32).tobytes())
+        with pytest.raises(WeightsError, match=r"beyond\.pt is damaged"):
+            weights.read(path)
+
     @pytest.mark.parametrize("zipped", [True, False], ids=["zipped", "of before torch 1.6"])
     def test_half_precision_is_read(self, zipped: bool, tmp_path: Path) -> None:
         import torch
@@ -236,6 +282,27 @@ class TestPickles:
         monkeypatch.setitem(sys.modules, "torch", None)
         with pytest.raises(ConfigurationError, match=r"pip install 'clip-microservice\[torch\]'"):
             weights.read(path)
+
+
+class Beyond:
+    """A tensor of a storage of four values, as torch pickles it."""
+
+    def __init__(self, *place: object) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, ...]:
+        import torch
+
+        return torch._utils._rebuild_tensor_v2, (StoragePickler, *self.place, False, OrderedDict())
+
+
+class StoragePickler(pickle.Pickler):
+    """Pickles itself as a storage."""
+
+    def persistent_id(self, value: object) -> object:
+        import torch
+
+        return ("storage", torch.FloatStorage, "0", "cpu", 4) if value is StoragePickler else None
 
 
 class Code:

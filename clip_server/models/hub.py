@@ -7,7 +7,7 @@ file in the cache; the hub's client deletes what it received.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,17 +45,15 @@ def fetch(repository: str, file: str) -> Path:
     return find_cached(repository, file) or download(repository, (file,))
 
 
-def download(repository: str, files: Sequence[str], check: Callable[[str], object] = str) -> Path:
+def download(repository: str, files: Sequence[str]) -> Path:
     """The first of these files that the hub has, downloaded into the cache.
-
-    check: called with its name first; what it raises ends the download.
 
     Raises:
         WeightsError: the hub has none or cannot be reached, or the cache cannot keep it.
     """
     for file in files:
         try:
-            return _download(repository, file, check)
+            return _download(repository, file)
         except ConfigurationError:
             raise
         except Exception as error:  # each release of the client raises another library's errors
@@ -82,13 +80,12 @@ def fetch_optional(repository: str, file: str) -> Path | None:
         raise _unreachable(repository, file, error) from error
 
 
-def _download(repository: str, file: str, check: Callable[[str], object] = str) -> Path:
+def _download(repository: str, file: str) -> Path:
     client = _client()
     _refuse_irregular(_entries(repository, file))
     url = client.hf_hub_url(repository, file)
     # hf_hub_download alone retries an unreachable hub for minutes; this asks once.
     known = client.get_hf_file_metadata(url, timeout=_TIMEOUT)
-    check(file)
     if len(known.etag or "") == _SHA256_DIGITS and known.size is not None:
         _download_blob(repository, file, url, known)
     # Links a blob that is there, and downloads small files, which have no digest.

@@ -45,6 +45,6 @@ def fetch_checkpoint(repository: str, place: Path) -> None:
     """
     if weights.in_folder(place) is None:
         try:
-            hub.download(repository, _CHECKPOINTS, weights.check_readable)
+            hub.download(repository, _CHECKPOINTS)
         except WeightsError as error:
             raise WeightsError(f"{error}\nof graphs, {exported.served()}") from error

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard
-from clip_server.models import hub
+from clip_server.models import hub, torch_archive
 from clip_server.models.state_dict_keys import (
     Loader,
     is_used,
@@ -33,7 +33,8 @@ Tensors = Mapping[str, NDArray[Any]]
 
 CHECKPOINT = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
-# Pickled checkpoints, which only torch reads.
+# Checkpoints that torch pickled: archives, which `torch_archive` reads, and those of before torch
+# 1.6, which only torch reads.
 _PICKLES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 # The same weights as open_clip's older repositories hold them.
@@ -93,13 +94,12 @@ def find(card: ModelCard, model_path: str | Path | None = None) -> Path:
 
     Raises:
         WeightsError: there is no such file, or the hub cannot be reached.
-        ConfigurationError: there is only a pickled one, and torch is not installed.
     """
     if model_path is not None:
         return local(Path(model_path))
     if card.hub is None:
         raise WeightsError(f"{card.name} has no weights to download: give a model_path")
-    return cached(card) or hub.download(card.hub, _hub_files(card), check_readable)
+    return cached(card) or hub.download(card.hub, _hub_files(card))
 
 
 def cached(card: ModelCard) -> Path | None:
@@ -160,7 +160,7 @@ def read(path: Path) -> CheckpointTensors:
 
     Raises:
         WeightsError: the file is damaged, not a checkpoint, or contains code.
-        ConfigurationError: it is pickled, and torch is not installed.
+        ConfigurationError: it is a pickle of before torch 1.6, and torch is not installed.
     """
     file = _open(path)
     loaders = to_open_clip_keys({name: partial(file.tensor, name) for name in file.names})
@@ -302,9 +302,12 @@ class _Pickle(_Checkpoint):
 
     def tensor(self, name: str) -> NDArray[Any]:
         tensor = self._tensors[self.names[name]]
+        if isinstance(tensor, torch_archive.StoredTensor):
+            array = tensor.read()
+            return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
         wide = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
-        array: NDArray[Any] = wide.detach().numpy()
-        return array
+        values: NDArray[Any] = wide.detach().numpy()
+        return values
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[self.names[name]].shape)
@@ -326,27 +329,28 @@ def _open(path: Path) -> _Checkpoint:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """Reads the torch tensors of a pickled checkpoint, without running any code in it.
+    """Reads the tensors of a pickled checkpoint, torch's or those of `torch_archive`, without
+    running any code in it.
 
     Trainers save them under a key, together with the epoch and the optimizer.
     """
-    torch = _torch(path)
-    mapped = zipfile.is_zipfile(path)
-    if mapped and _is_torchscript(path):
+    if zipfile.is_zipfile(path) and _is_torchscript(path):
         raise WeightsError(
             f"{path} is a TorchScript archive, which contains code, and that is not run: save the "
             f"tensors alone, torch.save(torch.jit.load({path.name!r}, "
             "map_location='cpu').state_dict(), 'weights.pt')"
         )
+    load = torch_archive.load
+    if not torch_archive.is_archive(path):
+        load = partial(_torch(path).load, map_location="cpu", weights_only=True)
     try:
-        # Mapped, so that a look at the shapes does not read gigabytes.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        found = load(path)
     except Exception as error:  # a damaged file may raise anything
         raise WeightsError(_explain(path, error)) from error
     under_keys = [found.get(key) for key in _STATE_DICT_KEYS] if isinstance(found, dict) else []
     for held in (*under_keys, found):
         items = held.items() if isinstance(held, dict) else ()
-        tensors = {name: value for name, value in items if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in items if hasattr(value, "shape")}
         if tensors:
             return tensors
     raise WeightsError(f"{path} is not a checkpoint: it holds no tensors by name")
@@ -358,20 +362,14 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    """Why torch does not read a pickled checkpoint, and what to do about it."""
-    if found := _PICKLED_CLASS.search(str(error)):
+    """Why a pickled checkpoint cannot be read, and what to do about it."""
+    found = _PICKLED_CLASS.search(str(error))
+    if found or isinstance(error, torch_archive.CodeError):
         return (
-            f"{path} contains code ({found[1]}), which is not run: save the "
+            f"{path} contains code ({found[1] if found else error}), which is not run: save the "
             "model's state_dict() alone, as .safetensors if you can"
         )
     return f"{path} is damaged, or not a checkpoint ({type(error).__name__}): copy it again"
-
-
-def check_readable(file: str) -> None:
-    """Raises ConfigurationError for a pickle that cannot be read without torch, so that it is not
-    downloaded."""
-    if file.endswith(_PICKLES):
-        _torch(file)
 
 
 def _torch(path: Path | str) -> ModuleType:
