@@ -128,6 +128,26 @@ def test_large_headers_are_refused_with_the_limit(strict: Server) -> None:
     assert len(answer.headers["x-request-id"]) == 32
 
 
+@pytest.mark.parametrize(
+    ("request_line", "status", "message"),
+    [
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1", b"431 ", b"64 KiB"),
+        (b"GET", b"400 ", b"not valid HTTP/1.1"),
+        (b"GET /livez HTTP/1.1\r\ncontent-length: -1", b"400 ", b"not valid HTTP/1.1"),
+    ],
+    ids=["long", "short", "negative"],
+)
+def test_what_is_no_http_is_refused(
+    strict: Server, request_line: bytes, status: bytes, message: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", strict.ports[1]), 30) as connection:
+        connection.sendall(request_line + b"\r\nhost: x\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert message in answer
+    assert b"x-request-id: " in answer
+
+
 def test_too_many_connections_of_one_address(strict: Server) -> None:
     with ExitStack() as stack:
         for _ in range(MOST):
@@ -138,6 +158,7 @@ def test_too_many_connections_of_one_address(strict: Server) -> None:
         with pytest.raises(InvalidStatus) as raised, connect(strict.websocket, proxy=None):
             pass
         assert raised.value.response.status_code == 429
+        assert "server" not in raised.value.response.headers
         for headers in (refused.headers, raised.value.response.headers):
             assert headers["retry-after"] == "1"
             assert len(headers["x-request-id"]) == 32

@@ -150,8 +150,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+        if self._head_bytes > _MOST_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, RequestError(_LARGE_HEAD))
+
+    def send_400_response(self, msg: str) -> None:
+        del msg
+        if self._head_bytes <= _MOST_HEAD_BYTES:  # else that is why it cannot be read
+            self._refuse(HTTPStatus.BAD_REQUEST, RequestError("the request is not valid HTTP/1.1"))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

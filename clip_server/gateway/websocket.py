@@ -76,6 +76,7 @@ class WebSocketListener(Listener):
             ping_timeout=_PING_TIMEOUT,
             select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
             max_size=self.options.max_request_bytes,
+            server_header=None,
             compression=None,  # the library's own: bounded by the size of a message only
             extensions=[
                 BoundedDeflateFactory(self.options.max_request_bytes, self.options.compresses)
