@@ -171,7 +171,8 @@ class TestPickles:
         }
         path = tmp_path / "state.pt"
         saved = torch.nn.Linear(2, 1).state_dict()  # an OrderedDict with attributes
-        torch.save(saved | tensors, path)
+        more = [{"seen", b"\xff"}, torch.device("cuda:1"), torch.bfloat16, torch.Size([2])]
+        torch.save({"state_dict": saved | tensors, "trainer": more}, path)
         monkeypatch.setitem(sys.modules, "torch", None)
         found = weights.read(path)
         assert found.keys() == {*tensors, "weight", "bias"}

@@ -32,13 +32,16 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-# Other classes that checkpoints hold, none of which runs code.
-_CLASSES = {
+# Other things that checkpoints hold, such as the state of an optimizer; none of them runs code.
+# Types of values are replaced by their names.
+_CLASSES: dict[tuple[str, str], Any] = {
+    ("__builtin__", "set"): set,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "Counter"): Counter,
     ("torch", "Size"): tuple,
+    **{("torch", name): name for name in ("float64", "float32", "float16", "bfloat16", "int64")},
 }
-_BEGIN = b"PK\x03\x04"
+_SIGNATURE = b"PK\x03\x04"
 # The fixed part of the header that precedes a file in an archive, and where it has the lengths of
 # the two parts that follow: a name, and extra fields.
 _HEADER_BYTES, _LENGTHS = 30, slice(26, 30)
@@ -93,7 +96,7 @@ class StoredTensor:
 def is_archive(path: Path) -> bool:
     """Whether a file begins as an archive does."""
     with path.open("rb") as file:
-        return file.read(len(_BEGIN)) == _BEGIN
+        return file.read(len(_SIGNATURE)) == _SIGNATURE
 
 
 def load(path: Path) -> Any:
@@ -122,6 +125,8 @@ class _Unpickler(pickle.Unpickler):
         functions = {
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): self._parameter,
+            ("torch", "device"): self._device,
+            ("_codecs", "encode"): self._bytes,
         }
         found = _CLASSES.get((module, name)) or functions.get((module, name))
         if found is None:
@@ -147,6 +152,12 @@ class _Unpickler(pickle.Unpickler):
 
     def _parameter(self, tensor: StoredTensor, *_: Any) -> StoredTensor:
         return tensor
+
+    def _device(self, *parts: Any) -> str:
+        return ":".join(map(str, parts))
+
+    def _bytes(self, text: str, _: str) -> bytes:
+        return text.encode("latin1")  # as pickles of protocol 2 store bytes
 
 
 def _uncompressed(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
