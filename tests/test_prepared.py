@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -275,18 +276,34 @@ def test_preparing_that_is_killed_names_the_memory_that_it_needs(
         embedding()
 
 
-def test_a_limit_that_is_too_small_is_an_error_before_the_model_is_loaded() -> None:
+@pytest.mark.parametrize(
+    ("more_mebibytes", "load", "message"),
+    [
+        (
+            90,
+            "OnnxRuntime.load('embedded', device='cpu', threads=1)",
+            r"embedded does not fit into memory: it needs about .* are available \(ulimit -v of",
+        ),
+        (
+            12,
+            "weights.read(zoo.checkpoint('embedded'))",
+            r"safetensors cannot be mapped: its 16 MiB do not fit into .* \(ulimit -v\)",
+        ),
+    ],
+)
+def test_a_limit_that_is_too_small_is_an_error_before_the_model_is_loaded(
+    more_mebibytes: int, load: str, message: str
+) -> None:
     program = (
         "import resource\n"
         "from pathlib import Path\n"
+        "from clip_server.models import weights, zoo\n"
         "from clip_server.runtimes import onnx_towers\n"
         "from clip_server.runtimes.onnx import OnnxRuntime\n"
         "used = 4096 * int(Path('/proc/self/statm').read_text().split()[0])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (90 << 20),) * 2)\n"
-        "OnnxRuntime.load('embedded', device='cpu', threads=1)"
+        f"resource.setrlimit(resource.RLIMIT_AS, (used + ({more_mebibytes} << 20),) * 2)\n"
+        f"{load}"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1
-    last = ended.stderr.splitlines()[-1]
-    assert "embedded does not fit into memory: it needs about " in last
-    assert "MiB are available (ulimit -v of" in last
+    assert re.search(message, ended.stderr.splitlines()[-1])

@@ -322,6 +322,12 @@ def _open(path: Path) -> _Checkpoint:
         return _Pickle(path)
     try:
         return _Safetensors(path)
+    except MemoryError as error:  # under `ulimit -v`
+        size = path.stat().st_size >> 20
+        raise WeightsError(
+            f"{path} cannot be mapped: its {size:,} MiB do not fit into the address space that is "
+            "left to this process; raise the limit (ulimit -v)"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is damaged, or not a CLIP checkpoint ({error}): fetch or copy it again"
