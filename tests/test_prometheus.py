@@ -71,6 +71,7 @@ def prometheus(programs: Path, folder: Path, server: Server) -> Iterator[str]:
     """The address of a Prometheus that scrapes a server as deploy/prometheus.yml has it, but more
     often."""
     config: dict[str, Any] = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    config["global"] = {"evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / each) for each in config["rule_files"]]
     config["scrape_configs"][0] |= {
         "scrape_interval": "1s",
