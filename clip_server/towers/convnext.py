@@ -11,11 +11,10 @@ from clip_server.towers.convolution import Convolution, merge_neighbours, to_cha
 from clip_server.towers.patches import embed_patches, mean_of_patches
 from clip_server.towers.tower import (
     EPSILON,
-    TIMM_KEYS,
     Config,
-    ImageTower,
     Shapes,
     Target,
+    TimmTower,
     linear_shapes,
     norm_shapes,
 )
@@ -66,24 +65,22 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class ConvNext(ImageTower):
+class ConvNext(TimmTower):
     """grid: positions of an image's side in the first stage. projection: what ends the tower."""
 
     size: Size
     grid: int
     projection: Projection
 
-    keys = TIMM_KEYS
-
     @classmethod
     def from_config(cls, config: Config) -> ConvNext | None:
-        vision = config["vision_cfg"]
-        size, ending = SIZES.get(vision.get("timm_model_name", "")), vision.get("timm_proj")
-        if not vision.keys() <= cls.keys or size is None or ending not in ("linear", "mlp"):
+        trunk = cls.trunk(config)
+        size, (pool, projection) = SIZES.get(trunk.name), trunk.ending
+        if size is None or projection not in ("linear", "mlp"):
             return None
-        if vision.get("timm_pool") or vision.get("timm_proj_bias", False):
+        if pool or trunk.has_projection_bias:
             return None
-        return cls(size, vision["image_size"] // _PATCH, ending)
+        return cls(size, config["vision_cfg"]["image_size"] // _PATCH, projection)
 
     def _stages(self) -> Iterator[Stage]:
         widths = self.size.widths

@@ -20,11 +20,10 @@ from clip_server.towers.layout import Layout, of_all_positions, of_first_positio
 from clip_server.towers.patches import embed_patches, place_patches
 from clip_server.towers.tower import (
     EPSILON,
-    TIMM_KEYS,
     Config,
-    ImageTower,
     Shapes,
     Target,
+    TimmTower,
     linear_shapes,
     norm_shapes,
     transformer_macs,
@@ -123,24 +122,22 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Eva(ImageTower):
+class Eva(TimmTower):
     """patch: pixels of a patch's side. grid: patches of an image's side."""
 
     size: Size
     patch: int
     grid: int
 
-    keys = TIMM_KEYS
-
     @classmethod
     def from_config(cls, config: Config) -> Eva | None:
-        vision = config["vision_cfg"]
-        found = _NAME.fullmatch(vision.get("timm_model_name", ""))
-        if not vision.keys() <= cls.keys or not found or found[1] not in SIZES:
+        trunk = cls.trunk(config)
+        found = _NAME.fullmatch(trunk.name)
+        if not found or found[1] not in SIZES:
             return None
         size, patch = SIZES[found[1]], int(found[2])
         pool = "map" if size.style.pools else "token"
-        if (vision.get("timm_pool"), vision.get("timm_proj")) != (pool, None):
+        if trunk.ending != (pool, None):
             return None
         return cls(size, patch, int(found[3]) // patch)
 

@@ -30,11 +30,10 @@ from clip_server.towers.convolution import (
 from clip_server.towers.layout import of_all_positions
 from clip_server.towers.pixels import normalised
 from clip_server.towers.tower import (
-    TIMM_KEYS,
     Config,
-    ImageTower,
     Shapes,
     Target,
+    TimmTower,
     linear_shapes,
     norm_shapes,
 )
@@ -300,22 +299,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class FastVit(ImageTower):
+class FastVit(TimmTower):
     """grid: positions of an image's side in the first stage."""
 
     size: Size
     grid: int
 
-    keys = TIMM_KEYS
-
     @classmethod
     def from_config(cls, config: Config) -> FastVit | None:
-        vision = config["vision_cfg"]
-        size = SIZES.get(vision.get("timm_model_name", ""))
-        ending = (vision.get("timm_pool"), vision.get("timm_proj"))
-        if not vision.keys() <= cls.keys or size is None or ending != ("avg", None):
+        trunk = cls.trunk(config)
+        size = SIZES.get(trunk.name)
+        if size is None or trunk.ending != ("avg", None):
             return None
-        return cls(size, _halved(vision["image_size"], 2))
+        return cls(size, _halved(config["vision_cfg"]["image_size"], 2))
 
     def _stem(self) -> tuple[Branches, ...]:
         width = self.size.widths[0]

@@ -14,11 +14,10 @@ from clip_server.towers.layout import of_first_positions
 from clip_server.towers.patches import convolve_patches, place_patches
 from clip_server.towers.timm_vit import Size
 from clip_server.towers.tower import (
-    TIMM_KEYS,
     Config,
-    ImageTower,
     Shapes,
     Target,
+    TimmTower,
     linear_shapes,
     norm_shapes,
 )
@@ -39,23 +38,20 @@ SIZES = {"vit_base_mci_224": Size(768, 12, 12)}
 
 
 @dataclass(frozen=True)
-class HybridVit(ImageTower):
+class HybridVit(TimmTower):
     """grid: positions of an image's side in the transformer."""
 
     blocks: Transformer
     grid: int
 
-    keys = TIMM_KEYS
-
     @classmethod
     def from_config(cls, config: Config) -> HybridVit | None:
-        vision = config["vision_cfg"]
-        size = SIZES.get(vision.get("timm_model_name", ""))
-        ending = (vision.get("timm_pool"), vision.get("timm_proj"))
-        if not vision.keys() <= cls.keys or size is None or ending != ("token", None):
+        trunk = cls.trunk(config)
+        size = SIZES.get(trunk.name)
+        if size is None or trunk.ending != ("token", None):
             return None
         blocks = Transformer(_PREFIX, *size, epsilon=_EPSILON, names=TIMM)
-        return cls(blocks, vision["image_size"] // math.prod(_SIDES))
+        return cls(blocks, config["vision_cfg"]["image_size"] // math.prod(_SIDES))
 
     @property
     def _length(self) -> int:

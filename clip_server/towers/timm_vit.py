@@ -13,12 +13,11 @@ from clip_server.towers.layout import of_all_positions, of_first_positions
 from clip_server.towers.patches import embed_patches, place_patches
 from clip_server.towers.tower import (
     EPSILON,
-    TIMM_KEYS,
     Activation,
     Config,
-    ImageTower,
     Shapes,
     Target,
+    TimmTower,
     linear_shapes,
     norm_shapes,
 )
@@ -58,7 +57,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class TimmVisionTransformer(ImageTower):
+class TimmVisionTransformer(TimmTower):
     """patch: pixels of a patch's side. grid: patches of an image's side.
 
     pool: by attention; None: the tower has a class token, which a matrix projects.
@@ -69,17 +68,14 @@ class TimmVisionTransformer(ImageTower):
     grid: int
     pool: AttentionPool | None
 
-    keys = TIMM_KEYS
-
     @classmethod
     def from_config(cls, config: Config) -> TimmVisionTransformer | None:
-        vision = config["vision_cfg"]
-        found = _NAME.fullmatch(vision.get("timm_model_name", ""))
-        if not vision.keys() <= cls.keys or not found or found[1] not in SIZES:
+        trunk = cls.trunk(config)
+        found = _NAME.fullmatch(trunk.name)
+        if not found or found[1] not in SIZES:
             return None
         by_attention = found[3] == "siglip"
-        ending = (vision.get("timm_pool"), vision.get("timm_proj"))
-        if ending != (("map", "none") if by_attention else ("token", None)):
+        if trunk.ending != (("map", "none") if by_attention else ("token", None)):
             return None
         size, patch = SIZES[found[1]], int(found[2])
         epsilon = _SIGLIP_EPSILON if by_attention else EPSILON

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from clip_server.model_card import ImageSpec, ResizeMode, Trim, Vocabulary
 
@@ -29,20 +29,6 @@ Target = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt"]
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 # Keys of `text_cfg` that describe the tokenizer, not the tower.
 TOKENIZER_KEYS = frozenset({"hf_tokenizer_name", "tokenizer_kwargs"})
-# Keys of `vision_cfg` that name one of timm's models, and how open_clip ends it. Dropout is for
-# training alone.
-TIMM_KEYS = frozenset(
-    {
-        "image_size",
-        "timm_model_name",
-        "timm_model_pretrained",
-        "timm_pool",
-        "timm_proj",
-        "timm_proj_bias",
-        "timm_drop",
-        "timm_drop_path",
-    }
-)
 # torch's default in layer norm and batch norm.
 EPSILON = 1e-5
 
@@ -143,6 +129,46 @@ class ImageTower(Tower):
         image: how pixels are normalised.
         Returns the name of the embeddings.
         """
+
+
+class Trunk(NamedTuple):
+    """One of timm's models, and how open_clip ends it.
+
+    name: empty if the configuration says more than a `TimmTower` reads.
+    ending: how states are pooled and projected, as the configuration has it.
+    """
+
+    name: str
+    ending: tuple[Any, Any]
+    has_projection_bias: bool
+
+
+class TimmTower(ImageTower):
+    """An image tower whose trunk is one of timm's models."""
+
+    # Dropout is for training alone.
+    keys = frozenset(
+        {
+            "image_size",
+            "timm_model_name",
+            "timm_model_pretrained",
+            "timm_pool",
+            "timm_proj",
+            "timm_proj_bias",
+            "timm_drop",
+            "timm_drop_path",
+        }
+    )
+
+    @classmethod
+    def trunk(cls, config: Config) -> Trunk:
+        """The trunk that a configuration names."""
+        vision = config["vision_cfg"]
+        return Trunk(
+            name=vision.get("timm_model_name", "") if vision.keys() <= cls.keys else "",
+            ending=(vision.get("timm_pool"), vision.get("timm_proj")),
+            has_projection_bias=bool(vision.get("timm_proj_bias", False)),
+        )
 
 
 class TextTower(Tower):

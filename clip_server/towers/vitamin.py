@@ -14,11 +14,10 @@ from clip_server.towers.layout import of_all_positions
 from clip_server.towers.patches import mean_of_patches, place_patches
 from clip_server.towers.pixels import normalised
 from clip_server.towers.tower import (
-    TIMM_KEYS,
     Config,
-    ImageTower,
     Shapes,
     Target,
+    TimmTower,
     linear_shapes,
     norm_shapes,
 )
@@ -101,24 +100,21 @@ class GatedTransformer(Transformer):
 
 
 @dataclass(frozen=True)
-class Vitamin(ImageTower):
+class Vitamin(TimmTower):
     """image_size: pixels of an image's side."""
 
     size: Size
     image_size: int
 
-    keys = TIMM_KEYS
-
     @classmethod
     def from_config(cls, config: Config) -> Vitamin | None:
-        vision = config["vision_cfg"]
-        found = _NAME.fullmatch(vision.get("timm_model_name", ""))
-        if not vision.keys() <= cls.keys or not found or found[1] not in SIZES:
+        trunk = cls.trunk(config)
+        found = _NAME.fullmatch(trunk.name)
+        if not found or found[1] not in SIZES:
             return None
-        ending = (vision.get("timm_pool"), vision.get("timm_proj"))
-        if ending != ("", "linear") or vision.get("timm_proj_bias", False):
+        if trunk.ending != ("", "linear") or trunk.has_projection_bias:
             return None
-        size, image_size = SIZES[found[1]], vision["image_size"]
+        size, image_size = SIZES[found[1]], config["vision_cfg"]["image_size"]
         if size.has_positions and image_size != int(found[2]):
             return None
         return cls(size, image_size)
