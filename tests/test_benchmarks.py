@@ -17,9 +17,21 @@ from PIL import Image
 from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
-
-
 CONTESTANTS = ["torch fp32", "onnx fp32", "clip-as-service"]
+
+
+def run(script: str, folder: Path, *arguments: str) -> str:
+    """What a script prints that uses our benchmarks, in a process whose cache is in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=folder,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @needs_torch
@@ -140,17 +152,9 @@ def test_the_overhead_leg_compares_two_servers(onnx_server: Server, tmp_path: Pa
         "ratios = {goal.what: goal.figure for goal in leg.goals}\n"
         "print(json.dumps([[row.rounds for row in leg.figures], ratios]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, onnx_server.http],
-        cwd=tmp_path,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows, ratios = json.loads(done.stdout.splitlines()[-1])
-    assert "lowest cosine to clip-server thin: texts 1.0" in done.stdout
+    printed = run(script, tmp_path, onnx_server.http)
+    rows, ratios = json.loads(printed.splitlines()[-1])
+    assert "lowest cosine to clip-server thin: texts 1.0" in printed
     for row in rows:
         assert list(row) == ["clip-server", "infinity"]
         assert all(rate > 0 for (rate,) in row.values())
@@ -165,15 +169,6 @@ def test_the_search_leg_measures_the_service(tmp_path: Path) -> None:
         f"with Peers({free_range(12)}) as peers:\n"
         "    print(json.dumps(measure(peers, 'clip-server Flat', size=300, seconds=1)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(run(script, tmp_path).splitlines()[-1])
     assert [value for what, value in figures.items() if "recall" in what] == [1, 1, 1]
     assert all(value > 0 for value in figures.values())
