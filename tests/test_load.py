@@ -23,6 +23,7 @@ from clip_client.proto import clip_pb2 as pb
 BATCH, SECONDS = 4, 0.05  # of the slow executor
 FULL, FULL_BYTES = 200, 100_000  # items, and bytes in the gateway
 MOST_BEGUN = 80  # of 160, which take 2 s, where they are given up early
+BURST = 80  # requests
 
 _numbers = itertools.count()
 
@@ -38,15 +39,37 @@ def slow(start: Start) -> Server:
 
 
 @pytest.fixture(scope="module")
-def prompt(start: Start) -> Iterator[Server]:
-    """A slow server that promises a short wait, whose rate has been measured."""
+def fresh(start: Start) -> Iterator[Server]:
+    """A slow server that promises a short wait."""
     spec = flow(module=SLOW_EXECUTOR, minibatch_size=BATCH)
     spec["with"]["max_wait"] = 0.5
     server = start(spec)
-    with Client(server.grpc) as client:
-        client.encode(texts(BATCH * 40), batch_size=BATCH * 40)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def first_burst(fresh: Server) -> list[pb.Response]:
+    """The responses to the first requests, which come all at once and take 8 s."""
+    requests = [
+        pb.Request(id=number, encode=pb.EncodeRequest.FromString(protobuf(2 * BATCH)))
+        for number in range(1, BURST + 1)
+    ]
+    found: list[pb.Response] = []
+    with connect(fresh.websocket, proxy=None) as link:
+        link.send(pb.Requests(requests=requests).SerializeToString())
+        while len(found) < BURST:
+            message = link.recv(30)
+            assert isinstance(message, bytes)
+            found += pb.Responses.FromString(message).responses
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompt(fresh: Server, first_burst: list[pb.Response]) -> Server:
+    """The server that promises a short wait, whose rate is known."""
+    assert first_burst
+    return fresh
 
 
 def texts(count: int) -> list[str]:
@@ -224,6 +247,16 @@ def assert_refused(server: Server, protocol: str, count: int) -> None:
         message = response.error.message
     assert "would wait" in message
     assert "max_wait" in message
+
+
+def test_the_first_burst_is_admitted_as_far_as_it_need_not_wait(
+    first_burst: list[pb.Response],
+) -> None:
+    """Before the server knows how fast it is."""
+    refused = [each.error for each in first_burst if each.HasField("error")]
+    assert 0 < BURST - len(refused) < BURST / 4
+    assert {each.code for each in refused} == {pb.Error.RESOURCE_EXHAUSTED}
+    assert all("max_wait" in each.message and each.retry_after > 0 for each in refused)
 
 
 def test_what_would_wait_too_long_is_refused_and_the_server_stays_ready(prompt: Server) -> None:

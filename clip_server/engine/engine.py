@@ -476,6 +476,7 @@ class Engine:
             for pending in batch:
                 pending.fail("the model failed on the batch with this item")
             return
+        self.metrics.count_computed(len(batch), is_image=batch[0].is_image)
         for pending, embedding in zip(batch, embeddings, strict=True):
             pending.succeed(embedding)
             self.cache.put(pending.source, embedding, pending.truncated, pending.tokens)
@@ -485,7 +486,7 @@ class Engine:
         for pending in batch:
             for request, _ in pending.recipients:
                 request.submitted = now
-        self.metrics.count_batch(len(batch), is_image=batch[0].is_image)
+        self.metrics.observe_batch(len(batch), is_image=batch[0].is_image)
         if slot is self._priority_slot and not slot.bulk:
             self.metrics.priority_batches.inc()
 

@@ -99,7 +99,7 @@ class Metrics:
         info.labels(**labels).set(1)
 
     def counts(self) -> dict[str, float]:
-        """What became of items: how fast the engine works, and what it had for free."""
+        """What became of items: how fast the engine works, what it had for free, and what waits."""
         counters = {
             "texts": self.texts,
             "images": self.images,
@@ -110,6 +110,7 @@ class Metrics:
         return {
             **{name: next(iter(value)).samples[0].value for name, value in values.items()},
             "cache_hits": self._engine.cache.hits,
+            "queued_items": self._engine.queued_items,
         }
 
     def count_items(self, items: Sequence[Item]) -> None:
@@ -122,10 +123,13 @@ class Metrics:
         _add(self.failed_items, failed_items)
         _add(self.truncated_texts, truncated_texts)
 
-    def count_batch(self, size: int, *, is_image: bool) -> None:
-        """Counts a batch that goes to the device."""
-        (self.images if is_image else self.texts).inc(size)
+    def observe_batch(self, size: int, *, is_image: bool) -> None:
+        """Takes a batch that goes to the device into account."""
         self._batch_size[is_image].observe(size)
+
+    def count_computed(self, size: int, *, is_image: bool) -> None:
+        """Counts the items of a computed batch."""
+        (self.images if is_image else self.texts).inc(size)
 
     def observe_inference(self, seconds: float, *, is_image: bool) -> None:
         """Takes the time of a computed batch into account. May be called in any thread."""

@@ -1,7 +1,8 @@
 """Admission by expected wait: refuses a request that would wait longer than the server promises.
 
 The work in flight, over the rate at which the replicas are measured to do it, is the time that a
-new request waits. Both are known in the gateway, so a refusal costs no way to a replica.
+new request waits. Both are known in the gateway, so a refusal costs no way to a replica. Until the
+rate is known, a few requests try it out, and others wait for what these show.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import NamedTuple
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway.replicas import ReplicaPool
+from clip_server.gateway.replicas import Counts, ReplicaPool
 
-# Between two looks at what the replicas have done: while they work, and while they are idle.
-_BUSY_SECONDS, _IDLE_SECONDS = 0.25, 1.0
-# A replica that computes one batch after the other has at least this much to do. With less it may
-# be waiting for requests, so it is at least as fast as it seems.
-_LOADED_SECONDS = 0.5
-# The share of a new measurement in the estimate.
-_GAIN = 0.5
+# Between two looks at what the replicas have done: while requests wait for the rate, and else.
+_TRIAL_SECONDS, _BUSY_SECONDS = 0.02, 0.25
+# Texts and images in flight on each replica while their rate is tried out: images take longer.
+_TRIAL_ITEMS = 16, 4
+# A replica that has less to do may be waiting for requests even if some are queued, so it is at
+# least as fast as it seems.
+_LOADED_SECONDS = 0.1
+# The share of a new measurement in the estimate, by whether the replicas are slower than expected:
+# what is admitted too much waits for too long, and what is admitted too little loses nothing, as
+# long as there is some work in flight.
+_GAIN = {True: 1.0, False: 0.5}
 # The least time after which a refused request may come again.
 _LEAST_RETRY_SECONDS = 0.5
 
@@ -35,13 +41,11 @@ class Work(NamedTuple):
     images: int = 0
 
     @classmethod
-    def of(cls, items: Iterable[pb.Item]) -> Work:
+    def of(cls, items: Sequence[pb.Item]) -> Work:
         """The work that items are."""
-        total = images = 0
-        for item in items:
-            total += 1
-            images += item.HasField("image") or item.uri.startswith("data:image")
-        return cls(total - images, images)
+        others = [item for item in items if not item.HasField("text")]
+        images = sum(item.HasField("image") or item.uri.startswith("data:image") for item in others)
+        return cls(len(items) - images, images)
 
     @property
     def size_class(self) -> int:
@@ -60,21 +64,23 @@ class Backlog:
         self._pool, self._max_wait = pool, max_wait
         self._in_flight: dict[int, Work] = {}  # by class of size
         self._rate = _Rate()
-        self._busy_since = math.inf
+        self._trials = [_Trial(items, len(pool), max_wait) for items in _TRIAL_ITEMS]
+        self._busy, self._busy_since = asyncio.Event(), math.inf
 
-    @contextmanager
-    def hold(self, work: Work) -> Iterator[None]:
+    @asynccontextmanager
+    async def hold(self, work: Work) -> AsyncIterator[None]:
         """Counts work as in flight.
 
         Raises:
             RequestError: it would wait for too long.
         """
-        self.refuse_if_late(work)
-        self._add(work.size_class, work.texts, work.images)
-        try:
-            yield
-        finally:
-            self._add(work.size_class, -work.texts, -work.images)
+        async with self._trial(work):
+            self.refuse_if_late(work)
+            self._add(work.size_class, work.texts, work.images)
+            try:
+                yield
+            finally:
+                self._add(work.size_class, -work.texts, -work.images)
 
     def refuse_if_late(self, work: Work) -> None:
         """Raises RequestError if a request would wait for longer than `max_wait` and than it takes
@@ -84,25 +90,58 @@ class Backlog:
         wait = self._expected_wait(work.size_class)
         allowed = max(self._max_wait, self._rate.seconds(work))
         if wait > allowed:
-            raise RequestError(
-                f"the server is full: this request would wait for {wait:.1f} s, and at most "
-                f"{allowed:.3g} s are accepted (max_wait); try again in a moment",
-                "RESOURCE_EXHAUSTED",
-                retry_after=max(_LEAST_RETRY_SECONDS, wait - allowed),
+            raise _refusal(
+                f"this request would wait for {wait:.1f} s, and at most {allowed:.3g} s are "
+                "accepted (max_wait)",
+                wait - allowed,
             )
 
     async def watch(self) -> None:
         """Measures the rate, for ever."""
-        before: tuple[float, Mapping[str, Mapping[str, float]]] = 0.0, {}
+        before: _Reading | None = None
         while True:
-            counts = await self._pool.counts()
-            now = time.monotonic()
-            if self._busy_since <= before[0]:
-                done = _work_between(before[1], counts)
-                is_loaded = self._expected_wait() > _LOADED_SECONDS
-                self._rate.measure(done, now - before[0], is_loaded)
-            before = now, counts
-            await asyncio.sleep(_BUSY_SECONDS if self._busy_since < math.inf else _IDLE_SECONDS)
+            await self._busy.wait()
+            began = before.time if before else time.monotonic()
+            is_urgent = before is None or any(trial.is_full for trial in self._trials)
+            await asyncio.sleep(_TRIAL_SECONDS if is_urgent else _BUSY_SECONDS)
+            if self._busy_since > began:  # it was idle meanwhile
+                before = None
+                continue
+            now = await self._read()
+            if before is None or self._measure(before, now):
+                before = now
+
+    async def _read(self) -> _Reading:
+        counts = await self._pool.counts()
+        has_queues = all(each["queued_items"] for each in counts.values())
+        return _Reading(
+            time.monotonic(),
+            counts,
+            has_queues and self._expected_wait() > _LOADED_SECONDS,
+            [trial.is_full for trial in self._trials],
+        )
+
+    def _measure(self, before: _Reading, now: _Reading) -> bool:
+        """Takes what was done between two readings into account. Returns whether anything was."""
+        done, seconds = _work_between(before.counts, now.counts), now.time - before.time
+        are_tried = [
+            was and still for was, still in zip(before.are_tried, now.are_tried, strict=True)
+        ]
+        tried = Work(*(count * is_tried for count, is_tried in zip(done, are_tried, strict=True)))
+        if any(tried):
+            self._rate.learn(tried, max(seconds - self._rate.seconds(done), seconds / 100))
+            for count, trial in zip(tried, self._trials, strict=True):
+                if count:
+                    trial.end()
+        else:
+            self._rate.adapt(done, seconds, before.is_loaded and now.is_loaded)
+        return any(done)
+
+    def _trial(self, work: Work) -> AbstractAsyncContextManager[None]:
+        """The turn of a request to be tried out; none if its rate is known."""
+        if not self._max_wait or self._rate.knows(work):
+            return nullcontext()
+        return self._trials[work.images > 0].turn(work)
 
     def _add(self, size_class: int, texts: int, images: int) -> None:
         held = self._in_flight.pop(size_class, Work())
@@ -110,8 +149,10 @@ class Backlog:
         if any(work):
             self._in_flight[size_class] = work
         if not self._in_flight:
+            self._busy.clear()
             self._busy_since = math.inf
         elif self._busy_since == math.inf:
+            self._busy.set()
             self._busy_since = time.monotonic()
 
     def _expected_wait(self, size_class: float = math.inf) -> float:
@@ -126,50 +167,139 @@ class Backlog:
         return min(2 * ahead, total)
 
 
+class _Reading(NamedTuple):
+    """The replicas' counts at a time, and how busy they were.
+
+    is_loaded: all of them had more to do than they could.
+    are_tried: whether further texts, and further images, waited for their rate to be known.
+    """
+
+    time: float
+    counts: Counts
+    is_loaded: bool
+    are_tried: Sequence[bool]
+
+
+class _Trial:
+    """Lets a few requests of unknown rate begin, while the others wait for what these show.
+
+    items: in flight on each replica. A request counts for no more, however large it is, so that
+        each replica gets one, and only for those as large: smaller ones pass it.
+    max_wait: seconds; a request that has waited for so long is refused.
+    """
+
+    def __init__(self, items: int, replicas: int, max_wait: float) -> None:
+        self._most_of_request, self._max_wait = items, max_wait
+        self._most: float = items * replicas
+        self._begun: Counter[int] = Counter()  # items, by class of size
+        self._waiting: dict[asyncio.Future[None], Work] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether requests wait."""
+        return bool(self._waiting)
+
+    @asynccontextmanager
+    async def turn(self, work: Work) -> AsyncIterator[None]:
+        """Waits until a request may begin, or until the trial ends.
+
+        Raises:
+            RequestError: it has waited for too long.
+        """
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[turn] = work
+        self._begin_waiting()
+        try:
+            await asyncio.wait([turn], timeout=self._max_wait)
+            if not turn.done():
+                raise _refusal(
+                    f"this request waited for {self._max_wait:.3g} s, the most that is accepted "
+                    "(max_wait)"
+                )
+            yield
+        finally:
+            if turn.done():
+                self._begun[work.size_class] -= self._items_of(work)
+            else:
+                del self._waiting[turn]
+            self._begin_waiting()
+
+    def end(self) -> None:
+        """Lets all go on: their rate is known."""
+        self._most = math.inf
+        self._begin_waiting()
+
+    def _begin_waiting(self) -> None:
+        for turn, work in [*self._waiting.items()]:
+            items = self._items_of(work)
+            ahead = sum(count for each, count in self._begun.items() if each <= work.size_class)
+            if ahead + items <= self._most:
+                del self._waiting[turn]
+                self._begun[work.size_class] += items
+                turn.set_result(None)
+
+    def _items_of(self, work: Work) -> int:
+        return min(sum(work), self._most_of_request)
+
+
 class _Rate:
     """Estimates the seconds that a text and an image take, all replicas together."""
 
     def __init__(self) -> None:
         self._text = self._image = 0.0  # until they are known
 
+    def knows(self, work: Work) -> bool:
+        """Whether it is known how long work takes."""
+        return bool((self._text or not work.texts) and (self._image or not work.images))
+
     def seconds(self, work: Work) -> float:
         """Seconds that work takes, as far as it is known."""
         return work.texts * self._text + work.images * self._image
 
-    def measure(self, done: Work, elapsed: float, is_loaded: bool) -> None:
+    def learn(self, done: Work, seconds: float) -> None:
+        """Takes the first measurement of texts, of images or of both."""
+        each = seconds / sum(done)
+        self._text, self._image = (
+            (done.texts and each) or self._text,
+            (done.images and each) or self._image,
+        )
+
+    def adapt(self, done: Work, elapsed: float, is_loaded: bool) -> None:
         """Takes into account what was done in some seconds.
 
         is_loaded: there was more to do all the time.
         """
-        if not self._text and not self._image and any(done):
-            each = elapsed / sum(done)
-            self._text, self._image = done.texts and each, done.images and each
-            return
-        if done.texts and not self._text:
-            self._text = max(elapsed - self.seconds(done), elapsed / 100) / done.texts
-        if done.images and not self._image:
-            self._image = max(elapsed - self.seconds(done), elapsed / 100) / done.images
         expected = self.seconds(done)
         if not expected or (elapsed > expected and not is_loaded):
             return
         # Whichever took more of the time has more of the blame.
         share = done.texts * self._text / expected
-        factor = (elapsed / expected) ** _GAIN
+        factor = (elapsed / expected) ** _GAIN[elapsed > expected]
         self._text *= factor**share
         self._image *= factor ** (1 - share)
 
 
-def _work_between(
-    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
-) -> Work:
+def _work_between(before: Counts, after: Counts) -> Work:
     """What the replicas have done between two readings of their counters."""
 
     def grown(name: str) -> int:
-        # A replica that has been restarted begins at 0 again.
-        return round(sum(max(0, after[each][name] - before[each][name]) for each in both))
+        return round(sum(_growth(before[each][name], after[each][name]) for each in both))
 
     both = before.keys() & after.keys()
     texts, images = grown("texts"), grown("images")
     # Answered without computing them, most likely as items of the same kind.
     free = grown("deduplicated_items") + grown("cache_hits") + grown("failed_items")
     return Work(texts, images + free) if images and not texts else Work(texts + free, images)
+
+
+def _growth(before: float, after: float) -> float:
+    """The growth of a counter, which begins at 0 again when its replica is restarted."""
+    return after - before if after >= before else after
+
+
+def _refusal(why: str, retry_after: float = 0.0) -> RequestError:
+    return RequestError(
+        f"the server is full: {why}; try again in a moment",
+        "RESOURCE_EXHAUSTED",
+        retry_after=max(_LEAST_RETRY_SECONDS, retry_after),
+    )

@@ -147,7 +147,7 @@ class JinaRequestHandler:
         route = self._route(request)
         if route.encoder is None:
             return await self._visit(request, route)
-        with route.encoder.backlog.hold(_work(request)):
+        async with route.encoder.backlog.hold(_work(request)):
             return await self._visit(request, route)
 
     def _route(self, request: DataRequest) -> Route:

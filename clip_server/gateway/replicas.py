@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
@@ -27,6 +27,9 @@ from clip_server.rpc.items import count_items
 from clip_server.rpc.metrics import read_text
 
 log = logging.getLogger(__name__)
+
+# Numbers of the replicas that answer, by their address and by name.
+Counts: TypeAlias = Mapping[str, Mapping[str, float]]
 
 _RETRY_SECONDS = 0.05
 # Told to clients while no replica answers, as one that died takes some seconds to start.
@@ -221,8 +224,8 @@ class ReplicaPool:
 
         return await asyncio.gather(*map(ask, self._replicas))
 
-    async def counts(self) -> dict[str, dict[str, float]]:
-        """Counters of items of each replica that answers, by its address."""
+    async def counts(self) -> Counts:
+        """What the replicas count of items."""
         found: dict[str, dict[str, float]] = {}
 
         async def ask(replica: _Replica) -> None:
@@ -231,7 +234,7 @@ class ReplicaPool:
                 answer = await asyncio.wait_for(replica.transport.send(request), _METRICS_SECONDS)
                 found[replica.address.target] = dict(answer.metrics.counts)
 
-        await asyncio.gather(*map(ask, self._replicas))
+        await asyncio.gather(*(ask(each) for each in self._replicas if each.can_answer))
         return found
 
     async def metrics(self, model: str = "") -> list[Metric]:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 from prometheus_client import Metric
 
@@ -74,7 +74,7 @@ class Router:
         note_request(request)
         try:
             self._refuse_if_full(size)
-            with self._hold(request):
+            async with self._hold(request):
                 response = await self._send(request)
             response.id = request_id
         except RequestError as error:
@@ -97,7 +97,7 @@ class Router:
             asked.append(self.collection.indexer.metrics())
         return [*itertools.chain.from_iterable(await asyncio.gather(*asked))]
 
-    def _hold(self, request: pb.Request) -> AbstractContextManager[None]:
+    def _hold(self, request: pb.Request) -> AbstractAsyncContextManager[None]:
         """Counts what a request has to be encoded as in flight.
 
         Raises:
