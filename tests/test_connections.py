@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Event
 
 import grpc
 import numpy as np
@@ -36,6 +37,7 @@ def strict(start: Start) -> Server:
         "body_timeout": TIMEOUT,
         "max_connection_age": AGE,
         "max_connections_per_address": MOST,
+        "max_request_bytes": 1 << 20,
     }
     return start(spec)
 
@@ -94,6 +96,29 @@ def test_a_message_of_too_many_fragments_is_refused(strict: Server) -> None:
     assert (closed.code, closed.reason) == (1009, "the message has more than 4,096 fragments")
 
 
+@pytest.mark.parametrize("method", ["/clip.v1.Clip/Encode", "/jina.JinaGatewayDryRunRPC/dry_run"])
+def test_a_grpc_call_whose_message_does_not_come_is_ended(strict: Server, method: str) -> None:
+    def messages() -> Iterator[bytes]:
+        has_ended.wait(PATIENCE_SECONDS)
+        yield b""
+
+    has_ended = Event()
+    with strict.channel() as channel:
+        call = channel.stream_unary(method).future(messages(), timeout=PATIENCE_SECONDS)
+        assert call.exception() is not None
+        has_ended.set()
+    assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "(body_timeout)" in call.details()
+    assert len(dict(call.trailing_metadata())["x-request-id"]) == 32
+
+
+def test_a_grpc_call_without_a_message_is_refused(strict: Server) -> None:
+    with strict.channel() as channel, pytest.raises(grpc.RpcError) as raised:
+        channel.stream_unary("/clip.v1.Clip/Encode")(iter(()))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no message" in raised.value.details()
+
+
 def test_a_response_that_is_not_read_is_given_up(strict: Server) -> None:
     body = json.dumps({"data": ["a cat"] * 5_000}).encode()
     head = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -126,6 +151,23 @@ def test_large_headers_are_refused_with_the_limit(strict: Server) -> None:
     assert answer.status_code == 431
     assert "64 KiB" in answer.json()["error"]["message"]
     assert len(answer.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({}, 426), ({"x-request-id": "mine"}, 426), ({"x": "y" * 10_000}, 431)],
+    ids=["no upgrade", "named", "large"],
+)
+def test_what_is_no_websocket_handshake_is_refused(
+    onnx_server: Server, headers: dict[str, str], status: int
+) -> None:
+    before = onnx_server.metrics()["errors"]
+    answer = requests.get(onnx_server.websocket.replace("ws:", "http:"), headers=headers)
+    assert answer.status_code == status
+    assert answer.text.startswith("Failed to open a WebSocket connection: ")
+    name = answer.headers["x-request-id"]
+    assert name == headers.get("x-request-id", name)
+    assert onnx_server.metrics()["errors"] == before + 1
 
 
 @pytest.mark.parametrize(

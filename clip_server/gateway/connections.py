@@ -47,7 +47,8 @@ class ConnectionBounds:
         must have come; 0: any time.
     body_timeout: seconds in which the body of an HTTP request or a message over WebSocket must
         have come, apart from the time that it takes at 16 KiB a second; a response over HTTP that
-        is read more slowly is given up. 0: any time.
+        is read more slowly is given up. The message of a unary gRPC call has this time and that
+        of the largest one at 4 MiB a second. 0: any time.
     max_connection_age: seconds after which a connection is closed between two requests, so that
         its client connects anew, perhaps to another server; 0: never.
     """

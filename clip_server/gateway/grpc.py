@@ -16,6 +16,7 @@ from clip_server.gateway.access import GrpcAccess
 from clip_server.gateway.compression import NO_GRPC_INFLATION, GrpcInflation
 from clip_server.gateway.grpc_connections import (
     ConnectionsOfAddresses,
+    MessagesInTime,
     client_of,
     count_connections,
 )
@@ -29,6 +30,10 @@ from clip_server.rpc.multiplexing import StreamServer
 _HEALTH_SECONDS = 0.1
 # Between two pings of a client, and how long one may take to answer: it may be busy.
 _KEEPALIVE_MS = 60_000
+# A connection without calls is closed after this.
+_IDLE_MS = 300_000
+# The message of a unary call that comes at this rate, or faster, is never too slow. Bytes a second.
+_SLOWEST_MESSAGE = 4 << 20
 
 
 class GrpcListener(Listener):
@@ -40,6 +45,7 @@ class GrpcListener(Listener):
         self._server = grpc.aio.server(
             options=list(self._server_options().items()),
             interceptors=[
+                *self._bounds_on_messages(),
                 ConnectionsOfAddresses(bounds, self._observe_refused),
                 GrpcAccess(self.options.access, self._observe_refused),
                 GrpcInflation(self.options.max_request_bytes),
@@ -60,6 +66,13 @@ class GrpcListener(Listener):
         self._bind()
         await self._server.start()
         self._following = asyncio.create_task(self._report_health())
+
+    def _bounds_on_messages(self) -> list[MessagesInTime]:
+        seconds = self.options.connections.bounds.body_timeout
+        if not seconds:
+            return []
+        seconds += self.options.max_request_bytes / _SLOWEST_MESSAGE
+        return [MessagesInTime(seconds, self._observe_refused)]
 
     async def _report_health(self) -> None:
         """Says whether the server is ready, as `/readyz` does over HTTP, for ever."""
@@ -83,6 +96,7 @@ class GrpcListener(Listener):
             "grpc.max_send_message_length": -1,
             "grpc.max_receive_message_length": self.options.max_request_bytes,
             "grpc.max_concurrent_streams": IN_FLIGHT,
+            "grpc.max_connection_idle_ms": _IDLE_MS,
             # Closes those beyond it, before they have said anything.
             "grpc.max_allowed_incoming_connections": bounds.max_connections,
             **NO_GRPC_INFLATION,

@@ -1,8 +1,9 @@
-"""The connections of gRPC servers, which the library accepts by itself: their number, and a bound
-for those of one address."""
+"""The connections of gRPC servers, which the library accepts by itself: their number, a bound for
+those of one address, and the time that a message may take."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ipaddress
 import json
@@ -10,12 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from clip_server.errors import RequestError
 from clip_server.gateway.connections import ConnectionBounds, too_many_of_address
 from clip_server.gateway.observation import join_host_port
 from clip_server.rpc.grpc_service import Context, abort
@@ -24,6 +26,9 @@ from clip_server.rpc.grpc_service import Context, abort
 _MOST_SOCKETS = 1 << 20
 # Between two looks at which connections are still open: listing thousands takes milliseconds.
 _LOOK_SECONDS = 0.25
+
+# The context in which a call of a method is refused.
+ObserveRefused: TypeAlias = Callable[[str, Context], AbstractContextManager[Any]]
 
 
 def count_connections() -> int:
@@ -41,15 +46,9 @@ class ConnectionsOfAddresses(grpc.aio.ServerInterceptor):
 
     A connection counts from its first call until it is closed. Those without a call are bounded by
     gRPC, together with the others of all addresses.
-
-    observe: the context in which a call of a method is refused.
     """
 
-    def __init__(
-        self,
-        bounds: ConnectionBounds,
-        observe: Callable[[str, Context], AbstractContextManager[Any]],
-    ) -> None:
+    def __init__(self, bounds: ConnectionBounds, observe: ObserveRefused) -> None:
         self._most, self._most_in_all = bounds.max_connections_per_address, bounds.max_connections
         self._observe = observe
         self._admitted: set[str] = set()
@@ -101,6 +100,50 @@ class ConnectionsOfAddresses(grpc.aio.ServerInterceptor):
         self._clients = {each: known.get(each) or _client(each) for each in _open_sockets()}
         self._admitted &= set(self._clients.values())
         self._of_address = Counter(each.rpartition(":")[0] for each in self._admitted)
+
+
+class MessagesInTime(grpc.aio.ServerInterceptor):
+    """Ends unary calls whose message does not come in time.
+
+    gRPC hands a message over once it is complete: how fast it comes is not to be seen.
+
+    seconds: from the start of a call until its message has come.
+    """
+
+    def __init__(self, seconds: float, observe: ObserveRefused) -> None:
+        self._seconds, self._observe = seconds, observe
+
+    async def intercept_service(
+        self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """Returns the handler of a call, which reads its message by itself if there is one only."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer or not handler.unary_unary:
+            return handler
+        answer = handler.unary_unary
+
+        async def answer_in_time(_: Any, context: Context) -> Any:
+            try:
+                message = await self._read(context)
+            except RequestError as error:
+                with self._observe(handler_call_details.method, context) as observed:
+                    observed.code = error.code
+                    await abort(context, error)
+            return await answer(message, context)
+
+        return grpc.stream_unary_rpc_method_handler(answer_in_time)
+
+    async def _read(self, context: Context) -> Any:
+        try:
+            message = await asyncio.wait_for(context.read(), self._seconds)
+        except asyncio.TimeoutError:
+            raise RequestError(
+                f"the message did not come within {self._seconds:g} s (body_timeout)",
+                "DEADLINE_EXCEEDED",
+            ) from None
+        if message is grpc.aio.EOF:
+            raise RequestError("the call has no message")
+        return message
 
 
 def _open_sockets() -> list[int]:

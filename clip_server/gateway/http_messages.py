@@ -195,7 +195,9 @@ def _dialect_of(request: Request) -> ErrorContent:
 
 def code_of(status: int) -> str:
     """OK, or the code of an error that is answered with this status."""
-    return "OK" if status < 400 else _CODES.get(status, "INTERNAL")
+    if status < 400:
+        return "OK"
+    return _CODES.get(status, "INVALID_ARGUMENT" if status < 500 else "INTERNAL")
 
 
 def status_of(code: str) -> HTTPStatus:

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CTRL_OPCODES, CloseCode, Frame
 from websockets.http11 import Request, Response
@@ -23,13 +24,14 @@ from clip_server.errors import RequestError
 from clip_server.gateway.access import CHALLENGE
 from clip_server.gateway.compression import BoundedDeflateFactory, deflated
 from clip_server.gateway.connections import SLOWEST_BODY, Connections
-from clip_server.gateway.http_messages import retry_headers, status_of
+from clip_server.gateway.http_messages import code_of, retry_headers, status_of
 from clip_server.gateway.jina_protocol import is_error, serialize
 from clip_server.gateway.listener import IN_FLIGHT, Listener
 from clip_server.gateway.observation import (
     REQUEST_ID,
     TRACEPARENT,
     Caller,
+    Observer,
     caller,
     join_host_port,
 )
@@ -71,7 +73,9 @@ class WebSocketListener(Listener):
             ssl=tls.context() if tls else None,
             ssl_handshake_timeout=self.options.handshake_seconds,
             process_request=self._check_handshake,
-            create_connection=partial(_CountedConnection, self.options.connections),  # type: ignore[arg-type]
+            create_connection=partial(  # type: ignore[arg-type]
+                _CountedConnection, self.options.connections, self.observer
+            ),
             open_timeout=bounds.header_timeout or None,
             ping_timeout=_PING_TIMEOUT,
             select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
@@ -92,41 +96,25 @@ class WebSocketListener(Listener):
                 raise connection.beyond_limit
             self.options.access.identify(headers)
         except RequestError as error:
-            return self._refusal(connection, request, error)
+            status = status_of(error.code)
+            response = connection.respond(status, f"{error}\n")
+            response.headers.update(retry_headers(error))
+            if status == HTTPStatus.UNAUTHORIZED:
+                response.headers.update(CHALLENGE)
+            return response
         return None
-
-    def _refusal(
-        self, connection: ServerConnection, request: Request, error: RequestError
-    ) -> Response:
-        status = status_of(error.code)
-        self._begin(connection, request)
-        with self.observer.request(request.path.partition("?")[0]) as observed:
-            observed.code, observed.status = error.code, status
-        response = connection.respond(status, f"{error}\n")
-        response.headers.update(retry_headers(error))
-        response.headers[REQUEST_ID] = observed.request_id
-        if status == HTTPStatus.UNAUTHORIZED:
-            response.headers.update(CHALLENGE)
-        return response
 
     async def _serve(self, connection: ServerConnection) -> None:
         async def send(message: bytes) -> None:
             await connection.send(await deflated(message, connection.protocol.extensions))
 
-        self._begin(connection, connection.request)
+        _begin(connection)
         with contextlib.suppress(ConnectionClosed):
             if connection.subprotocol == _JINA:
                 await self._serve_jina(connection, send)
             else:
                 await self._streams.serve(_messages(connection), send)
                 await connection.close(CloseCode.GOING_AWAY, "connect again")
-
-    @staticmethod
-    def _begin(connection: ServerConnection, request: Request | None) -> None:
-        """Notes who makes the requests of this task."""
-        headers = request.headers if request else {}
-        given = (headers.get(name, "") for name in (REQUEST_ID, TRACEPARENT))
-        caller.set(Caller("websocket", join_host_port(connection.remote_address), *given))
 
     async def _serve_jina(self, connection: ServerConnection, send: Send) -> None:
         if connection.request and connection.request.path == "/dry_run":
@@ -159,17 +147,41 @@ class WebSocketListener(Listener):
             await asyncio.wait_for(self._server.wait_closed(), seconds)
 
 
+def _begin(connection: ServerConnection) -> None:
+    """Notes who makes the requests of this task."""
+    headers = connection.request.headers if connection.request else Headers()
+    given = (next(iter(headers.get_all(name)), "") for name in (REQUEST_ID, TRACEPARENT))
+    caller.set(Caller("websocket", join_host_port(connection.remote_address), *given))
+
+
 class _CountedConnection(ServerConnection):
-    """A connection that is counted while it is open. beyond_limit: why it is one too many."""
+    """A connection that is counted while it is open, and observed if its handshake is refused.
+
+    beyond_limit: why it is one too many.
+    """
 
     beyond_limit: RequestError | None = None
 
-    def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, connections: Connections, observer: Observer, *args: Any, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self._all, self._address = connections, ""
+        self._all, self._observer, self._address = connections, observer, ""
+        # Every refusal is made by this method, also those of what the library cannot read.
+        self._refuse, self.protocol.reject = self.protocol.reject, self._refuse_observed  # type: ignore[method-assign]
         self._timer: asyncio.TimerHandle | None = None
         # Bytes since the last look, and the fragments of a message that has more.
         self._received = self._fragments = 0
+
+    def _refuse_observed(self, status: HTTPStatus | int, text: str) -> Response:
+        """The response to a handshake that is refused, with an id."""
+        _begin(self)
+        path = self.request.path.partition("?")[0] if self.request else ""
+        with self._observer.request(path) as observed:
+            observed.code, observed.status = code_of(status), status
+        response = self._refuse(status, text)
+        response.headers[REQUEST_ID] = observed.request_id
+        return response
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         peer = transport.get_extra_info("peername")
@@ -223,6 +235,7 @@ class _CountedConnection(ServerConnection):
             self._timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        del self.protocol.reject  # which refers to this object
         self._expect_nothing()
         self._all.remove(self._address)
         super().connection_lost(exc)
