@@ -35,14 +35,17 @@ _GROWTH_BYTES = 8 << 20
 def die_with_parent() -> None:
     """Makes this process ignore Ctrl-C and exit when its parent does (on Linux).
 
-    Call it in the thread of the event loop. A terminal's Ctrl-C reaches every process at once;
-    only the parent handles it, and stops the others in an order that loses no request in flight.
+    Call it in the thread of the event loop. A terminal's Ctrl-C, `timeout` and others send signals
+    to a whole process group, which this process leaves: only the parent handles them, and stops
+    the others in an order that loses no request in flight.
     If the parent is killed, it can no longer do that: the kernel then sends SIGTERM to this
     process, which would otherwise live on and hold its port.
     """
     with contextlib.suppress(RuntimeError, NotImplementedError):
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
     if sys.platform != "linux":
         return
     parent = os.getppid()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,21 +28,30 @@ _WATCH_SECONDS = 0.05
 _INFO_TIMEOUT_SECONDS = 10.0
 # For the processes of a flow that could not start to end by themselves.
 _ABORT_SECONDS = 1.0
+# Signals that come so soon after the first are the same one, sent to the process and to its group.
+_SAME_SIGNAL_SECONDS = 0.25
 
 
 class _StopSignal:
-    """Waits for SIGINT or SIGTERM, which raise KeyboardInterrupt until the server is ready."""
+    """Waits for a signal to end, which raises KeyboardInterrupt until the server is ready."""
 
     def __init__(self) -> None:
         self._received = threading.Event()
         self._signals: list[int] = []
+        self._first = -math.inf
         self.is_ready = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = _stop_signals()
+        for number in numbers:
             signal.signal(number, self._receive)
         # A process that is only being forked has no other handler yet.
-        os.register_at_fork(after_in_child=_handle_signals_by_default)
+        os.register_at_fork(after_in_child=lambda: _handle_by_default(numbers))
 
     def _receive(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if now < self._first + _SAME_SIGNAL_SECONDS:
+            return
+        if not self._signals:
+            self._first = now
         self._signals.append(number)
         self._received.set()
         if not self.is_ready:
@@ -60,13 +71,22 @@ class _StopSignal:
         return 128 + self._signals[1]
 
 
-def _handle_signals_by_default() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+def _stop_signals() -> list[int]:
+    """SIGINT, SIGTERM, and SIGHUP, which a terminal sends when it is closed, unless nohup has
+    it ignored."""
+    hangup: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, hangup]
+
+
+def _handle_by_default(numbers: Iterable[int]) -> None:
+    for number in numbers:
         signal.signal(number, signal.SIG_DFL)
 
 
 def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
-    """Serves a flow until SIGINT or SIGTERM. The exit status: 0 stopped as told, 1 the gateway
+    """Serves a flow until a signal ends it. The exit status: 0 stopped as told, 1 the gateway
     or every replica of an executor stays down, 128 and the number of the signal if it was
     interrupted while starting, or by a second signal while stopping.
 
