@@ -30,12 +30,18 @@ DIM = 256
 
 @contextmanager
 def fake_server(answer: Answer) -> Iterator[str]:
-    """A server that answers a POST by its path and body."""
+    """A server that answers a POST by its path and body, and a GET by its path."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
         def do_POST(self) -> None:
-            length = int(self.headers["content-length"])
-            status, content = answer(self.path, json.loads(self.rfile.read(length)))
+            sent = self.rfile.read(int(self.headers["content-length"] or 0))
+            try:
+                status, content = answer(self.path, json.loads(sent or "{}"))
+            except ConnectionError:
+                return
             if self.headers["authorization"] == "Bearer wrong":
                 status, content = 401, {"error": "no"}
             body = json.dumps(content).encode()
@@ -111,16 +117,15 @@ def compare(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return status, report
 
 
-# TEI's is the first that is tried.
-@pytest.mark.parametrize("api", [None, "openai", "clip"])
+@pytest.mark.parametrize("api", [None, "openai", "tei"])
 def test_our_own_server_is_kept_by_every_api(
     onnx_server: Server, tmp_path: Path, api: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--api", api] if api else []
     status, report = compare(tmp_path, onnx_server.http, "--with", onnx_server.grpc, *arguments)
     assert (status, report["verdict"]) == (0, "keep")
-    assert report["api"] == (api or "tei")
-    assert report["normalized"] is (api != "clip")
+    assert report["api"] == (api or "clip")
+    assert report["normalized"] is (api is not None)
     texts, images = report["agreement"]
     assert (texts["items"], images["items"]) == (len(probes.TEXTS), len(probes.images()))
     assert min(texts["least"], images["least"]) > 0.99999
@@ -184,6 +189,52 @@ def test_a_server_of_texts_is_compared_by_texts(
     assert "Only texts were compared" in output.out
     assert "left out: the text 'a long description" in output.err
     assert "413" in output.err
+
+
+def openai_server(client: Client, image_of: Callable[[Any], str]) -> AbstractContextManager[str]:
+    """OpenAI's route over our model. It asks for the model's name.
+
+    image_of: the `data:` URI in a body; raises LookupError or TypeError where there is none.
+    """
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "theirs"}, {"id": "another"}]}
+        if path != "/v1/embeddings":
+            raise ConnectionError  # it ends without an answer
+        if body.get("model") != "theirs":
+            return 400, {"error": {"message": "no such model"}}
+        try:
+            item = {"uri": image_of(body)}
+        except (LookupError, TypeError):
+            (content,) = body.get("input", [None])
+            if not isinstance(content, str) or len(content) > 2000:
+                return 400, {"error": {"message": "not a text"}}
+            item = {"text": content}
+        try:
+            (embedding,) = client.encode([item])
+        except ItemsError as error:
+            return 400, {"error": {"message": str(error)}}
+        return 200, {"data": [{"embedding": embedding.tolist()}]}
+
+    return fake_server(answer)
+
+
+@pytest.mark.parametrize(
+    "image_of",
+    [
+        lambda body: body["input"][0]["image"],
+        lambda body: body["messages"][0]["content"][0]["image_url"]["url"],
+    ],
+    ids=["jina", "vllm"],
+)
+def test_servers_that_ask_for_a_model_and_have_their_own_way_of_images(
+    onnx_server: Server, tmp_path: Path, image_of: Callable[[Any], str]
+) -> None:
+    with Client(onnx_server.grpc) as client, openai_server(client, image_of) as url:
+        status, report = compare(tmp_path, url, "--with", onnx_server.grpc)
+    assert (status, report["verdict"], report["api"]) == (0, "keep", "openai")
+    assert [each["kind"] for each in report["agreement"]] == ["texts", "images"]
 
 
 def test_what_cannot_be_compared_is_said_in_one_line(

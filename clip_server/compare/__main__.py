@@ -102,6 +102,7 @@ def _ours(options: argparse.Namespace) -> Encoder:
 
 
 def _compare(options: argparse.Namespace, other: OtherServer, ours: Encoder) -> int:
+    """Prints what the comparison finds. Returns the exit status."""
     theirs = other.encoder
     report: dict[str, Any] = {
         "url": options.url,
@@ -115,11 +116,7 @@ def _compare(options: argparse.Namespace, other: OtherServer, ours: Encoder) -> 
             f"of {ours.dim}: the models differ.\n"
         )
         return _conclude(options, report, Verdict.INDEX_AGAIN)
-    items: dict[str, Sequence[str | bytes]] = {"texts": probes.TEXTS}
-    if other.without_images:
-        console.log(f"no images are compared: {other.without_images}")
-    else:
-        items["images"] = probes.images()
+    items = _items(other)
     embeddings = {kind: _embed(theirs, each) for kind, each in items.items()}
     agreements = [
         agreement(kind, embeddings[kind], _embed(ours, each)) for kind, each in items.items()
@@ -144,6 +141,14 @@ def _compare(options: argparse.Namespace, other: OtherServer, ours: Encoder) -> 
         item = items[lowest.kind][lowest.lowest_index]
         print(f"The least cosine is that of {_named(item, lowest.lowest_index)}.")
     return _conclude(options, report, result)
+
+
+def _items(other: OtherServer) -> dict[str, Sequence[str | bytes]]:
+    """What both servers embed, by kind."""
+    if other.without_images:
+        console.log(f"no images are compared: {other.without_images}")
+        return {"texts": probes.TEXTS}
+    return {"texts": probes.TEXTS, "images": probes.images()}
 
 
 def _embed(encoder: Encoder, items: Sequence[str | bytes]) -> NDArray[np.float32]:

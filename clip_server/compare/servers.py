@@ -1,4 +1,4 @@
-"""Encoders over the servers that an index may come from, and the API that each of them has."""
+"""The servers that an index may come from, and which API each of them has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.error import HTTPError
 
 import numpy as np
@@ -23,6 +23,9 @@ _TIMEOUT = 60
 # Characters of another server's answer that a message shows.
 _SHOWN = 200
 
+# Makes the JSON of a request for a text or the `data:` URI of an image.
+Body: TypeAlias = Callable[[str], Mapping[str, Any]]
+
 
 class _RefusedError(ComparisonError):
     """A server answered a request with something other than an embedding."""
@@ -33,14 +36,18 @@ class Api:
     """A kind of embedding server over HTTP.
 
     paths: tried in this order.
-    body: the JSON of a request for one text, or for one image as a `data:` URI.
+    text: the request for a text.
+    images: the requests for an image, of which a server knows one or none.
     read: takes the embedding from the JSON of the answer; raises LookupError or TypeError.
+    models: the path, next to that of the embeddings, that lists the models by `id`; "": none.
     """
 
     name: str
     paths: Sequence[str]
-    body: Callable[[str, bool, str | None], Mapping[str, Any]]
+    text: Body
+    images: Sequence[Body]
     read: Callable[[Any], Any]
+    models: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,39 +62,59 @@ class OtherServer:
     without_images: str = ""
 
 
-def _openai(content: str, is_image: bool, model: str | None) -> Mapping[str, Any]:
-    body = {"input": [content], "encoding_format": "float", **({"model": model} if model else {})}
-    # infinity's way to send images.
-    return {**body, "modality": "image"} if is_image else body
+def _openai(content: Any) -> dict[str, Any]:
+    return {"input": [content], "encoding_format": "float"}
 
 
-def _tei(content: str, _: bool, model: str | None) -> Mapping[str, Any]:
-    return {"inputs": [content], "truncate": True, **({"model": model} if model else {})}
+def _infinity_image(uri: str) -> Mapping[str, Any]:
+    return {**_openai(uri), "modality": "image"}
 
 
-def _clip(content: str, is_image: bool, model: str | None) -> Mapping[str, Any]:
-    body = {"data": [{"uri" if is_image else "text": content}], "execEndpoint": "/"}
-    return {**body, "parameters": {"model": model}} if model else body
+def _jina_image(uri: str) -> Mapping[str, Any]:
+    return _openai({"image": uri})
 
 
-# In the order of detection: TEI's servers also have OpenAI's API, without `truncate`.
+def _vllm_image(uri: str) -> Mapping[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": uri}}]
+    return {"messages": [{"role": "user", "content": parts}], "encoding_format": "float"}
+
+
+def _tei(content: str) -> Mapping[str, Any]:
+    return {"inputs": [content], "truncate": True}
+
+
+def _clip(field: str) -> Body:
+    return lambda content: {"data": [{field: content}], "execEndpoint": "/"}
+
+
+# In the order of detection: servers of ours have all three, and embeddings of length 1 by the APIs
+# of others alone; TEI's also have OpenAI's, without `truncate`.
 APIS = (
-    Api("tei", ("/embed",), _tei, lambda answer: answer[0]),
+    Api(
+        "clip",
+        ("/encode", "/post"),
+        _clip("text"),
+        (_clip("uri"),),
+        lambda answer: answer["data"][0]["embedding"],
+    ),
+    Api("tei", ("/embed",), _tei, (_tei,), lambda answer: answer[0]),
     Api(
         "openai",
         ("/v1/embeddings", "/embeddings"),
         _openai,
+        (_infinity_image, _jina_image, _vllm_image),
         lambda answer: answer["data"][0]["embedding"],
+        models="models",
     ),
-    Api("clip", ("/encode", "/post"), _clip, lambda answer: answer["data"][0]["embedding"]),
 )
 
 
 def connect(url: str, api: str | None, model: str | None, key: str | None) -> OtherServer:
     """Finds out which API the server has, by requests for a text and for images.
 
-    api: a name of `APIS`; None: whichever answers. model: for servers that need its name. key:
-    sent as `Authorization: Bearer <key>`.
+    api: a name of `APIS`; None: whichever answers.
+    model: its name; None: for servers that need one, the first that they list.
+    key: sent as `Authorization: Bearer <key>`.
 
     Raises:
         ComparisonError: no server answers, or none with an embedding of a text.
@@ -116,15 +143,33 @@ class HttpEncoder:
     """
 
     def __init__(self, api: Api, url: str, model: str | None, key: str | None) -> None:
-        self._api, self._url, self._model = api, url, model
+        self._api, self._url, self._image = api, url, api.images[0]
         self._headers = {"Content-Type": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self.name, self.model, self.device = url, model or "", ""
-        self.dim = len(self._embedding(probes.TEXTS[0]))
+        try:
+            first = self._embedding(probes.TEXTS[0])
+        except _RefusedError:
+            self.model = self.model or self._first_model()
+            if model or not self.model:
+                raise
+            first = self._embedding(probes.TEXTS[0])
+        self.dim = len(first)
 
     def without_images(self) -> str:
-        """The reason why the server embeds no images; empty: it does."""
+        """Finds out how to send images. Returns the reason why the server embeds none; empty: it
+        does."""
+        reasons = []
+        for body in self._api.images:
+            self._image = body
+            reason = self._why_no_image()
+            if not reason:
+                return ""
+            reasons.append(reason)
+        return reasons[0]
+
+    def _why_no_image(self) -> str:
         try:
             self._embedding(probes.images()[0])
         except _RefusedError as error:
@@ -134,6 +179,16 @@ class HttpEncoder:
         except _RefusedError:
             return ""
         return f"{self._url} embeds even a broken image: it reads data: URIs as texts"
+
+    def _first_model(self) -> str:
+        """The first model that the server lists; empty: it lists none."""
+        if not self._api.models:
+            return ""
+        try:
+            listed = self._ask(f"{self._url.rpartition('/')[0]}/{self._api.models}")
+            return str(listed["data"][0]["id"])
+        except (_RefusedError, LookupError, TypeError):
+            return ""
 
     def encode(self, items: Sequence[str | bytes]) -> tuple[NDArray[np.float32], Mapping[int, str]]:
         embeddings = np.full((len(items), self.dim), np.nan, np.float32)
@@ -156,9 +211,8 @@ class HttpEncoder:
         """Nothing is kept open."""
 
     def _embedding(self, item: str | bytes) -> NDArray[np.float32]:
-        is_image = isinstance(item, bytes)
-        content = _data_uri(item) if isinstance(item, bytes) else item
-        answer = self._post(self._api.body(content, is_image, self._model))
+        body = self._image(_data_uri(item)) if isinstance(item, bytes) else self._api.text(item)
+        answer = self._ask(self._url, {**body, "model": self.model} if self.model else body)
         try:
             embedding = np.asarray(self._api.read(answer), np.float32)
         except (LookupError, TypeError, ValueError):
@@ -169,9 +223,11 @@ class HttpEncoder:
             raise _RefusedError(f"{self._url} answered with no list of finite numbers")
         return embedding
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
+    def _ask(self, url: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that the server answers a POST of `body` with, or without one a GET."""
+        content = None if body is None else json.dumps(body).encode()
         try:
-            request = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers)
+            request = urllib.request.Request(url, content, self._headers)
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
                 answer = response.read()
         except HTTPError as error:
@@ -179,18 +235,21 @@ class HttpEncoder:
                 text = error.read().decode("utf-8", "replace")
             if error.code in (401, 403):
                 raise ComparisonError(
-                    f"{self._url} refused the key, or needs one: HTTP {error.code}; pass --key"
+                    f"{url} refused the key, or needs one: HTTP {error.code}; pass --key"
                 ) from None
-            raise _RefusedError(f"{self._url} answered HTTP {error.code} {_shown(text)}") from None
-        except (OSError, HTTPException) as error:
+            raise _RefusedError(f"{url} answered HTTP {error.code} {_shown(text)}") from None
+        # A server may fail over a body of another API.
+        except (ConnectionResetError, HTTPException):
+            raise _RefusedError(f"{url} closed the connection without an answer") from None
+        except OSError as error:
             reason = getattr(error, "reason", error)
-            raise ComparisonError(f"{self._url} cannot be reached: {reason}") from None
+            raise ComparisonError(f"{url} cannot be reached: {reason}") from None
         except ValueError as error:
             raise ComparisonError(f"the address or the key is invalid: {error}") from None
         try:
             return json.loads(answer)
         except ValueError:
-            raise _RefusedError(f"{self._url} answered with something other than JSON") from None
+            raise _RefusedError(f"{url} answered with something other than JSON") from None
 
 
 def _data_uri(image: bytes) -> str:
