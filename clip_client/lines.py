@@ -64,7 +64,10 @@ class ItemReader:
 
     def _parsed(self, lines: Iterable[str], name: str, as_json: bool) -> Iterator[Any]:
         for number, line in enumerate(lines, 1):
-            yield self._item(_json_value(line, f"{name}, line {number}") if as_json else line)
+            if not as_json:
+                yield self._item(line)
+            elif line.strip():
+                yield self._item(_json_value(line, f"{name}, line {number}"))
 
     def _item(self, value: Any) -> Any:
         return {"text": value} if self._only_texts and isinstance(value, str) else value
@@ -78,7 +81,8 @@ def is_of_lines(argument: str) -> bool:
 def read_lines(path: str) -> Iterator[str]:
     """The lines of a file, without their ends. Raises InvalidInputError if it cannot be read."""
     try:
-        with Path(path).open(encoding="utf-8", errors="surrogateescape") as file:
+        # Windows' programs begin files with a byte order mark, which is no part of the first line.
+        with Path(path).open(encoding="utf-8-sig", errors="surrogateescape") as file:
             yield from _without_ends(file)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}") from None
@@ -138,11 +142,11 @@ def describe(index: int, raw_item: Any) -> dict[str, Any]:
 def _stdin() -> Iterator[str]:
     if sys.stdin.isatty():
         print("clip_client: reading lines from the terminal; Ctrl-D ends them", file=sys.stderr)
-    _configure(sys.stdin, "surrogateescape")
+    _configure(sys.stdin, "surrogateescape", "utf-8-sig")
     return _without_ends(sys.stdin)
 
 
-def _configure(stream: TextIO, errors: str) -> None:
+def _configure(stream: TextIO, errors: str, encoding: str = "utf-8") -> None:
     """Makes a standard stream UTF-8, whatever the locale.
 
     Bytes that are not UTF-8 are read as lone surrogates (`surrogateescape`), as Python has them in
@@ -150,7 +154,7 @@ def _configure(stream: TextIO, errors: str) -> None:
     """
     reconfigure = getattr(stream, "reconfigure", None)  # absent where a program replaced it
     if reconfigure is not None:
-        reconfigure(encoding="utf-8", errors=errors)
+        reconfigure(encoding=encoding, errors=errors)
 
 
 def _without_ends(lines: Iterable[str]) -> Iterator[str]:

@@ -64,12 +64,13 @@ def test_encode(shell: Shell, client: Client) -> None:
 
 def test_lines(shell: Shell, client: Client, tmp_path: Path) -> None:
     """Of stdin, of text and of JSON, each where the command line names it."""
-    (tmp_path / "captions.txt").write_text("a cat\r\n猫\n", encoding="utf-8")
+    # As Windows' programs write them.
+    (tmp_path / "captions.txt").write_text("a cat\r\n猫\n", encoding="utf-8-sig")
     (tmp_path / "items.jsonl").write_text(
-        json.dumps({"id": "7", "image": CAT}) + "\n" + json.dumps("a dog") + "\n"
+        json.dumps({"id": "7", "image": CAT}) + "\n\n" + json.dumps("a dog") + "\n\n"
     )
     names = [str(tmp_path / name) for name in ("captions.txt", "items.jsonl")]
-    records = shell.run("encode", names[0], "-", names[1], stdin=b"a house\na tree")
+    records = shell.run("encode", names[0], "-", names[1], stdin=b"\xef\xbb\xbfa house\na tree")
     items = ["a cat", "猫", "a house", "a tree", CAT, "a dog"]
     assert [each["item"] for each in records] == items
     assert [each.get("id") for each in records] == [None, None, None, None, "7", None]
