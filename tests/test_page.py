@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -49,6 +50,31 @@ def test_browsers_get_the_page_and_programs_the_endpoints(http: Http) -> None:
     assert http.post("/", headers=HTML, json={"data": ["a cat"]}).json()["data"][0]["embedding"]
 
 
+def choose(page: Page, file: Path) -> None:
+    page.choose("#files", file)
+
+
+def drop(page: Page, file: Path) -> None:
+    transfer(page, file, "new DragEvent('drop', { dataTransfer: data, bubbles: true })")
+
+
+def paste(page: Page, file: Path) -> None:
+    transfer(page, file, "new ClipboardEvent('paste', { clipboardData: data, bubbles: true })")
+
+
+def transfer(page: Page, file: Path, event: str) -> None:
+    """Has the page get an event that carries a file."""
+    content = base64.b64encode(file.read_bytes()).decode()
+    page.evaluate(
+        f"""(() => {{
+          const bytes = Uint8Array.from(atob("{content}"), (each) => each.charCodeAt(0));
+          const data = new DataTransfer();
+          data.items.add(new File([bytes], {json.dumps(file.name)}, {{ type: "image/png" }}));
+          document.body.dispatchEvent({event});
+        }})()"""
+    )
+
+
 @needs_browser
 @pytest.mark.slow
 def test_comparing(page: Page, onnx_server: Server, tmp_path: Path) -> None:
@@ -64,8 +90,12 @@ def test_comparing(page: Page, onnx_server: Server, tmp_path: Path) -> None:
     assert page.evaluate("document.activeElement.id") == "texts"
 
     page.type("#texts", "\n".join(TEXTS) + "\n\n")
-    page.choose("#files", *IMAGES, broken)
-    page.wait_for("document.querySelectorAll('#thumbnails li').length === 3")
+    for number, (way, file) in enumerate(
+        ((choose, IMAGES[0]), (drop, IMAGES[1]), (paste, broken)), 1
+    ):
+        way(page, file)
+        page.wait_for(f"document.querySelectorAll('#thumbnails li').length === {number}")
+    assert page.text("#status") == "3 images chosen."
     page.evaluate("document.querySelector('button[type=submit]').focus()")
     page.press("Enter", 13)
     page.wait_for("document.querySelector('#status').innerText === '5 of 6 encoded.'")

@@ -266,9 +266,18 @@ const inHereDocument = (text) => text.replace(/[\\$`]/g, "\\$&");
 
 /** Adds files to the chosen images. */
 async function add(files) {
-  for (const file of files) images.push({ name: file.name || "image.png", uri: await uriOf(file) });
+  if (!files.length) return;
+  const unreadable = [];
+  for (const file of files) {
+    try {
+      images.push({ name: file.name || "image.png", uri: await uriOf(file) });
+    } catch {
+      unreadable.push(`${file.name} cannot be read: choose files, not folders`);
+    }
+  }
   showThumbnails();
-  if (files.length) byId("status").textContent = `${images.length} images chosen.`;
+  showErrors(unreadable);
+  byId("status").textContent = `${images.length} ${images.length === 1 ? "image" : "images"} chosen.`;
 }
 
 function uriOf(file) {
