@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,14 @@ def test_quantized_embeddings_follow_their_scheme() -> None:
     np.testing.assert_array_equal(quantize(rows, "binary"), [[16], [-128]])
 
 
+def test_what_infinitys_clients_leave_out(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:
+    """They send their defaults."""
+    unset = {"model": "default/not-specified", "dimensions": 0}
+    for modality, item, row in (("text", "a cat", 0), ("image", URI, 2)):
+        answer = openai(api, input=[item], modality=modality, **unset)
+        assert close(embeddings(answer), unit["first"][[row]])
+
+
 def test_dimensions_of_matryoshka_models_alone(
     api: Http, unit: dict[str, NDArray[np.float32]]
 ) -> None:
@@ -125,8 +133,11 @@ def test_images_in_every_dialect_of_openais_endpoint(
         {"input": [URI], "modality": "image"},  # infinity
         {"input": [{"image": URI}]},  # Jina
         {"input": [{"image": BASE64}]},
+        {"input": {"image": f"data:;base64,{BASE64}"}},  # an image by its place
+        {"input": [{"image": f"data:application/octet-stream;base64,{BASE64}"}]},
         {"input": [{"bytes": BASE64}], "encoding_type": "float"},
         {"input": [{"url": URI}]},
+        {"input": [URI], "messages": None},
         {  # vLLM
             "messages": [
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URI}}]}
@@ -155,6 +166,9 @@ def test_images_in_every_dialect_of_openais_endpoint(
         ({}, "input"),
         ({"input": ["a cat", ""]}, "input[1]"),
         ({"input": ["a cat", None]}, "input[1]"),
+        ({"input": ["a cat", 5]}, "input[1] is 5, which is not a string"),
+        ({"input": [["a cat"]]}, "input[0]"),
+        ({"input": [{"image": "data:text/plain,a%20cat"}]}, "input[0]"),
         ({"input": ["a cat", "data:image/png;base64,????"]}, "input[1]"),
         ({"input": [{"text": "a", "image": URI}]}, "input[0]"),
         ({"input": [{}]}, "input[0]"),
@@ -292,7 +306,8 @@ def test_cohere(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:
     for body in ({"images": [URI]}, {"inputs": [{"content": content}]}):
         answer = api.post("/v2/embed", json={"input_type": "image", **body}).json()
         assert close(answer["embeddings"]["float"], unit["first"][2:])
-        assert "texts" not in answer
+        assert answer["texts"] == []
+        assert answer["meta"]["billed_units"] == {"input_tokens": 0, "images": 1}
     for body, why in (
         ({}, "exactly one"),
         ({"texts": []}, "exactly one"),
@@ -333,6 +348,37 @@ def test_tei(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:
         assert refused.status_code == 400
         assert refused.json()["error_type"] == "Validation"
         assert why in refused.json()["error"]
+
+
+def test_errors_have_the_form_of_the_api(api: Http) -> None:
+    """Those too that say nothing of the body."""
+    wrong_encoding = {"headers": {"content-encoding": "br"}}
+    forms: dict[str, Callable[[Any], str]] = {
+        "/v1/embeddings": lambda content: content["error"]["message"],
+        "/embeddings": lambda content: content["error"]["message"],
+        "/v2/embed": lambda content: content["message"],
+        "/embed": lambda content: content["error"],
+        "/vectorize": lambda content: content["error"],
+        "/predict": lambda content: content["detail"],
+    }
+    for path, message in forms.items():
+        for method, options, status in (
+            ("GET", {}, 405),
+            ("POST", wrong_encoding, 415),
+            ("POST", {"data": b"{"}, 400),
+            ("POST", {"data": b"[]"}, 400),
+        ):
+            answer = api.request(method, path, **options)
+            assert answer.status_code == status
+            assert len(message(answer.json())) > 10
+    error = api.get("/v1/threads").json()["error"]
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error",
+        None,
+        "not_found",
+    )
+    error = api.get("/models/third").json()["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
 
 
 def test_the_contract_is_published(api: Http) -> None:

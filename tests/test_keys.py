@@ -196,6 +196,14 @@ def test_every_http_route_is_closed(server: Server) -> None:
             ).status_code
             for path, method in routes
         }
+        # In the form of the API that was called.
+        for path, message in (
+            ("/v1/embeddings", lambda content: content["error"]["message"]),
+            ("/v2/embed", lambda content: content["message"]),
+            ("/embed", lambda content: content["error"]),
+        ):
+            refused = session.post(f"{server.http}{path}", timeout=60)
+            assert "needs a key" in message(refused.json())
     is_open = {route for route, status in statuses.items() if status != 401}
     assert is_open == {route for route in routes if route[0] in OPEN_PATHS}
     assert all(statuses[route] in (200, 204) for route in is_open)

@@ -108,6 +108,9 @@ def test_examples_are_answered_as_described(
         wrong = http.request(method, path, json=WRONG)
         assert wrong.status_code == 400
         validate(wrong, served, operation)
+        encoded = http.request(method, path, headers={"Content-Encoding": "br"})
+        assert encoded.status_code == 415
+        validate(encoded, served, operation)
 
 
 def test_examples_of_searches_are_answered_as_described(

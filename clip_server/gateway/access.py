@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clip_server.errors import RequestError
-from clip_server.gateway.http_messages import json_error
+from clip_server.gateway.http_messages import error_dialect, json_error
 from clip_server.keys.keyring import KeyRing
 from clip_server.rpc.grpc_service import Context, abort
 
@@ -162,7 +162,7 @@ class HttpAccess:
             try:
                 self._access.identify(headers)
             except RequestError as error:
-                response = json_error(401, error.code, str(error))
+                response = json_error(401, error.code, str(error), error_dialect(scope))
                 response.headers.update(CHALLENGE)
                 if not self._is_short(headers):
                     response.headers["Connection"] = "close"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import MutableMapping, MutableSequence, Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib import resources
 from typing import Any
 
@@ -27,7 +27,7 @@ from clip_server.gateway.access import HttpAccess
 from clip_server.gateway.apis import tei
 from clip_server.gateway.apis.clip import ClipApi
 from clip_server.gateway.apis.cohere import CohereApi
-from clip_server.gateway.apis.embeddings import Dialect
+from clip_server.gateway.apis.dialect import Dialect
 from clip_server.gateway.apis.immich import ImmichApi
 from clip_server.gateway.apis.openai import OpenAIApi
 from clip_server.gateway.apis.tei import TeiApi
@@ -37,6 +37,7 @@ from clip_server.gateway.connections import BoundedHttpProtocol
 from clip_server.gateway.early_refusal import EarlyRefusal
 from clip_server.gateway.http_messages import (
     PROTOBUF,
+    answer_errors_in,
     ask,
     error_handlers,
     json_error,
@@ -77,8 +78,9 @@ class HttpListener(Listener):
 
     async def start(self) -> None:
         """Opens the port."""
+        app = _DialectErrors(_DrainingApp(self._app(), self.lifecycle), self._dialects)
         config = uvicorn.Config(
-            ObservedApp(_DrainingApp(self._app(), self.lifecycle), self.observer),
+            ObservedApp(app, self.observer),
             self.hosts,
             self.port,
             http=partial(BoundedHttpProtocol, self.options.connections, self.observer),  # type: ignore[arg-type]
@@ -111,6 +113,10 @@ class HttpListener(Listener):
         """The connections that are open."""
         return len(self._server.server_state.connections)
 
+    @cached_property
+    def _dialects(self) -> Sequence[Dialect]:
+        return [each(self) for each in _DIALECTS]
+
     def _app(self) -> Starlette:
         clip = ClipApi(self)
 
@@ -135,7 +141,7 @@ class HttpListener(Listener):
             Route("/.well-known/live", self._empty),
             Route("/.well-known/ready", self._empty_if_ready),
         ]
-        dialects = [route for each in _DIALECTS for route in each(self).routes()]
+        dialects = [route for each in self._dialects for route in each.routes()]
         cors = Middleware(
             CORSMiddleware,
             allow_origins=["*"],
@@ -279,6 +285,27 @@ class _Server(uvicorn.Server):
         )
         self.servers = [server]
         self.started = True
+
+
+class _DialectErrors:
+    """Has errors answered in the dialect of the path, whichever part of `app` refuses a request:
+    for the lack of a key, for its method or body, or because the server is full or draining."""
+
+    def __init__(self, app: ASGIApp, dialects: Sequence[Dialect]) -> None:
+        self._app = app
+        self._dialects = {
+            _first_step(route.path): each.error for each in dialects for route in each.routes()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if dialect := self._dialects.get(_first_step(scope["path"])):
+            answer_errors_in(dialect, scope)
+        await self._app(scope, receive, send)
+
+
+def _first_step(path: str) -> str:
+    """`v1` of `/v1/embeddings`."""
+    return path[1:].partition("/")[0]
 
 
 class _DrainingApp:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from google.protobuf.message import DecodeError, Message
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
@@ -44,9 +45,11 @@ _UNKNOWN_ENCODING = 415
 # The status of a request whose client is gone: it is not sent anywhere.
 _CLIENT_GONE = 499
 
+# Codes of errors that clip.v1 does not have.
+_NOT_FOUND, MODEL_NOT_FOUND = "NOT_FOUND", "MODEL_NOT_FOUND"
 _CODES = {
     **{status: code for code, status in _STATUS.items()},
-    404: "NOT_FOUND",
+    404: _NOT_FOUND,
     405: "METHOD_NOT_ALLOWED",
     _TOO_LARGE: "RESOURCE_EXHAUSTED",
     _UNKNOWN_ENCODING: "INVALID_ARGUMENT",
@@ -178,9 +181,9 @@ def own_error(status: int, code: str, message: str) -> Any:
     return {"error": {"code": code, "message": message}}
 
 
-def answer_errors_in(dialect: ErrorContent, request: Request) -> None:
+def answer_errors_in(dialect: ErrorContent, scope: Scope) -> None:
     """Has errors of a request answered in another dialect than our own."""
-    request.state.error_content = dialect
+    scope["state"]["error_content"] = dialect
 
 
 def json_error(status: int, code: str, message: str, content: ErrorContent = own_error) -> Response:
@@ -188,8 +191,9 @@ def json_error(status: int, code: str, message: str, content: ErrorContent = own
     return json_response(content(status, code, message), status)
 
 
-def _dialect_of(request: Request) -> ErrorContent:
-    dialect: ErrorContent = getattr(request.state, "error_content", own_error)
+def error_dialect(scope: Scope) -> ErrorContent:
+    """The dialect in which errors of a request are answered."""
+    dialect: ErrorContent = scope.get("state", {}).get("error_content", own_error)
     return dialect
 
 
@@ -220,8 +224,7 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
         status = getattr(error, "status_code", 404)
         allowed = ", ".join(endpoints)
         message = f"no {request.method} {request.url.path} here; there is {allowed}"
-        code = "NOT_FOUND" if status == 404 else "METHOD_NOT_ALLOWED"
-        response = json_error(status, code, message)
+        response = json_error(status, code_of(status), message, error_dialect(request.scope))
         response.headers.update(getattr(error, "headers", None) or {})  # the allowed methods
         return response
 
@@ -238,15 +241,15 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
 async def refuse(request: Request, error: Exception) -> Response:
     """The response to a request that raised a RequestError."""
     assert isinstance(error, RequestError)
-    status, code, dialect = int(status_of(error.code)), error.code, _dialect_of(request)
+    status, code, dialect = int(status_of(error.code)), error.code, error_dialect(request.scope)
     if isinstance(error, TooLargeError):
         status = _TOO_LARGE
     elif isinstance(error, UnknownEncodingError):
         status = _UNKNOWN_ENCODING
-    elif isinstance(error, UnansweredError) or (
-        isinstance(error, UnservedModelError) and dialect is not own_error
-    ):
-        status, code = 404, "NOT_FOUND"
+    elif isinstance(error, UnansweredError):
+        status, code = 404, _NOT_FOUND
+    elif isinstance(error, UnservedModelError) and dialect is not own_error:
+        status, code = 404, MODEL_NOT_FOUND
     if is_protobuf(request):
         response = protobuf_response(error_response(0, error).error, status)
     else:
@@ -272,4 +275,4 @@ async def _note_client_gone(request: Request, _: Exception) -> Response:
 
 
 async def _fail(request: Request, _: Exception) -> Response:
-    return json_error(500, "INTERNAL", FAILED, _dialect_of(request))
+    return json_error(500, "INTERNAL", FAILED, error_dialect(request.scope))

@@ -11,14 +11,13 @@ from starlette.routing import Route
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway.apis.embeddings import (
-    Dialect,
-    Named,
+from clip_server.gateway.apis.dialect import Dialect
+from clip_server.gateway.apis.embeddings_request import EmbeddingsRequest, only
+from clip_server.gateway.apis.inputs import (
+    PlacedItem,
     image_item,
-    items_of,
-    only,
+    listed_items,
     part_item,
-    read_wanted,
     text_item,
 )
 
@@ -38,26 +37,27 @@ class CohereApi(Dialect):
         return {"message": message}
 
     async def _answer(self, body: Mapping[str, Any], request: Request) -> Any:
-        wanted = read_wanted(_items(body), body, _ALIASES, _READERS)
-        embedded = await self._embed(wanted, request)
-        answer = {
+        asked = EmbeddingsRequest.parse(_items(body), body, _ALIASES, _READERS)
+        result = await self._embed(asked, request)
+        images = sum(not each.item.HasField("text") for each in asked.items)
+        return {
             "id": str(uuid.uuid4()),
-            "embeddings": {form: embedded.shown(form) for form in wanted.forms},
+            "embeddings": {form: result.as_json(form) for form in asked.forms},
+            "texts": body.get("texts") or [],
             "response_type": "embeddings_by_type",
             "meta": {
                 "api_version": {"version": "2"},
-                "billed_units": {"input_tokens": embedded.tokens},
+                "billed_units": {"input_tokens": result.tokens, "images": images},
             },
         }
-        return answer if body.get("texts") is None else {**answer, "texts": body["texts"]}
 
 
-def _items(body: Mapping[str, Any]) -> list[Named]:
+def _items(body: Mapping[str, Any]) -> list[PlacedItem]:
     readers = {"texts": text_item, "images": image_item, "inputs": _input_item}
     given = [key for key in readers if body.get(key) is not None]
     if len(given) != 1 or body[given[0]] == []:
         raise RequestError("give exactly one of texts, images and inputs, a list of at least one")
-    return items_of(body[given[0]], given[0], readers[given[0]])
+    return listed_items(body[given[0]], given[0], readers[given[0]])
 
 
 def _input_item(value: Any, place: str) -> pb.Item:

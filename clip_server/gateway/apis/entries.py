@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import getrandbits
 from typing import Any
@@ -18,6 +19,9 @@ _CONTENTS = ("text", "blob", "image", "uri")
 _BELOW = {"c": "chunks", "m": "matches"}
 # How deep entries may lie in one another.
 _MOST_LEVELS = 20
+# The media type of a `data:` URI that is not one of images, or is absent: the encoder would take
+# the content for a text, while in a field for images it is an image all the same.
+_OTHER_TYPE = re.compile(r"\A\s*data:(?!image/|base64)[^;,]{0,127}(?=[;,])", re.IGNORECASE)
 _LONGEST_ID = 1024
 # The longest uri that comes back where no one asked for it: an image's bytes are in longer ones.
 _LONGEST_URI = 1024
@@ -45,8 +49,10 @@ def read_content(key: str, value: str) -> pb.Item:
     """The item in one of the fields text, uri, blob and image of an entry."""
     if key == "text":
         return pb.Item(text=value)
-    if key == "uri" or has_scheme(value):
+    if key == "uri":
         return pb.Item(uri=value)
+    if has_scheme(value):
+        return pb.Item(uri=_OTHER_TYPE.sub("data:image/any", value))
     try:
         return pb.Item(image=decode_base64(value))
     except ValueError:

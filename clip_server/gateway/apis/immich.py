@@ -15,8 +15,10 @@ from starlette.routing import Route
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway import json_text
-from clip_server.gateway.apis.embeddings import Dialect, Named, read_wanted, text_item
-from clip_server.gateway.http_messages import answer_errors_in, json_response, read_body
+from clip_server.gateway.apis.dialect import Dialect
+from clip_server.gateway.apis.embeddings_request import EmbeddingsRequest
+from clip_server.gateway.apis.inputs import PlacedItem, text_item
+from clip_server.gateway.http_messages import json_response, read_body
 from clip_server.rpc.request_parameters import shown
 
 _EXAMPLE = '{"clip": {"textual": {"modelName": "ViT-B-32__openai"}}}'
@@ -47,7 +49,6 @@ class ImmichApi(Dialect):
         return PlainTextResponse("pong")
 
     async def _predict(self, request: Request) -> Response:
-        answer_errors_in(self.error, request)
         form = await _read_form(request, self._most_bytes)
         task, model = _read_entries(form.get("entries"))
         field = _FIELDS[task]
@@ -58,10 +59,10 @@ class ImmichApi(Dialect):
             item = text_item(content, field)
         else:
             item = pb.Item(image=content.encode() if isinstance(content, str) else content)
-        wanted = read_wanted([Named(field, item)], {"model": model})
-        embedded = await self._embed(wanted, request)
+        asked = EmbeddingsRequest.parse([PlacedItem(field, item)], {"model": model})
+        result = await self._embed(asked, request)
         # Immich passes it on to its database as text.
-        return json_response({"clip": json_text.dumps(embedded.embeddings[0]).decode()})
+        return json_response({"clip": json_text.dumps(result.embeddings[0]).decode()})
 
 
 async def _read_form(request: Request, most: int) -> Mapping[str, str | bytes]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
-from clip_server.gateway.apis.embeddings import image_item, only, text_item
+from clip_server.gateway.apis.embeddings_request import only
+from clip_server.gateway.apis.inputs import ItemReader, image_item, text_item
 from clip_server.rpc.request_parameters import shown
 
 # `bytes` and `url` are older names of `image`.
-_ITEM_READERS: Mapping[str, Callable[[Any, str], pb.Item]] = {
+_ITEM_READERS: Mapping[str, ItemReader] = {
     "text": text_item,
     "image": image_item,
     "bytes": image_item,

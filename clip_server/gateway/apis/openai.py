@@ -15,18 +15,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.errors import RequestError
 from clip_server.gateway.apis import infinity, jina, vllm
-from clip_server.gateway.apis.embeddings import (
-    Dialect,
-    Named,
-    items_of,
-    model_id,
-    read_wanted,
-    refuse_token_ids,
-    text_or_image_item,
-)
-from clip_server.gateway.http_messages import json_response
+from clip_server.gateway.apis.dialect import Dialect, model_id
+from clip_server.gateway.apis.embeddings_request import EmbeddingsRequest
+from clip_server.gateway.apis.inputs import PlacedItem, one_or_more_items, text_or_image_item
+from clip_server.gateway.http_messages import MODEL_NOT_FOUND, json_response
 from clip_server.gateway.listener import Listener
 from clip_server.gateway.topology import FlowExecutor
 
@@ -55,35 +48,35 @@ class OpenAIApi(Dialect):
             for prefix in ("/v1", "")
             for route in (
                 self._post(f"{prefix}/embeddings", self._embeddings),
-                self._get(f"{prefix}/models", self._models),
-                self._get(f"{prefix}/models/{{model:path}}", self._model),
+                Route(f"{prefix}/models", self._models),
+                Route(f"{prefix}/models/{{model:path}}", self._model),
             )
         ]
 
     def error(self, status: int, code: str, message: str) -> Any:
         """An error, with the kinds by which OpenAI's clients choose an exception."""
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        is_model = code == "NOT_FOUND"
         return {
             "error": {
                 "message": message,
                 "type": kind,
-                "param": "model" if is_model else None,
-                "code": "model_not_found" if is_model else code.lower(),
+                "param": "model" if code == MODEL_NOT_FOUND else None,
+                "code": code.lower(),
             }
         }
 
     async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
-        wanted = read_wanted(_items(body), body, _ALIASES, jina.READERS)
-        embedded = await self._embed(wanted, request)
+        body = infinity.without_unset(body)
+        asked = EmbeddingsRequest.parse(_items(body), body, _ALIASES, jina.READERS)
+        result = await self._embed(asked, request)
         return {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": embedding}
-                for index, embedding in enumerate(embedded.shown_in(wanted.forms))
+                for index, embedding in enumerate(result.as_json_in(asked.forms))
             ],
-            "model": embedded.model,
-            "usage": {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens},
+            "model": result.model,
+            "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
         }
 
     async def _models(self, _: Request) -> Response:
@@ -105,16 +98,11 @@ class OpenAIApi(Dialect):
         }
 
 
-def _items(body: Mapping[str, Any]) -> list[Named]:
+def _items(body: Mapping[str, Any]) -> list[PlacedItem]:
     """The items of a body of any of the dialects."""
-    if "messages" in body:
+    if body.get("messages") is not None:
         return vllm.items(body)
-    given = body.get("input")
-    refuse_token_ids(given, "input")
-    values = given if isinstance(given, list) else [given]
-    if not values or given is None:
-        raise RequestError('"input" is a text, or a list of at least one')
-    return items_of(values, "input", infinity.reader(body) or _item)
+    return one_or_more_items(body, "input", infinity.item_reader(body) or _item)
 
 
 def _item(value: Any, place: str) -> pb.Item:

@@ -10,15 +10,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.errors import RequestError
-from clip_server.gateway.apis.embeddings import (
-    Dialect,
-    items_of,
-    only,
-    read_wanted,
-    refuse_token_ids,
-    text_or_image_item,
-)
+from clip_server.gateway.apis.dialect import Dialect
+from clip_server.gateway.apis.embeddings_request import EmbeddingsRequest, only
+from clip_server.gateway.apis.inputs import one_or_more_items, text_or_image_item
 from clip_server.gateway.http_messages import answer_errors_in, json_response
 
 _TYPES = {429: "Overloaded", 503: "Unhealthy"}
@@ -42,7 +36,7 @@ class TeiApi(Dialect):
 
     async def answer(self, body: Mapping[str, Any], request: Request) -> Response:
         """The response to a body sent to `/`."""
-        answer_errors_in(self.error, request)
+        answer_errors_in(self.error, request.scope)
         return json_response(await self._embeddings(body, request))
 
     def error(self, status: int, code: str, message: str) -> Any:
@@ -52,14 +46,9 @@ class TeiApi(Dialect):
         return {"error": message, "error_type": kind}
 
     async def _embeddings(self, body: Mapping[str, Any], request: Request) -> Any:
-        given = body.get("inputs")
-        refuse_token_ids(given, "inputs")
-        values = [given] if isinstance(given, str) else given
-        if not isinstance(values, list) or not values:
-            raise RequestError('"inputs" is a text, or a list of at least one')
-        items = items_of(values, "inputs", text_or_image_item)
-        wanted = read_wanted(items, body, readers=_READERS)
-        return (await self._embed(wanted, request)).shown("float")
+        items = one_or_more_items(body, "inputs", text_or_image_item)
+        asked = EmbeddingsRequest.parse(items, body, readers=_READERS)
+        return (await self._embed(asked, request)).as_json("float")
 
 
 def describe(info: pb.InfoResponse) -> dict[str, Any]:

@@ -10,14 +10,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from clip_server.errors import RequestError
-from clip_server.gateway.apis.embeddings import (
-    Dialect,
-    image_item,
-    items_of,
-    model_id,
-    read_wanted,
-    text_item,
-)
+from clip_server.gateway.apis.dialect import Dialect, model_id
+from clip_server.gateway.apis.embeddings_request import EmbeddingsRequest
+from clip_server.gateway.apis.inputs import image_item, listed_items, text_item
 from clip_server.gateway.http_messages import json_response
 
 
@@ -28,7 +23,7 @@ class WeaviateApi(Dialect):
 
     def routes(self) -> list[Route]:
         """Its routes."""
-        return [self._post("/vectorize", self._vectors), self._get("/meta", self._meta)]
+        return [self._post("/vectorize", self._vectors), Route("/meta", self._meta)]
 
     def error(self, status: int, code: str, message: str) -> Any:
         """An error."""
@@ -39,11 +34,10 @@ class WeaviateApi(Dialect):
         given = {key: body[key] for key in ("texts", "images") if body.get(key) is not None}
         if not given:
             raise RequestError(f"give texts, images or both, as {self.example}")
-        texts = items_of(given.get("texts", []), "texts", text_item)
-        images = items_of(given.get("images", []), "images", image_item)
-        wanted = read_wanted([*texts, *images], {"model": body.get("model")})
-        embedded = await self._embed(wanted, request)
-        vectors = embedded.shown("float")
+        texts = listed_items(given.get("texts", []), "texts", text_item)
+        images = listed_items(given.get("images", []), "images", image_item)
+        asked = EmbeddingsRequest.parse([*texts, *images], {"model": body.get("model")})
+        vectors = (await self._embed(asked, request)).as_json("float")
         return {"textVectors": vectors[: len(texts)], "imageVectors": vectors[len(texts) :]}
 
     async def _meta(self, _: Request) -> Response:

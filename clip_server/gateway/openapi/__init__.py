@@ -18,18 +18,20 @@ _FAILED = {
     "404": "There is no such model or endpoint; the message lists those there are.",
     "408": "The headers or the body came too slowly.",
     "413": "The body is too large: send fewer items.",
-    "429": "The server is full, or the key has too many items in flight: retry after Retry-After "
-    "seconds.",
+    "415": "The Content-Encoding is neither gzip nor deflate.",
+    "429": "The server is full, or the key has too many items in flight, or the address too many "
+    "connections: retry after Retry-After seconds.",
+    "431": "The headers are too large.",
     "500": "An error in the server; see its log.",
     "503": "No encoder is ready, the server is shutting down, or has too many connections: retry "
-    "later.",
+    "after Retry-After seconds.",
     "504": "The request timed out.",
 }
-# Answered before the body, or what it asks for, is looked at: in our own form, whatever the API.
-_BEFORE_THE_API = {"401", "408"}
-# Answered before or after.
-_BEFORE_OR_AFTER = {"413", "429", "503"}
-_WITHOUT_BODY = ("401", "500", "503")
+# Answered before the path is known: in our own form, whatever the API.
+_BEFORE_THE_PATH = {"408", "431"}
+# Answered before or after; the answer says when to retry.
+_BEFORE_OR_AFTER = {"429", "503"}
+_WITHOUT_BODY = ("401", "408", "429", "431", "500", "503")
 
 
 @cache
@@ -64,14 +66,14 @@ def _error(status: str, forms: list[str]) -> dict[str, Any]:
         "description": _FAILED[status],
         "content": {"application/json": {"schema": schema}},
     }
-    if status == "429":
+    if status in _BEFORE_OR_AFTER:
         response["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
     return response
 
 
 def _forms(status: str, forms: list[str]) -> Iterator[str]:
     """The schemas of the errors with this status. forms: those of the API's own errors."""
-    if status in _BEFORE_THE_API:
+    if status in _BEFORE_THE_PATH:
         yield _OWN
         return
     yield from forms
