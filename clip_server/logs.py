@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 # Control characters and line separators, as they are shown in a line of text.
 _ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 _TIME, _MILLISECONDS = "%Y-%m-%dT%H:%M:%S", ".%03dZ"
+# What a terminal overwrites, as a progress bar does with itself.
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\r\n])")
 # Attributes of a record that is logged with `extra` as fields of JSON.
 _FIELDS = "fields"
 
@@ -136,7 +139,8 @@ def _object(
         "message": message,
         **fields,
     }
-    return json.dumps(line, ensure_ascii=False, default=str)
+    # In ASCII: some readers take U+2028 and U+0085 for the end of a line.
+    return json.dumps(line, default=str)
 
 
 class _JsonOutput(io.TextIOBase):
@@ -149,12 +153,14 @@ class _JsonOutput(io.TextIOBase):
         self._stream, self._begun = stream, ""
 
     def write(self, text: str) -> int:
-        self._begun += text
+        self._begun = _OVERWRITTEN.sub("\r", self._begun + text)
         if self._begun.endswith("\n"):
             self._write_message()
         return len(text)
 
     def flush(self) -> None:
+        if "\r" not in self._begun:  # a progress bar is flushed at each step
+            self._write_message()
         self._stream.flush()
 
     def fileno(self) -> int:

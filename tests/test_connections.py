@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from threading import Event
 
 import grpc
@@ -117,6 +117,36 @@ def test_a_grpc_call_without_a_message_is_refused(strict: Server) -> None:
         channel.stream_unary("/clip.v1.Clip/Encode")(iter(()))
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "no message" in raised.value.details()
+
+
+def test_pings_are_read_no_faster_than_their_answers(onnx_server: Server) -> None:
+    """The answers would fill the memory of the server."""
+    handshake = (
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    ping, pong = b"\x89\xfdmask" + bytes(125), 127
+    unsent = memoryview(ping * 160_000)  # 20 MB, far more than buffers of the system hold
+    most = len(unsent) // len(ping) * pong
+    with socket.socket() as connection:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, 64 << 10)
+        connection.connect(("127.0.0.1", onnx_server.ports[2]))
+        connection.sendall(handshake)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 101 ")
+        connection.settimeout(0.5)
+        with suppress(TimeoutError):
+            while unsent:
+                unsent = unsent[connection.send(unsent[: 1 << 16]) :]
+        assert unsent
+        connection.settimeout(PATIENCE_SECONDS)
+        with ThreadPoolExecutor() as pool:
+            sending = pool.submit(connection.sendall, unsent)
+            received = 0
+            while received < most and (part := connection.recv(1 << 16)):
+                received += len(part)
+            sending.result()
+        assert received == most
 
 
 def test_a_response_that_is_not_read_is_given_up(strict: Server) -> None:

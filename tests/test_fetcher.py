@@ -8,7 +8,7 @@ import gzip
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -285,10 +285,14 @@ def fetch(policy: dict[str, Any], *uris: str) -> list[bytes | ItemError]:
     async def run() -> list[bytes | ItemError]:
         return list((await Fetcher(UriPolicy.parse(policy), 1 << 20).fetch(uris)).values())
 
+    return run_alone(run())
+
+
+def run_alone(fetching: Coroutine[Any, Any, list[bytes | ItemError]]) -> list[bytes | ItemError]:
     # uvloop, which importing Jina makes the default, does not look names up in Python.
     loop = asyncio.SelectorEventLoop()
     try:
-        return loop.run_until_complete(run())
+        return loop.run_until_complete(fetching)
     finally:
         loop.close()
 
@@ -321,6 +325,24 @@ def test_names_are_checked_where_they_lead(port: int, monkeypatch: pytest.Monkey
     assert not [each for each in Site.asked if each.startswith(CLOSED)]
     [refused] = fetch({"hosts": ["cdn.example"]}, f"http://cdn.example{site}")
     assert "only https URIs" in str(refused)
+
+
+def test_slow_hosts_of_one_request_delay_no_other(port: int) -> None:
+    """Only some of its images are fetched at the same time, and none once its time is over."""
+    site = f"http://{ALLOWED}:{port}"
+
+    async def run() -> list[bytes | ItemError]:
+        fetcher = Fetcher(UriPolicy.parse({**POLICY, "timeout": 60}), 1 << 20)
+        slow = [f"{site}/slow/1.{number}" for number in range(50)]
+        fetching = asyncio.create_task(fetcher.fetch(slow, timeout=0.5))
+        await asyncio.sleep(0)
+        assert await fetcher.fetch([f"{site}/cat.png"]) == {f"{site}/cat.png": CAT}
+        return list((await fetching).values())
+
+    Site.asked.clear()
+    found = run_alone(run())
+    assert [str(each) for each in found] == ["the URI was not fetched within 0.5 s"] * 50
+    assert len(Site.asked) <= 17
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,10 @@ def test_endpoints_that_nobody_answers(http: Http) -> None:
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "NOT_FOUND"
     assert "clip" in answer.json()["error"]["message"]
+    for target in ("(" * 90 + r"\w+" + ")+" * 90 + "!", r"\w?" * 80 + "!", "(.|.)" * 50, "clip #"):
+        answer = http.post("/post", json={"data": ["a"], "targetExecutor": target})
+        assert answer.status_code == 400
+        assert "is too complex" in answer.json()["error"]["message"]
     # The encoder answers any endpoint, but what has a page of its own is none.
     assert http.post("/livez", json={"data": ["a"]}).status_code == 405
     assert http.post("/anything", data=b"", headers=PROTOBUF).status_code == 400

@@ -33,6 +33,7 @@ from websockets.sync.client import connect
 
 from clip_client import AuthenticationError, Client, OverloadedError
 from clip_client.proto import clip_pb2 as pb
+from clip_server import watched_files
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.access import Access, caller_name
 from clip_server.gateway.http import HttpListener
@@ -406,6 +407,8 @@ def no_keys_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("users: {}", "unknown key 'users'"),
         ("- a", "it holds `keys:`"),
         ("keys: {", "is not YAML"),
+        ("keys: {a: 2026-99-99}", "is not YAML"),
+        ("[" * 5_000, "is not YAML"),
         (f"keys: {{a b: {{sha256: {'a' * 64}}}}}", "the name 'a b'"),
         (f"keys: {{a: {{sha256: {'a' * 64}, max_in_flight_items: 0}}}}", "whole number from 1"),
         ("max_in_flight_items: many", "whole number from 1"),
@@ -422,6 +425,30 @@ def test_mistakes_in_a_file(tmp_path: Path, content: str, said: str) -> None:
     spec["with"]["auth_file"] = str(file)
     with pytest.raises(ConfigurationError, match=said):
         flows.prepare(spec)
+
+
+def test_a_file_that_cannot_be_read_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so once for each fault, however often a key is shown meanwhile."""
+    monkeypatch.setattr(watched_files, "_CHECK_SECONDS", 0)
+    file = tmp_path / "keys.yml"
+    alice = keys("add", "alice", file=file).stdout.strip()
+    ring, good = KeyRing(file=file), file.read_text()
+    file.unlink()
+    for content in (None, "keys: {a: 2026-99-99}", "keys: {a: {sha256: 12}}", good[:-20]):
+        if content is not None:
+            file.write_text(content)
+        assert all(ring.find(alice) for _ in range(3))
+    faults = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert len(faults) == 4
+    assert all(each.startswith("the keys stay as they were: ") for each in faults)
+    file.write_text(good)
+    bob = keys("add", "bob", file=file).stdout.strip()
+    assert ring.find(alice)
+    assert ring.find(bob)
+    keys("remove", "alice", file=file)
+    assert not ring.find(alice)
 
 
 def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

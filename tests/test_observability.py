@@ -272,6 +272,10 @@ def test_the_access_log_has_a_line_for_each_request(observed: Server) -> None:
             client.encode(["a cat", CAT])
     headers = {"x-request-id": "order-69"}
     requests.post(f"{observed.http}/encode", data="{", headers=headers, timeout=30)
+    answer = requests.post(f"{observed.http}/{'long' * 9_000}", json={"data": ["a"]}, timeout=30)
+    assert len(answer.text) < 1000
+    assert eventually(lambda: "/longlong" in observed.output())
+    assert max(map(len, observed.output().splitlines())) < 2000
     assert eventually(lambda: len(logged()) == before + 4)
     encoded = logged()[before:]
     assert [line["protocol"] for line in encoded] == ["grpc", "http", "websocket", "http"]
@@ -294,6 +298,9 @@ warnings.warn("outdated", DeprecationWarning)
 logging.getLogger("clip_server.x").info("logged", extra={"request_id": "order-70"})
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start(), thread.join()
+for step in 1, 2, 3:
+    print(f"\\r{step} of 3", end="", flush=True)
+print(), print("one\\u2028two\\x85three"), print("held", end="")
 sys.stderr.write("unfinished")
 raise SystemExit("the reason")
 """
@@ -308,7 +315,10 @@ def test_all_that_is_printed_is_json() -> None:
         check=False,
     )
     printed = [json.loads(line)["message"] for line in done.stdout.splitlines()]
-    assert printed == ["a line", "two\nlines", "{'a': 1}", "3"]
+    assert printed == [
+        *("a line", "two\nlines", "{'a': 1}", "3"),
+        *("3 of 3", "one\u2028two\x85three", "held"),
+    ]
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     told, warned, logged, *failed = lines
     assert (told["level"], told["message"]) == ("warning", "clip_server: told")

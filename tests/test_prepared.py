@@ -70,6 +70,21 @@ def swap_the_towers(folder: Path) -> None:
     text.write_bytes(content)
 
 
+def swap_words(folder: Path) -> None:
+    file = weights_of(folder)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2 & ~7
+    content[middle : middle + 16] = content[middle + 8 : middle + 16] + content[middle : middle + 8]
+    file.write_bytes(content)
+
+
+def put_a_link_there(folder: Path) -> None:
+    (entry,) = (each for each in folder.iterdir() if each.is_dir())
+    shutil.rmtree(entry)
+    entry.symlink_to(folder / "nowhere")
+    entry.with_name(f"{entry.name}.part").write_text("")
+
+
 def remove_a_file(folder: Path) -> None:
     weights_of(folder).unlink()
 
@@ -91,6 +106,8 @@ def leave_it_half_written(folder: Path) -> None:
         cut,
         fill_with_zeros,
         swap_the_towers,
+        swap_words,
+        put_a_link_there,
         remove_a_file,
         garble_the_manifest,
         leave_it_half_written,
@@ -103,6 +120,20 @@ def test_what_is_damaged_is_made_again(damage: Callable[[Path], None]) -> None:
     np.testing.assert_array_equal(embedding(), expected)
     found = {file: file.read_bytes() for file in prepared.folder().rglob("*") if file.is_file()}
     assert found == intact
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, shutil.rmtree])
+def test_what_is_damaged_while_a_tower_is_unloaded_is_made_again(
+    damage: Callable[[Path], None],
+) -> None:
+    runtime = OnnxRuntime.load("embedded", device="cpu", threads=1)
+    tokens = samples(runtime.card, "text")[:1]
+    expected = runtime.encode_text(tokens)
+    assert runtime.towers["text"].unload(0)
+    assert runtime.towers["image"].unload(0)
+    damage(prepared.folder())
+    np.testing.assert_array_equal(runtime.encode_text(tokens), expected)
+    assert len(list(prepared.folder().rglob(prepared.MANIFEST))) == 1
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -35,6 +35,11 @@ def test_an_envelope_is_closed_when_it_is_large() -> None:
     assert sizes == [2, 2, 1]
 
 
+def many_requests(count: int) -> bytes:
+    requests = [pb.Request(info=pb.InfoRequest()) for _ in range(count)]
+    return pb.Requests(requests=requests).SerializeToString()
+
+
 def test_requests_that_came_before_the_end_are_answered() -> None:
     """Also those of a message that was being read then."""
     answered: list[pb.Response] = []
@@ -57,6 +62,52 @@ def test_requests_that_came_before_the_end_are_answered() -> None:
     streams = StreamServer(call, max_in_flight=100)
     asyncio.run(asyncio.wait_for(streams.serve(messages(), send), 10))
     assert sorted(each.id for each in answered) == [*range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("message", "dim", "most_taken"),
+    [
+        (b"", 1, 102),
+        (b"nonsense", 1, 102),
+        (many_requests(10), 1, 12),
+        (many_requests(10), 1 << 20, 6),
+        (many_requests(5_000), 1, 1),
+    ],
+    ids=["empty", "nonsense", "small", "large", "many"],
+)
+def test_a_client_that_reads_nothing_is_not_read(message: bytes, dim: int, most_taken: int) -> None:
+    """Its requests wait where they are; their responses would fill the memory."""
+    taken = running = most_running = 0
+
+    async def call(request: pb.Request) -> pb.Response:
+        nonlocal running, most_running
+        running += 1
+        most_running = max(running, most_running)
+        await asyncio.sleep(0)
+        running -= 1
+        return pb.Response(id=request.id, encode=pb.EncodeResponse(count=1, dim=dim))
+
+    async def messages() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while taken < 1_000:
+            taken += 1
+            yield message
+            await asyncio.sleep(0)
+
+    async def send(_: bytes) -> None:
+        await asyncio.Event().wait()
+
+    async def serve() -> None:
+        serving = asyncio.create_task(StreamServer(call, max_in_flight=100).serve(messages(), send))
+        before = -1
+        while taken != before:
+            before = taken
+            await asyncio.sleep(0.1)
+        serving.cancel()
+
+    asyncio.run(serve())
+    assert taken <= most_taken
+    assert most_running <= 100
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

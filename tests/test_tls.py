@@ -16,6 +16,7 @@ from conftest import Start, eventually, flow
 
 from clip_client import Client, ConnectionFailedError, InvalidInputError
 from clip_server.errors import ConfigurationError
+from clip_server.gateway.tls import Tls, TlsFiles
 from clip_server.launch import flow as flows
 
 
@@ -37,6 +38,12 @@ def test_the_password_of_a_key(tmp_path: Path) -> None:
         prepared()
     with pytest.raises(ConfigurationError, match="or ssl_keyfile_password is wrong"):
         prepared(ssl_keyfile_password="wrong")
+
+
+@needs_openssl
+def test_a_password_that_a_new_key_does_not_need(tmp_path: Path) -> None:
+    key, certificate = make_pair(tmp_path)
+    Tls(TlsFiles(key, certificate, password="of the key before")).grpc_credentials()
 
 
 @needs_openssl
@@ -83,9 +90,11 @@ def test_certificates_of_clients_and_renewal(start: Start, tmp_path: Path) -> No
         assert client.encode(["a cat"]).shape == (1, 256)
 
     served.write_text("half of a file")
-    time.sleep(1)
-    with Client(addresses[1], ca_file=first, cert_file=right) as client:
-        assert client.encode(["a cat"]).shape == (1, 256)
+    for _ in range(2):
+        time.sleep(1)
+        with Client(addresses[1], ca_file=first, cert_file=right) as client:
+            assert client.encode(["a cat"]).shape == (1, 256)
+    assert server.output().count("TLS certificates stay as they were") == 1
     shutil.copy(second, served)
     expected = ssl.PEM_cert_to_DER_cert(second.with_suffix(".crt").read_text())
     for port in server.ports:

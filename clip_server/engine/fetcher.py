@@ -13,7 +13,7 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
@@ -30,7 +30,8 @@ Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _SCHEMES = ("https", "http")
 _LONGEST_URI = 4096
-_CONCURRENT_FETCHES = 16
+# At the same time, in all and for one request: slow hosts of one do not delay the others.
+_CONCURRENT_FETCHES, _CONCURRENT_OF_REQUEST = 64, 16
 _CHUNK_BYTES = 1 << 16
 # Of all that is fetched for one request.
 _MOST_BYTES = 128 << 20
@@ -151,7 +152,7 @@ class Fetcher:
     ) -> dict[str, bytes | ItemError]:
         """What is at each URI, or why it is not fetched. Each is fetched once.
 
-        timeout: seconds; None: the policy's.
+        timeout: seconds for all of them together; None: only the policy bounds the time of each.
         """
         import aiohttp
 
@@ -159,7 +160,6 @@ class Fetcher:
         if not wanted:
             return {}
         fetched, refused = wanted[: self._policy.max_uris], wanted[self._policy.max_uris :]
-        seconds = min(timeout or self._policy.timeout, self._policy.timeout)
         connector = aiohttp.TCPConnector(
             limit=0,
             ssl=self._tls,
@@ -168,7 +168,13 @@ class Fetcher:
             use_dns_cache=False,
             socket_factory=self._open_socket,
         )
-        budget = _Budget(_MOST_BYTES)
+        budget, turns = _Budget(_MOST_BYTES), asyncio.Semaphore(_CONCURRENT_OF_REQUEST)
+
+        async def follow(uri: str) -> bytes:
+            async with turns, self._free:
+                followed = self._follow(session, uri, budget)
+                return await asyncio.wait_for(followed, self._policy.timeout)
+
         async with aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -179,11 +185,11 @@ class Fetcher:
                 "Accept-Encoding": "identity",
                 "User-Agent": "clip-server",
             },
-            timeout=aiohttp.ClientTimeout(total=seconds),
+            timeout=aiohttp.ClientTimeout(total=self._policy.timeout),
             trust_env=False,
         ) as session:
             contents = await asyncio.gather(
-                *(self._fetch(session, uri, seconds, budget) for uri in fetched)
+                *(self._fetch(uri, follow(uri), timeout) for uri in fetched)
             )
         too_many = ItemError(
             f"the server fetches at most {self._policy.max_uris:,} URIs for one request: send fewer"
@@ -191,16 +197,17 @@ class Fetcher:
         return {**dict(zip(fetched, contents, strict=True)), **dict.fromkeys(refused, too_many)}
 
     async def _fetch(
-        self, session: aiohttp.ClientSession, uri: str, seconds: float, budget: _Budget
+        self, uri: str, content: Awaitable[bytes], timeout: float | None
     ) -> bytes | ItemError:
+        """`content`, or why it did not come within `timeout` seconds."""
         import aiohttp
 
         try:
-            async with self._free:
-                return await asyncio.wait_for(self._follow(session, uri, budget), seconds)
+            return await asyncio.wait_for(content, timeout)
         except ItemError as error:
             return error
         except (asyncio.TimeoutError, TimeoutError):
+            seconds = min(timeout or self._policy.timeout, self._policy.timeout)
             return ItemError(f"the URI was not fetched within {seconds:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # The same for all: what else a client could learn is about the server's network.

@@ -42,6 +42,8 @@ _STATUS = {
 # The status of a body over the limit, for which trying again later does not help.
 _TOO_LARGE = 413
 _UNKNOWN_ENCODING = 415
+# The characters of a request that an answer repeats.
+_LONGEST_SHOWN = 100
 # The status of a request whose client is gone: it is not sent anywhere.
 _CLIENT_GONE = 499
 
@@ -223,7 +225,8 @@ def error_handlers(endpoints: Mapping[str, str]) -> Mapping[Any, Callable[..., A
     async def not_found(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         allowed = ", ".join(endpoints)
-        message = f"no {request.method} {request.url.path} here; there is {allowed}"
+        path = request.scope["path"][:_LONGEST_SHOWN]
+        message = f"no {request.method[:_LONGEST_SHOWN]} {path} here; there is {allowed}"
         response = json_error(status, code_of(status), message, error_dialect(request.scope))
         response.headers.update(getattr(error, "headers", None) or {})  # the allowed methods
         return response

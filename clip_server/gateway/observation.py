@@ -24,6 +24,8 @@ log = logging.getLogger("clip_server.access")
 
 REQUEST_ID, TRACEPARENT = "x-request-id", "traceparent"
 _LONGEST_ID = 128
+# Of an endpoint in logs and traces, which may be any path.
+_LONGEST_ENDPOINT = 256
 # The label of endpoints that no executor names, of which clients can send any number.
 _OTHER = "other"
 
@@ -111,7 +113,8 @@ class Observer:
         tokens = _current.set(observed), logs.request_id.set(observed.request_id)
         started = time.perf_counter()
         try:
-            with span(self._tracer, endpoint, observed.traceparent, **_attributes(observed)):
+            name = endpoint[:_LONGEST_ENDPOINT]
+            with span(self._tracer, name, observed.traceparent, **_attributes(observed)):
                 yield observed
         except asyncio.CancelledError:
             observed.code = "CANCELLED"
@@ -144,7 +147,7 @@ class Observer:
         if self._logs_access:
             fields = {
                 "protocol": sender.protocol,
-                "endpoint": observed.endpoint,
+                "endpoint": observed.endpoint[:_LONGEST_ENDPOINT],
                 "status": observed.status or observed.code,
                 "items": observed.items,
                 "duration_ms": round(seconds * 1e3, 2),

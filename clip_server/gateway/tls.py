@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-log = logging.getLogger(__name__)
-
-# How often a change of the files is looked for.
-_CHECK_SECONDS = 0.5
+from clip_server.watched_files import WatchedFiles
 
 
 @dataclass(frozen=True)
@@ -50,10 +44,9 @@ class TlsFiles:
         roots = self.client_ca.read_bytes() if self.client_ca else None
         return grpc.ssl_server_certificate_configuration([pair], roots)
 
-    def signature(self) -> tuple[Any, ...]:
-        """Changes with any of the files."""
-        files = filter(None, (self.key, self.certificate, self.client_ca))
-        return tuple((s.st_mtime_ns, s.st_size, s.st_ino) for s in (file.stat() for file in files))
+    def paths(self) -> list[Path]:
+        """All of the files."""
+        return [*filter(None, (self.key, self.certificate, self.client_ca))]
 
     def _decrypted_key(self) -> bytes:
         """The key as PEM without password, which is the only kind that gRPC takes."""
@@ -62,7 +55,10 @@ class TlsFiles:
             return pem
         from cryptography.hazmat.primitives import serialization
 
-        key = serialization.load_pem_private_key(pem, self.password.encode())
+        try:
+            key = serialization.load_pem_private_key(pem, self.password.encode())
+        except TypeError:  # it has no password any more
+            return pem
         decrypted: bytes = key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -76,22 +72,20 @@ class Tls:
     belong together, as while they are being replaced, change nothing.
 
     Raises:
-        OSError: the files cannot be read, or are no key and certificate.
+        OSError, ValueError: the files cannot be read, or are no key and certificate.
     """
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._lock = threading.Lock()
-        self._signature = files.signature()
-        self._context, self._grpc = files.context(), files.for_grpc()
-        self._checked = time.monotonic()
+        self._watched = WatchedFiles(
+            "TLS certificates", files.paths(), lambda: (files.context(), files.for_grpc())
+        )
 
     def context(self) -> ssl.SSLContext:
         """Settings for a listener, each of whose handshakes uses the current certificate."""
 
         def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            self._refresh()
-            connection.context = self._context
+            connection.context, _ = self._watched.current()
 
         context = self._files.context()
         context.sni_callback = choose
@@ -101,25 +95,9 @@ class Tls:
         """The same for a gRPC server, which asks from threads of its own."""
 
         def current() -> Any:
-            self._refresh()
-            return self._grpc
+            _, configuration = self._watched.current()
+            return configuration
 
         return grpc.dynamic_ssl_server_credentials(
-            self._grpc, current, require_client_authentication=self._files.client_ca is not None
+            current(), current, require_client_authentication=self._files.client_ca is not None
         )
-
-    def _refresh(self) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if now - self._checked < _CHECK_SECONDS:
-                return
-            self._checked = now
-            try:
-                signature = self._files.signature()
-                if signature == self._signature:
-                    return
-                self._context, self._grpc = self._files.context(), self._files.for_grpc()
-                self._signature = signature
-                log.info("the TLS certificate was read again")
-            except (OSError, ValueError) as error:
-                log.error("the TLS certificate stays as it was: %s", error)

@@ -17,6 +17,11 @@ from clip_server.gateway.replicas import ReplicaPool
 _DEFAULT_ENDPOINT = "/default"
 # Of the name of an endpoint.
 _LONGEST = 1024
+# Of a pattern for executors. It is matched on the event loop, where repetitions in one another, and
+# many of them or of alternatives in a row, would take for ever.
+_PATTERN = re.compile(r"[^\s#]{0,256}")
+_REPETITION, _REPEATED_GROUP = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)[*+{]")
+_MOST_REPETITIONS, _MOST_BARS = 3, 8
 # `/encode/MODEL` names a model, as clip-as-service's client does.
 _WITH_MODEL = re.compile(r"(/encode|/rank)/(.+)", re.DOTALL)
 
@@ -174,6 +179,12 @@ class Topology:
         )
 
     def _targeted(self, target: str) -> Sequence[FlowExecutor]:
+        if not _is_simple(target):
+            raise RequestError(
+                f"target_executor {target[:100]!r} is too complex: allowed are 256 characters "
+                f"without blanks and #, {_MOST_BARS} times | and {_MOST_REPETITIONS} repetitions "
+                "(* + ? {), none of them of a group"
+            )
         try:
             pattern = re.compile(target)
         except (re.error, RecursionError, OverflowError):
@@ -201,6 +212,16 @@ class Topology:
             )
         known = ", ".join(sorted(self.endpoints()))
         return f"no executor of this flow answers {endpoint[:100]}; there is {known}"
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a regular expression of a client takes little time, whatever it is matched with."""
+    return bool(
+        _PATTERN.fullmatch(pattern)
+        and not _REPEATED_GROUP.search(pattern)
+        and len(_REPETITION.findall(pattern)) <= _MOST_REPETITIONS
+        and pattern.count("|") <= _MOST_BARS
+    )
 
 
 def _by_name(encoders: Sequence[FlowExecutor]) -> dict[str, FlowExecutor]:

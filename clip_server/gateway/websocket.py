@@ -15,7 +15,7 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.frames import CTRL_OPCODES, CloseCode, Frame
+from websockets.frames import CTRL_OPCODES, CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import Event, State
 from websockets.typing import Subprotocol
@@ -205,7 +205,15 @@ class _CountedConnection(ServerConnection):
         if self._fragments >= _MOST_FRAGMENTS and self.state is State.OPEN:
             reason = f"the message has more than {_MOST_FRAGMENTS:,} fragments"
             self._give_up(CloseCode.MESSAGE_TOO_BIG, reason)
+        if isinstance(event, Frame) and event.opcode is Opcode.PING and self.paused:
+            # Each ping is answered: the answers would fill the memory if nobody reads them.
+            self.transport.pause_reading()
         super().process_event(event)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.recv_messages.paused:
+            self.transport.resume_reading()
 
     def _expect_message(self) -> None:
         """Closes the connection if the rest of a message does not come fast enough."""

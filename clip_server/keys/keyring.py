@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_server.errors import ConfigurationError
-
-log = logging.getLogger(__name__)
+from clip_server.watched_files import WatchedFiles
 
 TOKEN_VARIABLE, FILE_VARIABLE = "CLIP_AUTH_TOKEN", "CLIP_AUTH_FILE"
 # The keys of a file, and of each entry in it.
 _FILE_KEYS, _ENTRY_KEYS = {"keys", "max_in_flight_items"}, {"sha256", "max_in_flight_items"}
 _NAME = re.compile(r"[\w.@+-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
-# How often a change of the file is looked for.
-_CHECK_SECONDS = 0.5
 _LARGEST_LIMIT = 2**31
 
 
@@ -57,10 +52,7 @@ class KeyRing:
         self._fixed = [
             Key(f"token-{number}", digest_of(token)) for number, token in enumerate(tokens, 1)
         ]
-        self._file = file
-        self._signature = _signature(file)
-        self._keys = [*self._fixed, *(read_file(file) if file else ())]
-        self._checked = time.monotonic()
+        self._watched = WatchedFiles("keys", [file], lambda: read_file(file)) if file else None
 
     def find(self, secret: str) -> Key | None:
         """The key that a caller sent, if it is allowed."""
@@ -68,28 +60,14 @@ class KeyRing:
 
     def current(self, digest: bytes) -> Key | None:
         """The key with this digest as it is now: its limit may have changed, or it was removed."""
-        self._refresh()
         found = None
-        for key in self._keys:  # all of them, so that the time says nothing about any
+        for key in self._allowed():  # all of them, so that the time says nothing about any
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
 
-    def _refresh(self) -> None:
-        now = time.monotonic()
-        if self._file is None or now - self._checked < _CHECK_SECONDS:
-            return
-        self._checked = now
-        signature = _signature(self._file)
-        if signature == self._signature:
-            return
-        self._signature = signature
-        try:
-            self._keys = [*self._fixed, *read_file(self._file)]
-        except ConfigurationError as error:
-            log.error("the keys stay as they were: %s", error)
-        else:
-            log.info("%d keys are allowed now", len(self._keys))
+    def _allowed(self) -> list[Key]:
+        return [*self._fixed, *(self._watched.current() if self._watched else ())]
 
 
 def open_keyring(file: str | None) -> KeyRing | None:
@@ -140,7 +118,8 @@ def read_entries(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(text) or {}
     except OSError as error:
         raise ConfigurationError(f"the file of keys {file}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError):
+    # PyYAML raises ValueError for what looks like a date and is none.
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise ConfigurationError(f"the file of keys {file} is not YAML") from None
     if not isinstance(content, dict):
         raise ConfigurationError(f"{file}: it holds `keys:`, see docs/security.md")
@@ -224,14 +203,3 @@ def _tokens() -> tuple[str, ...]:
     if not all(token.isascii() and token.isprintable() for token in tokens):
         raise ConfigurationError(f"{TOKEN_VARIABLE}: a key is of printable ASCII characters")
     return tokens
-
-
-def _signature(file: Path | None) -> tuple[int, ...]:
-    """Changes with the file, also where a link is pointed at another one."""
-    if file is None:
-        return ()
-    try:
-        status = file.stat()
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino

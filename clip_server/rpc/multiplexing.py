@@ -23,14 +23,17 @@ Send = Callable[[bytes], Awaitable[None]]
 # Items started before responses that are ready are sent. Otherwise client, gateway and executor
 # would handle large requests one after the other, each waiting for the others.
 _MAX_STARTED_BEFORE_FLUSH = 128
+# Bytes of embeddings that wait to be sent, beyond which no more requests are begun: a client that
+# does not read its responses would fill the memory.
+_MOST_UNSENT_BYTES = 32 << 20
 
 
 class StreamServer:
     """Serves clip.v1's `Stream` on the connections of one listener.
 
     call: answers a request; an error is in the response.
-    max_in_flight: requests of one connection that may be in flight before its next message is
-        read.
+    max_in_flight: requests of one connection that may be in flight, or whose responses may wait to
+        be sent, before more are begun.
     draw_age: the seconds for which one connection is read; None: until its client ends it.
     """
 
@@ -77,12 +80,13 @@ class _Connection:
     def __init__(self, call: Call, max_in_flight: int) -> None:
         self._call = call
         self._max_in_flight = max_in_flight
-        self._answered = asyncio.Event()
+        self._has_moved = asyncio.Event()
         self._in_flight: dict[int, asyncio.Task[None]] = {}
         self._unnumbered = 0
         self._outbox: deque[pb.Response] = deque()
+        self._unsent_bytes = 0
         self._waiting = asyncio.Event()
-        self._finished = False
+        self._finished = self._is_closed = False
 
     async def read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
@@ -90,12 +94,10 @@ class _Connection:
             del message  # or it would be kept until the next one comes
             try:
                 await self._begin_all(requests)
-            finally:  # none is lost at the end
-                for request in requests:
+            finally:  # none is lost when the server is draining
+                for request in requests if not self._is_closed else ():
                     self._begin(request)
-            while len(self._in_flight) >= self._max_in_flight:
-                self._answered.clear()
-                await self._answered.wait()
+            await self._has_room()
 
     async def _begin_all(self, requests: Iterator[pb.Request]) -> None:
         begun = 0
@@ -105,6 +107,16 @@ class _Connection:
             if begun >= _MAX_STARTED_BEFORE_FLUSH:
                 begun = 0
                 await asyncio.sleep(0)
+            await self._has_room()
+
+    async def _has_room(self) -> None:
+        """Waits while too much is in flight, or waits to be sent."""
+        while (
+            len(self._in_flight) + len(self._outbox) >= self._max_in_flight
+            or self._unsent_bytes > _MOST_UNSENT_BYTES
+        ):
+            self._has_moved.clear()
+            await self._has_moved.wait()
 
     def _requests(self, message: bytes) -> Iterator[pb.Request]:
         try:
@@ -132,7 +144,7 @@ class _Connection:
             self._put(await answer)
         finally:
             del self._in_flight[key]
-            self._answered.set()
+            self._has_moved.set()
 
     def _give_up(self, request_id: int) -> None:
         if task := self._in_flight.get(request_id):
@@ -140,6 +152,7 @@ class _Connection:
 
     def _put(self, response: pb.Response) -> None:
         self._outbox.append(response)
+        self._unsent_bytes += _size(response)
         self._waiting.set()
 
     async def write(self, send: Send) -> None:
@@ -149,10 +162,13 @@ class _Connection:
             self._waiting.clear()
             while self._outbox:
                 await send(serialize_messages(self._drained()))
+                self._has_moved.set()
 
     def _drained(self) -> Iterator[pb.Response]:
         while self._outbox:
-            yield self._outbox.popleft()
+            response = self._outbox.popleft()
+            self._unsent_bytes -= _size(response)
+            yield response
 
     async def finish(self) -> None:
         """Waits for the requests in flight; then the writer ends when all is sent."""
@@ -162,7 +178,13 @@ class _Connection:
 
     async def cancel(self, *others: asyncio.Task[None]) -> None:
         """Ends everything."""
+        self._is_closed = True
         tasks = [*others, *self._in_flight.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _size(response: pb.Response) -> int:
+    """Bytes of the embeddings in a response: to ask for its own size would serialize it."""
+    return 4 * response.encode.count * response.encode.dim

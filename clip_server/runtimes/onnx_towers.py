@@ -85,6 +85,7 @@ class Towers(ABC):
         self._sessions = sessions
         self._on_cpu = self._uses_cache = sessions.device == "cpu"
         self._folder: Path | None = None
+        self._opened: set[Tower] = set()
 
     @abstractmethod
     def origin(self, tower: Tower, /) -> str:
@@ -112,10 +113,12 @@ class Towers(ABC):
         return TextGraph(self._open("text"), self.card.text)
 
     def _open(self, tower: Tower) -> Graph:
-        was_cleared = self._folder is not None and not self._folder.is_dir()
-        if self._uses_cache and (self._folder is None or was_cleared):
+        # Looked at again if the tower was unloaded: its files may be damaged or gone by now.
+        is_known = self._folder is not None and self._folder.is_dir() and tower not in self._opened
+        if self._uses_cache and not is_known:
             self._folder = self._cached()
             self._uses_cache = self._folder is not None
+        self._opened.add(tower)
         if self._folder is None:
             return self.open_unprepared(tower)
         return self._sessions.open_prepared(self._folder / f"{tower}.onnx", self.origin(tower))

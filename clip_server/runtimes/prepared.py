@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +29,8 @@ import clip_server.towers
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_BLOCK = 1 << 20
+# Bytes that are read at a time, and the rows in which they are looked at.
+_BLOCK, _ROWS = 1 << 20, 256
 _DIGEST_BYTES = 16
 
 
@@ -43,8 +45,13 @@ def folder() -> Path:
 
 
 def size() -> int:
-    """The bytes that prepared models take on the disk."""
-    return sum(file.stat().st_size for file in folder().rglob("*") if file.is_file())
+    """The bytes that prepared models take on the disk, as far as they can be read."""
+    found = 0
+    for place, _, names in os.walk(folder()):
+        for name in names:
+            with suppress(OSError):  # a server may just be replacing it
+                found += Path(place, name).lstat().st_size
+    return found
 
 
 def clear() -> None:
@@ -83,7 +90,7 @@ def find_or_make(
             if _is_intact(entry, key):  # another replica made it meanwhile
                 return entry
             for stale in (part, entry):
-                shutil.rmtree(stale, ignore_errors=True)
+                _remove(stale)
             free = shutil.disk_usage(entry.parent).free
             if free < needed_bytes:
                 raise CacheError(
@@ -96,10 +103,19 @@ def find_or_make(
                 _write_manifest(part, key)
                 part.rename(entry)
             finally:
-                shutil.rmtree(part, ignore_errors=True)
+                _remove(part)
     except OSError as error:
         raise CacheError(f"{entry.parent}: {error.strerror or error}") from error
     return entry
+
+
+def _remove(place: Path) -> None:
+    """Removes what is at a place, whatever it is, as far as this process may."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            place.unlink()
 
 
 def _entry_name(name: str, files: Sequence[Path], settings: Mapping[str, Any]) -> str:
@@ -162,14 +178,17 @@ def _is_intact(entry: Path, key: str) -> bool:
 
 
 def _checksum(file: Path) -> str:
-    """A checksum of a file's content, at the speed of memory: a digest of the sum of the words in
-    each block. It finds damage, not forgery."""
+    """A checksum of a file's content, at the speed of memory: a digest of sums of the words in each
+    block, of its rows and of its columns, so that their order matters. It finds damage, not
+    forgery."""
     sums = blake2b(digest_size=_DIGEST_BYTES)
-    block = np.empty(_BLOCK // 8, np.uint64)
+    block = np.empty((_ROWS, _BLOCK // _ROWS // 8), np.uint64)
+    content = block.reshape(-1).view(np.uint8)
     with file.open("rb", buffering=0) as source:
-        while count := source.readinto(block.data):
-            block.view(np.uint8)[count:] = 0
-            sums.update(int(block.sum(dtype=np.uint64)).to_bytes(8, "little"))
+        while count := source.readinto(content.data):
+            content[count:] = 0
+            for axis in (0, 1):
+                sums.update(block.sum(axis, dtype=np.uint64).data)
             sums.update(count.to_bytes(8, "little"))
     return sums.hexdigest()
 
