@@ -317,7 +317,7 @@ def test_cohere(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:
         ({"inputs": [{"content": [*content, *content]}]}, "inputs[0]"),
         ({"texts": ["a"], "embedding_types": ["int4"]}, "embedding_types"),
         ({"texts": ["a"], "truncate": "START"}, "truncate"),
-        ({"texts": ["a " * 200], "truncate": "NONE"}, "longer than the model reads"),
+        ({"texts": ["a", "a " * 200], "truncate": "NONE"}, "texts[1]: longer than the model"),
         ({"texts": ["a"], "output_dimension": 64}, "Matryoshka"),
         ({"texts": ["a"], "input_type": "poem"}, "input_type"),
     ):
@@ -340,7 +340,8 @@ def test_tei(api: Http, unit: dict[str, NDArray[np.float32]]) -> None:
         ({"inputs": []}, "inputs"),
         ({"inputs": [[1, 2]]}, "token ids"),
         ({"inputs": ["a", ""]}, "inputs[1]"),
-        ({"inputs": "a " * 200, "truncate": False}, "longer than the model reads"),
+        ({"inputs": "a " * 200, "truncate": False}, "inputs: longer than the model reads"),
+        ({"inputs": ["a", *["a " * 200] * 5], "truncate": False}, "inputs[3] and 2 more: longer"),
         ({"inputs": "a", "prompt_name": "query"}, "prompt_name"),
         ({"inputs": "a", "truncation_direction": "Left"}, "truncation_direction"),
     ):
@@ -371,12 +372,16 @@ def test_errors_have_the_form_of_the_api(api: Http) -> None:
             answer = api.request(method, path, **options)
             assert answer.status_code == status
             assert len(message(answer.json())) > 10
-    error = api.get("/v1/threads").json()["error"]
-    assert (error["type"], error["param"], error["code"]) == (
-        "invalid_request_error",
-        None,
-        "not_found",
-    )
+    for method, path in (("GET", "/v1/threads"), ("POST", "/v1/chat/completions")):
+        answer = api.request(method, path, json={"messages": []})
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert (error["type"], error["param"], error["code"]) == (
+            "invalid_request_error",
+            None,
+            "not_found",
+        )
+    assert "no POST /v2/rerank here" in api.post("/v2/rerank", json={}).json()["message"]
     error = api.get("/models/third").json()["error"]
     assert (error["param"], error["code"]) == ("model", "model_not_found")
 

@@ -428,7 +428,7 @@ def test_truncated_texts_are_counted(cache_bytes: int) -> None:
         fits, long = "cat " * 75, "cat " * 76
         items = [fits, long, image(5), long, f"{long} \u732b", ItemError("unfit")]
         for _ in range(2):  # the second time from the cache, if there is one
-            assert (await engine.encode(items)).truncated == 3
+            assert (await engine.encode(items)).truncated_items == [1, 3, 4]
         assert counted(engine, "truncated_texts") == 6
 
     run(work, cache_bytes=cache_bytes)

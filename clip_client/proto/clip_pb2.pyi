@@ -52,7 +52,7 @@ class EncodeRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., options: _Optional[_Union[Options, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("embeddings", "count", "dim", "errors", "timings", "truncated", "tokens")
+    __slots__ = ("embeddings", "count", "dim", "errors", "timings", "truncated", "tokens", "truncated_items")
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class EncodeResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_ITEMS_FIELD_NUMBER: _ClassVar[int]
     embeddings: bytes
     count: int
     dim: int
@@ -67,7 +68,8 @@ class EncodeResponse(_message.Message):
     timings: Timings
     truncated: int
     tokens: int
-    def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dim: _Optional[int] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+    truncated_items: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, embeddings: _Optional[bytes] = ..., count: _Optional[int] = ..., dim: _Optional[int] = ..., errors: _Optional[_Iterable[_Union[ItemError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., truncated: _Optional[int] = ..., tokens: _Optional[int] = ..., truncated_items: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankRequest(_message.Message):
     __slots__ = ("query", "candidates", "model")

@@ -81,7 +81,7 @@ class Encoded:
 
     embeddings: [N, D] float32; NaN in the rows of items that failed.
     errors: messages by index, for the items that failed.
-    truncated: number of texts longer than the model's context, whose end was dropped.
+    truncated_items: indices of the texts longer than the model's context, whose end was dropped.
     tokens: number of tokens that the model read, each text's start and end included.
     preprocess_seconds, queue_seconds, total_seconds: time until the last item was ready for the
         device, from then until it was handed to the device, and from the start until the answer.
@@ -89,7 +89,7 @@ class Encoded:
 
     embeddings: NDArray[np.float32]
     errors: dict[int, str]
-    truncated: int
+    truncated_items: list[int]
     tokens: int
     preprocess_seconds: float
     queue_seconds: float
@@ -212,7 +212,7 @@ class Engine:
             raise
         finally:
             self.in_flight_items -= len(items)
-            self.metrics.count_flaws(len(request.errors), request.truncated)
+            self.metrics.count_flaws(len(request.errors), len(request.truncated_items))
             if request.is_open():
                 self._drop(request)
             if timer:
@@ -220,7 +220,7 @@ class Engine:
         return Encoded(
             embeddings=request.embeddings,
             errors=dict(sorted(request.errors.items())),
-            truncated=request.truncated,
+            truncated_items=sorted(request.truncated_items),
             tokens=request.tokens,
             preprocess_seconds=request.preprocess_seconds,
             queue_seconds=request.queue_seconds,

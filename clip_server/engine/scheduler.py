@@ -31,7 +31,7 @@ class PendingRequest:
     request_id: its name in the log.
     embeddings: [size, D] float32; NaN until an item's is computed.
     errors: messages by index, for the items that failed.
-    truncated: number of texts longer than the model's context.
+    truncated_items: indices of the texts longer than the model's context.
     tokens: number of tokens of the texts that have embeddings.
     done: set when every item has an embedding or an error.
     prepared, submitted: times at which the last item was ready for the device, and was handed to
@@ -40,7 +40,8 @@ class PendingRequest:
 
     __slots__ = (
         "_open", "_unprepared", "done", "embeddings", "errors", "minibatch_size", "number",
-        "prepared", "request_id", "size", "started", "submitted", "tokens", "truncated",
+        "prepared", "request_id", "size", "started", "submitted", "tokens",
+        "truncated_items",
     )  # fmt: skip
 
     def __init__(self, number: int, size: int, dim: int, minibatch_size: int) -> None:
@@ -48,7 +49,8 @@ class PendingRequest:
         self.request_id = logs.request_id.get()
         self.embeddings = np.full((size, dim), np.nan, np.float32)
         self.errors: dict[int, str] = {}
-        self.truncated = self.tokens = 0
+        self.truncated_items: list[int] = []
+        self.tokens = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = time.perf_counter()
         self.prepared = self.submitted = self.started
@@ -84,7 +86,8 @@ class PendingRequest:
         tokens: of its text that the model read; 0 of an image.
         """
         self.embeddings[index] = embedding
-        self.truncated += truncated
+        if truncated:
+            self.truncated_items.append(index)
         self.tokens += tokens
         self._close_item()
 

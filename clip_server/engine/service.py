@@ -118,7 +118,8 @@ class Service:
         response.embeddings = embeddings.astype("<f4", copy=False).tobytes()
         response.count, response.dim = embeddings.shape
         response.errors.extend(item_errors(encoded.errors))
-        response.truncated, response.tokens = encoded.truncated, encoded.tokens
+        response.truncated, response.tokens = len(encoded.truncated_items), encoded.tokens
+        response.truncated_items.extend(encoded.truncated_items)
         _set_timings(response.timings, encoded)
 
     async def rank(

@@ -39,9 +39,11 @@ from clip_server.gateway.http_messages import (
     PROTOBUF,
     answer_errors_in,
     ask,
+    error_dialect,
     error_handlers,
     json_error,
     json_response,
+    own_error,
     protobuf_response,
     refuse,
 )
@@ -122,7 +124,7 @@ class HttpListener(Listener):
 
         async def answer_other(request: Request) -> Response:
             """Any other path is an endpoint of the flow, as in Jina."""
-            if request.method != "POST":
+            if request.method != "POST" or self._is_unknown_to_its_api(request.scope):
                 raise HTTPException(404)
             return await clip.answer(request)
 
@@ -170,6 +172,14 @@ class HttpListener(Listener):
         routes = [*clip.routes(), *dialects, *pages]
         app.router = _TableRouter(routes, default=request_response(answer_other))
         return app
+
+    def _is_unknown_to_its_api(self, scope: Scope) -> bool:
+        """Whether a path without a route begins as those of another server's API, such as
+        `/v1/rerank`, and only the encoder would answer it, which answers any endpoint."""
+        path = scope["path"]
+        if error_dialect(scope) is own_error or self.router.binds(path):
+            return False
+        return self.router.route(path).is_direct
 
     async def _about(self, _: Request) -> Response:
         return json_response({"service": "CLIP as a microservice", "endpoints": _ENDPOINTS})

@@ -67,6 +67,10 @@ class Router:
         """The way of a request, as `Topology.route` finds it."""
         return self._topology.route(endpoint, model, target)
 
+    def binds(self, endpoint: str) -> bool:
+        """Whether an executor answers `endpoint` by name, as `Topology.binds`."""
+        return self._topology.binds(endpoint)
+
     async def call(self, request: pb.Request) -> pb.Response:
         """The response to `request`; an error on the way to the executor is in it too."""
         started, request_id, size = time.perf_counter(), request.id, request.ByteSize()

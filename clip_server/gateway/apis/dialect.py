@@ -24,10 +24,14 @@ from clip_client.scores import normalize
 from clip_server.errors import RequestError
 from clip_server.gateway.apis.embeddings_request import EmbeddingsRequest
 from clip_server.gateway.apis.entries import encode_request
+from clip_server.gateway.apis.inputs import PlacedItem
 from clip_server.gateway.http_messages import ask, json_response, parse_object, read_body
 from clip_server.gateway.listener import Listener
 from clip_server.gateway.topology import FlowExecutor
 from clip_server.rpc.errors import check_count
+
+# Items that an error names.
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,21 @@ class Dialect(ABC):
         for error in encoded.errors:
             raise RequestError(f"{asked.items[error.index].place}: {error.message}")
         if encoded.truncated and not asked.truncate:
-            raise RequestError(
-                f"truncate is false, and {encoded.truncated:,} of the texts are longer than the "
-                "model reads"
-            )
+            raise RequestError(_too_long(asked.items, encoded))
         embeddings = np.frombuffer(encoded.embeddings, "<f4").reshape(encoded.count, encoded.dim)
         if asked.dimensions:
             embeddings = embeddings[:, : asked.dimensions]
             embeddings = normalize(embeddings) if asked.normalize else embeddings
         return EmbeddingsResult(model_id(encoder, router.encoders), embeddings, encoded.tokens)
+
+
+def _too_long(items: Sequence[PlacedItem], encoded: pb.EncodeResponse) -> str:
+    """Names the texts that were truncated, where the request says not to."""
+    # Unknown where other executors of the flow take part.
+    places = [items[index].place for index in encoded.truncated_items]
+    named = ", ".join(places[:_MOST_NAMED]) or "texts"
+    more = f" and {len(places) - _MOST_NAMED:,} more" if len(places) > _MOST_NAMED else ""
+    return f"{named}{more}: longer than the model reads, and the request says not to truncate"
 
 
 def model_id(encoder: FlowExecutor, encoders: Sequence[FlowExecutor]) -> str:
