@@ -107,6 +107,44 @@ def test_other_apis_and_protobuf_take_compressed_bodies(http: Http) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "content_type", "body", "says"),
+    [
+        ("/encode", "application/json", b'{"data": [' + b"[]," * 10**6 + b"1]}", "brackets"),
+        ("/encode", "application/json", b'{"data": [' + b"1," * 4_000_001 + b"1]}", "commas"),
+        ("/v1/embeddings", "", b'{"input": [' + b'"a",' * 200_000 + b'"a"]}', "200,001 items"),
+        ("/encode", "application/x-protobuf", b"\x0a\0" * 600_000, "500,000 fields"),
+        ("/rank", "application/x-protobuf", b"\x12\0" * 600_000, "500,000 fields"),
+        ("/", "application/x-protobuf", b"\x0a\0" * 600_000, "500,000 fields"),
+        ("/encode", "application/x-protobuf", b"\x0a\0" * 200_000, "200,000 items"),
+    ],
+)
+def test_bodies_of_too_many_parts(
+    http: Http, path: str, content_type: str, body: bytes, says: str
+) -> None:
+    """They are refused before they are looked at, which would take the gateway many seconds."""
+    headers = {"content-type": content_type, "content-encoding": "gzip"}
+    answer = http.post(path, data=gzip.compress(body), headers=headers)
+    assert answer.status_code == 400
+    assert says in answer.text
+
+
+def test_messages_of_too_many_parts(onnx_server: Server) -> None:
+    message = b"\x0a\0" * 600_000
+    with onnx_server.channel() as channel:
+        for method in ("clip.v1.Clip/Encode", "jina.JinaSingleDataRequestRPC/process_single_data"):
+            call = channel.unary_unary(f"/{method}").future(message, timeout=PATIENCE_SECONDS)
+            assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "500,000 fields" in call.details()
+        stream = channel.stream_stream("/clip.v1.Clip/Stream")
+        (answer,) = stream(iter([message]), timeout=PATIENCE_SECONDS)
+    with connect(onnx_server.websocket, proxy=None) as link:
+        link.send(message)
+        for each in (answer, link.recv(PATIENCE_SECONDS)):
+            (response,) = pb.Responses.FromString(each).responses
+            assert "500,000 fields" in response.error.message
+
+
+@pytest.mark.parametrize(
     "body",
     [
         BODY,

@@ -18,6 +18,7 @@ from clip_server.errors import RequestError
 from clip_server.gateway import docarray_1_pb2 as pb
 from clip_server.gateway.documents import FlowDoc
 from clip_server.rpc.documents import ClipChunk, ClipDoc, ClipMatch
+from clip_server.rpc.message_fields import refuse_many_fields
 
 # The kinds of numbers an image may have.
 _NUMBERS = "biuf"
@@ -31,7 +32,12 @@ class Docarray1Request:
 
     @classmethod
     def parse(cls, message: bytes) -> Docarray1Request | None:
-        """From a serialized request; None if its documents are not docarray 1's."""
+        """From a serialized request; None if its documents are not docarray 1's.
+
+        Raises:
+            RequestError: it has too many fields.
+        """
+        refuse_many_fields(message, pb.Request.DESCRIPTOR)
         try:
             proto = pb.Request.FromString(message)
         except DecodeError:

@@ -27,6 +27,7 @@ from clip_server.gateway.compression import (
 )
 from clip_server.gateway.topology import UnansweredError, UnservedModelError
 from clip_server.rpc.errors import FAILED, error_response, request_error
+from clip_server.rpc.message_fields import refuse_many_fields
 from clip_server.rpc.multiplexing import Call
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def parse_message(kind: str, body: bytes) -> pb.Request:
     """
     request = pb.Request()
     message = getattr(request, kind)
+    refuse_many_fields(body, message.DESCRIPTOR)
     message.SetInParent()
     try:
         message.MergeFromString(body)

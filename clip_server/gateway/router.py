@@ -105,13 +105,16 @@ class Router:
         """Counts what a request has to be encoded as in flight.
 
         Raises:
-            RequestError: it would wait for too long.
+            RequestError: they are too many, or would wait for too long.
         """
         items = items_to_encode(request)
         if items is None:
             return nullcontext()
         model = getattr(getattr(request, str(request.WhichOneof("body"))), "model", "")
-        backlog, work = self._topology.encoder(model).backlog, Work.of(items)
+        encoder = self._topology.encoder(model)
+        if encoder.info:
+            check_count(len(items), encoder.info.max_request_items)
+        backlog, work = encoder.backlog, Work.of(items)
         note_work(backlog, work)
         return backlog.hold(work)
 

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.rpc.errors import FAILED, request_error
+from clip_server.rpc.message_fields import refuse_many_fields
 from clip_server.rpc.multiplexing import Call, StreamServer
 
 log = logging.getLogger(__name__)
@@ -108,8 +109,9 @@ def parse(form: type[Any], message: bytes) -> Any:
     """A message of this form.
 
     Raises:
-        RequestError: it is not one.
+        RequestError: it is not one, or has too many fields.
     """
+    refuse_many_fields(message, form.DESCRIPTOR)
     try:
         return form.FromString(message)
     except DecodeError:

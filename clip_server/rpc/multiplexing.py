@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 
 from google.protobuf.message import DecodeError
 
@@ -17,6 +18,7 @@ from clip_client.envelope import serialize_messages
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.rpc.errors import error_response
+from clip_server.rpc.message_fields import refuse_many_fields
 
 Call = Callable[[pb.Request], Awaitable[pb.Response]]
 Send = Callable[[bytes], Awaitable[None]]
@@ -26,6 +28,19 @@ _MAX_STARTED_BEFORE_FLUSH = 128
 # Bytes of embeddings that wait to be sent, beyond which no more requests are begun: a client that
 # does not read its responses would fill the memory.
 _MOST_UNSENT_BYTES = 32 << 20
+
+
+def parse_requests(message: bytes) -> Sequence[pb.Request]:
+    """The requests in serialized `Requests`.
+
+    Raises:
+        RequestError: there are none, or the message has too many fields.
+    """
+    refuse_many_fields(message, pb.Requests.DESCRIPTOR)
+    with suppress(DecodeError):
+        if requests := pb.Requests.FromString(message).requests:
+            return requests
+    raise RequestError("the message is no clip.v1 Requests")
 
 
 class StreamServer:
@@ -120,12 +135,9 @@ class _Connection:
 
     def _requests(self, message: bytes) -> Iterator[pb.Request]:
         try:
-            requests = pb.Requests.FromString(message).requests
-        except DecodeError:
-            requests = None
-        if not requests:
-            self._put(error_response(0, RequestError("the message is no clip.v1 Requests")))
-        yield from requests or ()
+            yield from parse_requests(message)
+        except RequestError as error:
+            self._put(error_response(0, error))
 
     def _begin(self, request: pb.Request) -> None:
         if request.HasField("cancel"):

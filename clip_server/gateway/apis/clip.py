@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from starlette import routing
 from starlette.requests import Request
 from starlette.responses import Response
@@ -46,6 +45,7 @@ from clip_server.gateway.listener import Listener
 from clip_server.gateway.observation import current
 from clip_server.gateway.topology import FlowExecutor, Route
 from clip_server.rpc.errors import check_count
+from clip_server.rpc.grpc_service import parse
 
 # The endpoints whose requests and answers are messages of clip.v1 as well.
 _MESSAGES = tuple(f"/{kind}" for kind in ("encode", "rank", *KINDS))
@@ -92,10 +92,7 @@ class ClipApi:
 
     async def _answer_several(self, body: bytes, request: Request) -> Response:
         """The response to requests that share a body, as they would share a message of a stream."""
-        try:
-            requests = pb.Requests.FromString(body).requests
-        except DecodeError:
-            raise RequestError("the body is not a serialized Requests") from None
+        requests = parse(pb.Requests, body).requests
         check_count(len(requests), self._listener.router.max_request_items)
         if observed := current():
             observed.is_envelope = True

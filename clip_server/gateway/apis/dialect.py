@@ -94,9 +94,17 @@ class Dialect(ABC):
 
         async def endpoint(request: Request) -> Response:
             body = parse_object(await read_body(request, self._most_bytes), self.example)
+            self._check_counts(body)
             return json_response(await answer(body, request))
 
         return Route(path, endpoint, methods=["POST"])
+
+    def _check_counts(self, body: Mapping[str, Any]) -> None:
+        """Raises RequestError if a list in a body is longer than a request may have items: before
+        any of them is looked at, which takes time that others wait."""
+        for value in body.values():
+            if isinstance(value, list):
+                check_count(len(value), self._listener.router.max_request_items)
 
     async def _embed(self, asked: EmbeddingsRequest, request: Request) -> EmbeddingsResult:
         """The embeddings that a request asks for.

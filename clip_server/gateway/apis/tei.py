@@ -37,6 +37,7 @@ class TeiApi(Dialect):
     async def answer(self, body: Mapping[str, Any], request: Request) -> Response:
         """The response to a body sent to `/`."""
         answer_errors_in(self.error, request.scope)
+        self._check_counts(body)
         return json_response(await self._embeddings(body, request))
 
     def error(self, status: int, code: str, message: str) -> Any:
