@@ -44,7 +44,7 @@ from llama_index.core.schema import TextNode
 from clip_client.integrations.llama_index import ClipEmbedding
 
 server, cat, *texts = sys.argv[1:]
-clip = ClipEmbedding(server, embed_batch_size=2)
+clip = ClipEmbedding(server, embed_batch_size=2, num_workers=2, callback_manager=None)
 index = VectorStoreIndex([TextNode(text=text) for text in texts], embed_model=clip)
 found = index.as_retriever(similarity_top_k=1).retrieve("a pizza")
 print(json.dumps({

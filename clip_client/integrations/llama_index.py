@@ -22,9 +22,11 @@ except ImportError as error:
 class ClipEmbedding(MultiModalEmbedding):
     """Embeddings of texts and images by a server, of length 1.
 
-    server, **options: the arguments of `Client`.
+    server: the first argument of `Client`.
     model_name: one of several models of the server; by default its first.
     embed_batch_size: items per request.
+    options: further arguments of `Client`, and fields of LlamaIndex's embeddings, such as
+        `callback_manager`, `num_workers` and `embeddings_cache`.
 
     Every method raises as `Client.encode`.
     """
@@ -37,12 +39,11 @@ class ClipEmbedding(MultiModalEmbedding):
         *,
         model_name: str | None = None,
         embed_batch_size: int = 32,
-        callback_manager: Any = None,
         **options: Any,
     ) -> None:
-        shown = {"callback_manager": callback_manager} if callback_manager else {}
+        fields = {name: options.pop(name) for name in type(self).model_fields if name in options}
         super().__init__(
-            model_name=model_name or server, embed_batch_size=embed_batch_size, **shown
+            model_name=model_name or server, embed_batch_size=embed_batch_size, **fields
         )
         self._embedder = UnitEmbedder(server, model_name, options)
 
