@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import cohere
+import infinity_client
 import litellm
 import openai
+from huggingface_hub import InferenceClient
+from infinity_client.api.default import embeddings as infinity_embeddings
+from infinity_client.models import OpenAIEmbeddingInputImage, OpenAIEmbeddingInputText
 from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai import OpenAIEmbedding
 
@@ -48,7 +52,20 @@ def main(url: str, image: str) -> None:
         "litellm": litellm.embedding(
             f"openai/{MODEL}", [TEXT], api_base=v1, api_key="none", encoding_format="float"
         ).data[0]["embedding"],
+        "litellm image": litellm.embedding(
+            f"openai/{MODEL}", [uri], api_base=v1, api_key="none", input_type="image"
+        ).data[0]["embedding"],
+        # As it calls TEI.
+        "hugging face": InferenceClient(model=url)
+        .feature_extraction(TEXT, normalize=True, truncate=True)[0]
+        .tolist(),
     }
+    infinity = infinity_client.Client(base_url=url)
+    for name, body in (
+        ("infinity", OpenAIEmbeddingInputText(input_=[TEXT])),
+        ("infinity image", OpenAIEmbeddingInputImage(input_=[uri])),
+    ):
+        found[name] = infinity_embeddings.sync(client=infinity, body=body).data[0].embedding
     ours = cohere.ClientV2(api_key="none", base_url=url)
     forms = ["float", "int8", "ubinary"]
     texts = ours.embed(model=MODEL, input_type="search_query", texts=[TEXT], embedding_types=forms)

@@ -15,7 +15,15 @@ from conftest import SAMPLES, Server
 from clip_client import Client
 from clip_client.quantization import quantize
 
-PACKAGES = ("openai", "cohere", "langchain-openai", "litellm", "llama-index-embeddings-openai")
+PACKAGES = (
+    "openai",
+    "cohere",
+    "huggingface-hub",
+    "infinity-client",
+    "langchain-openai",
+    "litellm",
+    "llama-index-embeddings-openai",
+)
 CAT = SAMPLES / "cat.png"
 
 
