@@ -20,6 +20,7 @@ GROUND = [
     "clip_server.watched_files",
     "clip_server.launch.tracing",
     "clip_server.launch.heartbeats",
+    "clip_server.launch.gateway_group",
     "clip_server.commands.console",
 ]
 # A module may import its own room and those to the right of it, nothing else of ours.
@@ -34,6 +35,7 @@ ALLOWED = {
     "clip_server.watched_files": ["clip_server.errors"],
     "clip_server.launch.tracing": [],
     "clip_server.launch.heartbeats": [],
+    "clip_server.launch.gateway_group": [],
     "clip_server.commands.console": [],
     "clip_server.keys": ["clip_server.errors", "clip_server.watched_files",
                          "clip_server.commands.console"],

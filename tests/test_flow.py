@@ -104,6 +104,10 @@ USES = f"{CLIP}.uses"
         ("with.cors", "no", ["with: cors: 'no'"]),
         ("with.prefetch", -1, ["with: prefetch: -1"]),
         ("with.max_request_bytes", "1GB", ["max_request_bytes: '1GB'"]),
+        ("with.gateways", 0, ["with: gateways: 0", "from 1 to 64"]),
+        ("gateway", {"gateways": "two"}, ["gateway: gateways: 'two'", "from 1 to 64"]),
+        ("gateway", {"uses": "Mine", "gateways": 2}, ["gateways: 2", "gateway of your own"]),
+        (f"{CLIP}.gateways", 2, ["'gateways'", "belongs under with:"]),
         # The shape.
         ("jtype", "Flwo", ["jtype: Flwo"]),
         ("version", "2", ["version: 2"]),

@@ -45,6 +45,16 @@ FAULTS = {
         "except OSError: print('failed')",
         "failed",
     ),
+    "its search for free ports knows of none that processes share": (
+        "import socket\n"
+        "from jina.helper import is_port_free\n"
+        "first = socket.socket()\n"
+        "first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n"
+        "first.bind(('127.0.0.1', 0))\n"
+        "first.listen()\n"
+        "print(is_port_free(*first.getsockname()))",
+        "False",
+    ),
     "its document without annotations refers to itself": (
         "from jina.serve.executors import LegacyDocumentJina\n"
         "print(LegacyDocumentJina.__fields__['chunks'].outer_type_)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -73,24 +74,28 @@ class Load:
         self.end()
 
 
-def listening(server: Server) -> dict[int, psutil.Process]:
-    """The gateway and the executors that have started, by the port that each listens on."""
-    found = {}
+def listening(server: Server) -> list[tuple[int, psutil.Process]]:
+    """The gateways and the executors that have started, with each port that they listen on."""
+    found = []
     for process in server.family()[1:]:
         with suppress(psutil.Error):
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found[connection.laddr.port] = process
-    return found
+                    found.append((connection.laddr.port, process))
+    return sorted(found, key=lambda each: each[0])
 
 
-def gateway(server: Server) -> psutil.Process:
-    return listening(server)[server.ports[0]]
+def ports(server: Server) -> list[int]:
+    """One that several processes share comes several times."""
+    return [port for port, _ in listening(server)]
+
+
+def gateways(server: Server) -> list[psutil.Process]:
+    return [process for port, process in listening(server) if port == server.ports[0]]
 
 
 def executors(server: Server) -> list[psutil.Process]:
-    found = listening(server)
-    return [found[port] for port in sorted(found) if port not in server.ports]
+    return [process for port, process in listening(server) if port not in server.ports]
 
 
 def is_ready(server: Server) -> bool:
@@ -108,17 +113,23 @@ def health(server: Server) -> int:
 @contextmanager
 def replaced(server: Server, victims: list[psutil.Process]) -> Iterator[None]:
     """Whatever is done to processes: they are replaced, and the server is ready again."""
-    before = set(listening(server))
+    before = ports(server)
     yield
     assert eventually(lambda: not any(map(is_alive, victims)))
-    assert eventually(lambda: set(listening(server)) == before)
+    assert eventually(lambda: ports(server) == before)
     assert eventually(lambda: is_ready(server))
 
 
 @pytest.fixture(scope="module")
 def two_replicas(start: Start) -> Server:
+    """And two gateways."""
     spec = flow()
-    spec["with"] |= {"max_restarts": 50, "silence_seconds": 1.5, "hang_seconds": 4}
+    spec["with"] |= {
+        "max_restarts": 50,
+        "silence_seconds": 1.5,
+        "hang_seconds": 4,
+        "gateways": 2,
+    }
     spec["executors"][0]["replicas"] = 2
     return start(spec)
 
@@ -140,8 +151,9 @@ def test_what_dies_comes_back(start: Start) -> None:
             hold.unlink()
             np.testing.assert_allclose(client.encode(TEXTS), expected, atol=1e-4)
         assert eventually(lambda: health(server) == health_pb2.HealthCheckResponse.SERVING)
-        with replaced(server, [gateway(server)]):
-            gateway(server).kill()
+        (victim,) = gateways(server)
+        with replaced(server, [victim]):
+            victim.kill()
             np.testing.assert_allclose(client.encode(TEXTS), expected, atol=1e-4)
     for said in (
         "clip/rep-0 was killed (SIGKILL), perhaps because memory ran out: restarting",
@@ -173,9 +185,10 @@ def test_every_process_killed_in_turn_under_load(two_replicas: Server) -> None:
         for choose in (
             lambda: executors(server)[:1],
             lambda: executors(server)[1:],
-            lambda: [gateway(server)],
+            lambda: gateways(server)[:1],
+            lambda: gateways(server)[1:],
             lambda: executors(server),
-            lambda: [gateway(server), *executors(server)],
+            lambda: [*gateways(server), *executors(server)],
         ):
             victims = choose()
             answered = load.answered
@@ -184,6 +197,29 @@ def test_every_process_killed_in_turn_under_load(two_replicas: Server) -> None:
                     victim.kill()
             assert eventually(lambda answered=answered: load.answered > answered + 20)
     assert not load.problems
+    assert server.metrics()["gateway_up"] == 2
+    assert "gateway/rep-1 is ready again" in server.output()
+
+
+@pytest.mark.slow
+def test_a_gateway_that_is_stopped_is_restarted(two_replicas: Server) -> None:
+    """Its siblings answer meanwhile, and say that it does not."""
+    server = two_replicas
+    victim = gateways(server)[0]
+    with replaced(server, [victim]):
+        victim.suspend()
+        assert eventually(lambda: _gateways_up(server) == 1)
+    assert eventually(lambda: _gateways_up(server) == 2)
+    assert re.search(r"gateway/rep-\d: showed no sign of life", server.output())
+
+
+def _gateways_up(server: Server) -> float | None:
+    """As a gateway says that answers; None: none does in time."""
+    with suppress(requests.RequestException):
+        text = requests.get(f"{server.http}/metrics", timeout=2).text
+        up = re.findall(r"^clip_gateway_up\{.*\} (\d)", text, re.MULTILINE)
+        return sum(map(float, up))
+    return None
 
 
 @pytest.mark.slow
@@ -259,7 +295,7 @@ def test_a_collection_survives_its_indexer(start: Start, tmp_path: Path) -> None
     server = start(search_flow(tmp_path / "rows"))
     with Client(server.grpc) as client:
         client.index(TEXTS)
-        for choose in (lambda: executors(server), lambda: [gateway(server)]):
+        for choose in (lambda: executors(server), lambda: gateways(server)):
             victims = choose()
             with replaced(server, victims):
                 for victim in victims:
@@ -301,7 +337,7 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
     spec["with"]["grace_seconds"] = 60
     server = start(spec)
     executors(server)[0].suspend()
-    gateway(server).suspend()
+    gateways(server)[0].suspend()
     server.process.send_signal(signal.SIGTERM)
     server.wait_for_output("draining in-flight requests")
     time.sleep(0.5)  # one that came sooner would count as the same
@@ -311,10 +347,13 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_draining_answers_what_was_begun(start: Start) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_draining_answers_what_was_begun(start: Start, count: int) -> None:
     """Clients with a connection each, and with a new one for each request, when the terminal is
     closed, whose signal reaches the whole process group."""
-    server = start(flow())
+    spec = flow()
+    spec["with"]["gateways"] = count
+    server = start(spec)
     lost: list[str] = []
     told = threading.Event()
 

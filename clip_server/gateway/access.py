@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from clip_server.errors import RequestError
 from clip_server.gateway.http_messages import error_dialect, json_error
 from clip_server.keys.keyring import KeyRing
+from clip_server.launch.gateway_group import SharedCounts
 from clip_server.rpc.grpc_service import Context, abort
 
 # Headers that hold the key alone, as clients of other embedding services send it.
@@ -49,12 +49,17 @@ class Access:
 
     keyring: the keys that are allowed; None: callers need none.
     public_metrics: whether `/metrics` needs no key.
+    counts: the items in flight of each key, those of other gateways too.
     """
 
-    def __init__(self, keyring: KeyRing | None = None, public_metrics: bool = False) -> None:
-        self._keyring = keyring
+    def __init__(
+        self,
+        keyring: KeyRing | None = None,
+        public_metrics: bool = False,
+        counts: SharedCounts | None = None,
+    ) -> None:
+        self._keyring, self._counts = keyring, counts or SharedCounts()
         self._open_paths = {*_OPEN_PATHS, *([_METRICS_PATH] if public_metrics else [])}
-        self._in_flight: Counter[str] = Counter()
 
     def is_open(self, path: str) -> bool:
         """Whether an HTTP path needs no key."""
@@ -76,7 +81,7 @@ class Access:
         key = self._keyring.find(secret)
         if key is None:
             raise _unauthenticated(f"the key is not one that this server accepts: {_HOW}")
-        _caller.set(_Caller(key.name, key.digest, self._keyring, self._in_flight))
+        _caller.set(_Caller(key.name, key.digest, self._keyring, self._counts))
 
 
 @dataclass(frozen=True)
@@ -86,19 +91,25 @@ class _Caller:
     name: str
     _digest: bytes
     _keyring: KeyRing
-    _in_flight: Counter[str] = field(compare=False)
+    _counts: SharedCounts = field(compare=False)
 
     @contextmanager
     def admit(self, items: int) -> Iterator[None]:
         key = self._keyring.current(self._digest)
         if key is None:  # it was removed while the connection is open
             raise _unauthenticated(f"the key is no longer accepted by this server: {_HOW}")
-        self._refuse_beyond(key.max_in_flight_items, items)
-        self._in_flight[self.name] += items
+        # Counted before they are looked at: of two gateways at least one sees the items of both.
+        self._counts.add(self._items, items)
         try:
+            self._refuse_beyond(key.max_in_flight_items, items)
             yield
         finally:
-            self._in_flight[self.name] -= items
+            self._counts.add(self._items, -items)
+
+    @property
+    def _items(self) -> str:
+        """The name of the number of its items in flight."""
+        return f"items of key {self.name}"
 
     def _refuse_beyond(self, limit: int | None, items: int) -> None:
         if limit is None:
@@ -109,7 +120,7 @@ class _Caller:
                 f"fewer in one, with the Python client by a batch_size of {limit} or less",
                 "RESOURCE_EXHAUSTED",
             )
-        in_flight = self._in_flight[self.name]
+        in_flight = self._counts.total(self._items) - items
         if in_flight + items > limit:
             raise RequestError(
                 f"{in_flight:,} items of this key are in flight, and it may have {limit:,}; try "

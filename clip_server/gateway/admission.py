@@ -18,6 +18,7 @@ from typing import NamedTuple
 from clip_client.proto import clip_pb2 as pb
 from clip_server.errors import RequestError
 from clip_server.gateway.replicas import Counts, ReplicaPool
+from clip_server.launch.gateway_group import SIZE_CLASSES, WorkInFlight
 
 # Between two looks at what the replicas have done: while requests wait for the rate, and else.
 _TRIAL_SECONDS, _BUSY_SECONDS = 0.02, 0.25
@@ -50,7 +51,7 @@ class Work(NamedTuple):
     @property
     def size_class(self) -> int:
         """Requests of up to twice as many items are in one class."""
-        return (self.texts + self.images).bit_length()
+        return min((self.texts + self.images).bit_length(), SIZE_CLASSES - 1)
 
 
 class Backlog:
@@ -58,11 +59,12 @@ class Backlog:
 
     pool: the encoder's replicas.
     max_wait: seconds that a request may be expected to wait for its turn; 0: any time.
+    in_flight: the work, that of other gateways too.
     """
 
-    def __init__(self, pool: ReplicaPool, max_wait: float) -> None:
+    def __init__(self, pool: ReplicaPool, max_wait: float, in_flight: WorkInFlight) -> None:
         self._pool, self._max_wait = pool, max_wait
-        self._in_flight: dict[int, Work] = {}  # by class of size
+        self._in_flight = in_flight
         self._rate = _Rate()
         self._trials = [_Trial(items, len(pool), max_wait) for items in _TRIAL_ITEMS]
         self._busy, self._busy_since = asyncio.Event(), math.inf
@@ -144,11 +146,8 @@ class Backlog:
         return self._trials[work.images > 0].turn(work)
 
     def _add(self, size_class: int, texts: int, images: int) -> None:
-        held = self._in_flight.pop(size_class, Work())
-        work = Work(held.texts + texts, held.images + images)
-        if any(work):
-            self._in_flight[size_class] = work
-        if not self._in_flight:
+        self._in_flight.add(size_class, texts, images)
+        if not self._in_flight.own_items:
             self._busy.clear()
             self._busy_since = math.inf
         elif self._busy_since == math.inf:
@@ -159,8 +158,8 @@ class Backlog:
         """Seconds until the turn of a request: half of the batches are of the smallest requests,
         the others of the oldest."""
         total = ahead = 0.0
-        for each, work in self._in_flight.items():
-            seconds = self._rate.seconds(work)
+        for each, texts, images in self._in_flight.by_class():
+            seconds = self._rate.seconds(Work(texts, images))
             total += seconds
             if each <= size_class:
                 ahead += seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,6 +24,7 @@ from clip_server.gateway.observation import (
     join_host_port,
 )
 from clip_server.gateway.observed_app import ObservedApp, observed_in
+from clip_server.launch.gateway_group import SharedCounts
 
 # Of a request's line and headers.
 _MOST_HEAD_BYTES = 64 << 10
@@ -32,6 +32,8 @@ _MOST_HEAD_BYTES = 64 << 10
 SLOWEST_BODY = 16 << 10
 # A connection beyond the limit has this long to send a request, and learn why it is closed.
 _BEYOND_LIMIT_SECONDS = 1.0
+# The name of their number.
+_ALL = "connections"
 # When the client of one may try again.
 _RETRY_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
@@ -66,27 +68,34 @@ class ConnectionBounds:
 
 
 class Connections:
-    """Counts the open connections of all ports, by the addresses of their clients."""
+    """Counts the open connections of all ports, by the addresses of their clients.
 
-    def __init__(self, bounds: ConnectionBounds) -> None:
-        self.bounds = bounds
-        self._open: Counter[str] = Counter()
+    counts: those of other gateways are added to.
+    """
+
+    def __init__(self, bounds: ConnectionBounds, counts: SharedCounts) -> None:
+        self.bounds, self.counts = bounds, counts
 
     def add(self, address: str) -> RequestError | None:
         """Counts a connection. Returns why it is one too many; None: it is not."""
-        self._open[address] += 1
+        of_address = self._count(address, 1)
         bounds = self.bounds
-        if self._open[address] > bounds.max_connections_per_address:
+        if self.counts.total(of_address) > bounds.max_connections_per_address:
             return too_many_of_address(bounds.max_connections_per_address)
-        if self._open.total() > bounds.max_connections:
+        if self.counts.total(_ALL) > bounds.max_connections:
             return _too_many(f"{bounds.max_connections:,} connections (max_connections)")
         return None
 
     def remove(self, address: str) -> None:
         """Counts a connection as closed."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]
+        self._count(address, -1)
+
+    def _count(self, address: str, number: int) -> str:
+        """Adds a number of connections of an address. Returns the name of their number."""
+        of_address = f"{_ALL} of {address}"
+        self.counts.add(of_address, number)
+        self.counts.add(_ALL, number)
+        return of_address
 
 
 def too_many_of_address(most: int) -> RequestError:

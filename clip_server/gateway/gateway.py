@@ -34,7 +34,7 @@ from clip_server.gateway.tls import Tls, TlsFiles
 from clip_server.gateway.topology import FlowExecutor, Topology
 from clip_server.gateway.websocket import WebSocketListener
 from clip_server.keys.keyring import open_keyring
-from clip_server.launch import heartbeats, jina_internals
+from clip_server.launch import gateway_group, heartbeats, jina_internals
 from clip_server.launch.process_setup import (
     die_with_parent,
     raise_descriptor_limit,
@@ -66,6 +66,7 @@ class ClipGateway(BaseServer, BaseGateway):
     max_wait: seconds; a request that would wait longer for its turn is refused. 0: never.
     grace_seconds: requests in flight have so long to finish when the server is told to end.
     silence_seconds: see ReplicaPool.
+    number: of this gateway, where several share the ports.
     arguments: the keys of ConnectionBounds, and those of Jina.
     """
 
@@ -80,6 +81,7 @@ class ClipGateway(BaseServer, BaseGateway):
         max_wait: float = 1.0,
         grace_seconds: float = 8.0,
         silence_seconds: float = SILENCE_SECONDS,
+        number: int = 0,
         **arguments: Any,
     ) -> None:
         names = [each.name for each in fields(ConnectionBounds)]
@@ -93,9 +95,10 @@ class ClipGateway(BaseServer, BaseGateway):
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
         timed = jina_internals.gateway_timer(self)
-        self._pools = replica_pools(
-            json.loads(args.deployments_addresses), timeout, timed, silence_seconds
-        )
+        deployments = json.loads(args.deployments_addresses)
+        self._group, self._number = gateway_group.formed(len(deployments)), number
+        self._counts = self._group.counts(number)
+        self._pools = replica_pools(deployments, timeout, timed, silence_seconds, self._counts)
         self._max_queued_bytes, self._max_wait = max_queued_bytes, max_wait
         self._grace_seconds = grace_seconds
         self._options = ListenerOptions(
@@ -104,9 +107,10 @@ class ClipGateway(BaseServer, BaseGateway):
             args.grpc_server_options or {},
             grpc.Compression[args.compression or "NoCompression"],
             _tls(args, ssl_ca_certs),
-            Access(open_keyring(auth_file), public_metrics),
-            Connections(bounds),
+            Access(open_keyring(auth_file), public_metrics, self._counts),
+            Connections(bounds, self._counts),
             page,
+            self._group.size,
         )
         self._opened: list[Listener] = []
         self._background: list[asyncio.Task[None]] = []
@@ -114,11 +118,13 @@ class ClipGateway(BaseServer, BaseGateway):
 
     async def setup_server(self) -> None:
         """Opens the ports once the executors answer."""
-        self._background.append(asyncio.create_task(_beat(self.ports[0])))
+        self._background.append(asyncio.create_task(_beat(heartbeats.gateway_slot(self._number))))
         topology = await self._discover()
         if topology is None:
             return
-        metrics = GatewayMetrics()
+        metrics = GatewayMetrics(self._group, self._number)
+        self._siblings = metrics.siblings
+        await self._siblings.serve()
         observer = Observer(metrics, {*PATHS, *topology.endpoints()}, self.tracer)
         self._lifecycle = Lifecycle(topology.can_answer)
         jina = JinaRequestHandler(
@@ -128,7 +134,8 @@ class ClipGateway(BaseServer, BaseGateway):
             self._lifecycle,
             self.runtime_args.prefetch,
         )
-        router = Router(topology, jina, await open_collection(topology), self._max_queued_bytes)
+        collection = await open_collection(topology)
+        router = Router(topology, jina, collection, self._max_queued_bytes, self._counts)
 
         async def call(request: pb.Request) -> pb.Response:
             items = (count_items(request) or 0) + len(request.rank.candidates)
@@ -171,9 +178,9 @@ class ClipGateway(BaseServer, BaseGateway):
                 endpoints[pool.name],
                 info if info and info.dim else None,
                 bool(info and info.HasField("collection")),
-                Backlog(pool, self._max_wait),
+                Backlog(pool, self._max_wait, self._group.work(self._number, index)),
             )
-            for pool, info in zip(self._pools, infos, strict=True)
+            for index, (pool, info) in enumerate(zip(self._pools, infos, strict=True))
             if pool.name in endpoints
         ]
         return Topology(executors, json.loads(self.runtime_args.graph_conditions))
@@ -190,6 +197,7 @@ class ClipGateway(BaseServer, BaseGateway):
         end = time.monotonic() + self._grace_seconds
         if opened:
             await self._lifecycle.drain(self._grace_seconds)
+            await self._siblings.close()
         seconds = max(_LEAST_CLOSING_SECONDS, end - time.monotonic())
         await asyncio.gather(*(listener.stop(seconds) for listener in opened))
         for task in self._background:
@@ -200,10 +208,10 @@ class ClipGateway(BaseServer, BaseGateway):
         self._closed.set()
 
 
-async def _beat(port: int) -> None:
+async def _beat(slot: int) -> None:
     """Shows that the event loop turns, until cancelled."""
     while True:
-        heartbeats.beat(port)
+        heartbeats.beat(slot)
         await asyncio.sleep(heartbeats.INTERVAL_SECONDS)
 
 

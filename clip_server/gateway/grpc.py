@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -42,11 +43,14 @@ class GrpcListener(Listener):
     async def start(self) -> None:
         """Opens the port."""
         bounds = self.options.connections.bounds
+        self._connections = ConnectionsOfAddresses(
+            bounds, self.options.connections.counts, self._observe_refused
+        )
         self._server = grpc.aio.server(
             options=list(self._server_options().items()),
             interceptors=[
                 *self._bounds_on_messages(),
-                ConnectionsOfAddresses(bounds, self._observe_refused),
+                self._connections,
                 GrpcAccess(self.options.access, self._observe_refused),
                 GrpcInflation(self.options.max_request_bytes),
             ],
@@ -65,7 +69,9 @@ class GrpcListener(Listener):
         )
         self._bind()
         await self._server.start()
-        self._following = asyncio.create_task(self._report_health())
+        self._following = [asyncio.create_task(self._report_health())]
+        if self.options.shares_ports:
+            self._following.append(asyncio.create_task(self._connections.watch()))
 
     def _bounds_on_messages(self) -> list[MessagesInTime]:
         seconds = self.options.connections.bounds.body_timeout
@@ -97,8 +103,10 @@ class GrpcListener(Listener):
             "grpc.max_receive_message_length": self.options.max_request_bytes,
             "grpc.max_concurrent_streams": IN_FLIGHT,
             "grpc.max_connection_idle_ms": _IDLE_MS,
-            # Closes those beyond it, before they have said anything.
-            "grpc.max_allowed_incoming_connections": bounds.max_connections,
+            # Closes those beyond it, before they have said anything; counts those of this process.
+            "grpc.max_allowed_incoming_connections": math.ceil(
+                bounds.max_connections / self.options.gateways
+            ),
             **NO_GRPC_INFLATION,
             "grpc.http2.max_ping_strikes": 0,  # an idle client may ping as often as it likes
             "grpc.keepalive_time_ms": _KEEPALIVE_MS,
@@ -106,7 +114,8 @@ class GrpcListener(Listener):
             "grpc.keepalive_permit_without_calls": 1,
             "grpc.http2.max_pings_without_data": 0,
             **{name: round(1000 * value) for name, value in seconds.items() if value},
-            "grpc.so_reuseport": 0,  # a second server on the port is an error, not a lottery
+            # A second server on the port is an error, not a lottery.
+            "grpc.so_reuseport": int(self.options.shares_ports),
             **self.options.grpc_options,
         }
 
@@ -139,6 +148,7 @@ class GrpcListener(Listener):
         return count_connections()
 
     async def stop(self, seconds: float) -> None:
-        self._following.cancel()
+        for task in self._following:
+            task.cancel()
         self._streams.drain()
         await self._server.stop(grace=seconds)

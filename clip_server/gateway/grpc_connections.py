@@ -8,7 +8,6 @@ import base64
 import ipaddress
 import json
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -20,12 +19,14 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from clip_server.errors import RequestError
 from clip_server.gateway.connections import ConnectionBounds, too_many_of_address
 from clip_server.gateway.observation import join_host_port
+from clip_server.launch.gateway_group import SharedCounts
 from clip_server.rpc.grpc_service import Context, abort
 
 # The most sockets of one server that gRPC lists in one answer.
 _MOST_SOCKETS = 1 << 20
-# Between two looks at which connections are still open: listing thousands takes milliseconds.
-_LOOK_SECONDS = 0.25
+# Between two looks at which connections are still open, where one is to be admitted or another
+# gateway counts them: listing thousands takes milliseconds.
+_LOOK_SECONDS, _WATCH_SECONDS = 0.25, 1.0
 
 # The context in which a call of a method is refused.
 ObserveRefused: TypeAlias = Callable[[str, Context], AbstractContextManager[Any]]
@@ -46,13 +47,16 @@ class ConnectionsOfAddresses(grpc.aio.ServerInterceptor):
 
     A connection counts from its first call until it is closed. Those without a call are bounded by
     gRPC, together with the others of all addresses.
+
+    counts: those that other gateways have are added to.
     """
 
-    def __init__(self, bounds: ConnectionBounds, observe: ObserveRefused) -> None:
+    def __init__(
+        self, bounds: ConnectionBounds, counts: SharedCounts, observe: ObserveRefused
+    ) -> None:
         self._most, self._most_in_all = bounds.max_connections_per_address, bounds.max_connections
-        self._observe = observe
+        self._counts, self._observe = counts, observe
         self._admitted: set[str] = set()
-        self._of_address: Counter[str] = Counter()
         self._clients: dict[int, str] = {}
         self._looked = 0.0
 
@@ -81,15 +85,22 @@ class ConnectionsOfAddresses(grpc.aio.ServerInterceptor):
     def _is_admitted(self, client: str) -> bool:
         if client in self._admitted:
             return True
-        address = client.rpartition(":")[0]
-        is_full = self._of_address[address] >= self._most
+        of_address = _of_address(client)
+        is_full = self._counts.total(of_address) >= self._most
         if is_full or len(self._admitted) >= self._most_in_all:  # then some of them are closed
             self._forget_closed()
-        if self._of_address[address] >= self._most:
+        if self._counts.total(of_address) >= self._most:
             return False
         self._admitted.add(client)
-        self._of_address[address] += 1
+        self._counts.add(of_address, 1)
         return True
+
+    async def watch(self) -> None:
+        """Forgets closed connections in time for other gateways, until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if self._admitted:
+                self._forget_closed()
 
     def _forget_closed(self) -> None:
         now = time.monotonic()
@@ -98,8 +109,15 @@ class ConnectionsOfAddresses(grpc.aio.ServerInterceptor):
         self._looked = now
         known = self._clients
         self._clients = {each: known.get(each) or _client(each) for each in _open_sockets()}
-        self._admitted &= set(self._clients.values())
-        self._of_address = Counter(each.rpartition(":")[0] for each in self._admitted)
+        closed = self._admitted - set(self._clients.values())
+        self._admitted -= closed
+        for each in closed:
+            self._counts.add(_of_address(each), -1)
+
+
+def _of_address(client: str) -> str:
+    """The name of the count of connections like that of a client."""
+    return f"gRPC connections of {client.rpartition(':')[0]}"
 
 
 class MessagesInTime(grpc.aio.ServerInterceptor):

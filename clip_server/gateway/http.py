@@ -96,7 +96,8 @@ class HttpListener(Listener):
         config.load()
         if self.options.tls:
             config.ssl = self.options.tls.context()
-        self._server = _Server(config, self.options.handshake_seconds)
+        options = self.options
+        self._server = _Server(config, options.handshake_seconds, options.shares_ports)
         # The gateway's process has handlers of its own.
         self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
         self._serving = asyncio.create_task(self._server.serve())
@@ -217,7 +218,7 @@ class HttpListener(Listener):
         return json_response({"code": status.code, "description": status.description})
 
     async def _metrics(self, _: Request) -> Response:
-        text = self.observer.metrics.exposition(await self.router.metrics())
+        text = await self.observer.metrics.exposition(self.router.metrics())
         return Response(text, media_type=CONTENT_TYPE)
 
     async def _info(self, request: Request) -> Response:
@@ -265,14 +266,16 @@ class _TableRouter(Router):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with a bound on the time of TLS handshakes.
+    """uvicorn's server with a bound on the time of TLS handshakes, and a port that may be shared.
 
     handshake_seconds: None: without TLS.
     """
 
-    def __init__(self, config: uvicorn.Config, handshake_seconds: float | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, handshake_seconds: float | None, shares_port: bool
+    ) -> None:
         super().__init__(config)
-        self._handshake_seconds = handshake_seconds
+        self._handshake_seconds, self._shares_port = handshake_seconds, shares_port
 
     async def startup(self, sockets: Any = None) -> None:
         del sockets
@@ -292,6 +295,7 @@ class _Server(uvicorn.Server):
             ssl=config.ssl,
             ssl_handshake_timeout=self._handshake_seconds,
             backlog=config.backlog,
+            reuse_port=self._shares_port,
         )
         self.servers = [server]
         self.started = True

@@ -18,6 +18,7 @@ from clip_server.gateway.lifecycle import Lifecycle
 from clip_server.gateway.observation import Observer
 from clip_server.gateway.router import Router
 from clip_server.gateway.tls import Tls
+from clip_server.launch.gateway_group import SharedCounts
 from clip_server.rpc.errors import error_response
 from clip_server.rpc.multiplexing import Call
 
@@ -38,6 +39,7 @@ class ListenerOptions:
     access: who may call.
     connections: the open ones of all ports, and their bounds.
     page: whether browsers get a page at `/`.
+    gateways: processes that share the ports.
     """
 
     max_request_bytes: int
@@ -46,8 +48,16 @@ class ListenerOptions:
     compression: grpc.Compression = grpc.Compression.NoCompression
     tls: Tls | None = None
     access: Access = field(default_factory=Access)
-    connections: Connections = field(default_factory=lambda: Connections(ConnectionBounds()))
+    connections: Connections = field(
+        default_factory=lambda: Connections(ConnectionBounds(), SharedCounts())
+    )
     page: bool = True
+    gateways: int = 1
+
+    @property
+    def shares_ports(self) -> bool:
+        """Whether other gateways listen on the same ports."""
+        return self.gateways > 1
 
     @property
     def handshake_seconds(self) -> float | None:

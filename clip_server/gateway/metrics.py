@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -11,15 +12,21 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from clip_client.proto import clip_pb2 as pb
-from clip_server.rpc.metrics import SECONDS, merged
+from clip_server.gateway.siblings import Siblings
+from clip_server.launch.gateway_group import GatewayGroup
+from clip_server.rpc.metrics import SECONDS, merged, to_text
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class GatewayMetrics:
-    """What a gateway counts and measures."""
+    """What a gateway counts and measures.
 
-    def __init__(self) -> None:
+    siblings: the other gateways, whose metrics stand next to its own.
+    """
+
+    def __init__(self, group: GatewayGroup, number: int) -> None:
+        self.siblings = Siblings(group, number, lambda: to_text(self._registry))
         self._connections: dict[str, Callable[[], int]] = {}
         self._registry = CollectorRegistry()
         self._registry.register(_Connections(self._connections))
@@ -62,10 +69,14 @@ class GatewayMetrics:
         if code == "RESOURCE_EXHAUSTED":
             self._refused.labels(protocol).inc()
 
-    def exposition(self, of_replicas: Iterable[Metric]) -> bytes:
+    async def exposition(self, of_replicas: Awaitable[Iterable[Metric]]) -> bytes:
         """All metrics in Prometheus's text format."""
+        if self.siblings.exist:
+            replicas, own = await asyncio.gather(of_replicas, self.siblings.metrics())
+        else:
+            replicas, own = await of_replicas, [*self._registry.collect()]
         page = CollectorRegistry()
-        page.register(_Families(merged([*self._registry.collect(), *of_replicas])))
+        page.register(_Families(merged([*own, *replicas])))
         return generate_latest(page)
 
 

@@ -21,6 +21,7 @@ from clip_client.proto import clip_pb2 as pb
 from clip_client.transports.grpc import open_transport
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.launch import heartbeats
+from clip_server.launch.gateway_group import SharedCounts
 from clip_server.launch.jina_internals import TimeCall, untimed
 from clip_server.rpc.errors import FAILED
 from clip_server.rpc.items import count_items
@@ -50,14 +51,28 @@ class _Replica:
     is_silent: whether it shows no sign of life, as far as that is known.
     """
 
-    def __init__(self, address: str, silence_seconds: float) -> None:
-        self._silence_seconds = silence_seconds
+    def __init__(self, address: str, silence_seconds: float, counts: SharedCounts) -> None:
+        self._silence_seconds, self._counts = silence_seconds, counts
+        self._items = f"items on {address}"
         self.address = Address.parse(f"grpc://{address.split('://')[-1]}")
         self.transport = open_transport(self.address, {})
-        self.in_flight_items = 0
         self.last_turn = 0
         self.is_up, self.is_silent = True, False
         self._pulse = heartbeats.Pulse(self.address.port)
+
+    @property
+    def in_flight_items(self) -> int:
+        """Items of all gateways."""
+        return self._counts.total(self._items)
+
+    @property
+    def own_items(self) -> int:
+        """Items of this gateway."""
+        return self._counts.own(self._items)
+
+    def add_items(self, number: int) -> None:
+        """Counts items as in flight, or as no longer."""
+        self._counts.add(self._items, number)
 
     @property
     def can_answer(self) -> bool:
@@ -89,6 +104,7 @@ class ReplicaPool:
     timed: records the calls.
     silence_seconds: a replica that shows no sign of life for so long gets no requests while others
         answer, and those in flight on it move to them.
+    counts: the items in flight on each replica, those of other gateways too.
     """
 
     def __init__(
@@ -98,9 +114,11 @@ class ReplicaPool:
         timeout: float | None,
         timed: TimeCall = untimed,
         silence_seconds: float = SILENCE_SECONDS,
+        counts: SharedCounts | None = None,
     ) -> None:
         self.name, self._timed = name, timed
-        self._replicas = [_Replica(address, silence_seconds) for address in addresses]
+        counts = counts or SharedCounts()
+        self._replicas = [_Replica(address, silence_seconds, counts) for address in addresses]
         self._timeout = timeout
         self._turns = itertools.count(1)
         # Asks a replica whether it is there. An empty request is refused, which is an answer.
@@ -160,7 +178,7 @@ class ReplicaPool:
         for replica in sorted(
             self._replicas, key=lambda r: (not r.can_answer, r.in_flight_items, r.last_turn)
         ):
-            replica.in_flight_items += items
+            replica.add_items(items)
             replica.last_turn = next(self._turns)
             try:
                 return await asyncio.wait_for(replica.transport.send(request), self._timeout)
@@ -176,7 +194,7 @@ class ReplicaPool:
                 log.error("a call to executor %s failed: %s", self.name, error)
                 raise RequestError(FAILED, "INTERNAL") from None
             finally:
-                replica.in_flight_items -= items
+                replica.add_items(-items)
         raise RequestError(
             f"no replica of executor {self.name} is ready: try again in a moment",
             "UNAVAILABLE",
@@ -208,7 +226,7 @@ class ReplicaPool:
                 replica.listen()
             if self.can_answer:
                 for replica in self._replicas:
-                    if replica.is_silent and replica.in_flight_items:
+                    if replica.is_silent and replica.own_items:
                         log.warning("replica %s does not answer: passed over", replica.address)
                         await replica.break_off()
 
@@ -270,10 +288,11 @@ def replica_pools(
     timeout: float | None,
     timed: TimeCall = untimed,
     silence_seconds: float = SILENCE_SECONDS,
+    counts: SharedCounts | None = None,
 ) -> list[ReplicaPool]:
     """A pool for each executor, from the gRPC addresses that Jina hands to a gateway.
 
-    timeout, timed, silence_seconds: see ReplicaPool.
+    timeout, timed, silence_seconds, counts: see ReplicaPool.
     """
     return [
         ReplicaPool(
@@ -282,6 +301,7 @@ def replica_pools(
             timeout,
             timed,
             silence_seconds,
+            counts,
         )
         for name, addresses in deployments.items()
     ]

@@ -19,8 +19,12 @@ from clip_server.gateway.early_refusal import note_work
 from clip_server.gateway.jina_protocol import JinaRequestHandler
 from clip_server.gateway.observation import note_request
 from clip_server.gateway.topology import FlowExecutor, Route, Topology
+from clip_server.launch.gateway_group import SharedCounts
 from clip_server.rpc.errors import check_count, error_response
 from clip_server.rpc.items import items_to_encode
+
+# The name of their number, of requests in flight.
+_BYTES = "bytes of requests"
 
 
 class Router:
@@ -30,6 +34,7 @@ class Router:
     jina: sends requests through the flow.
     collection: answers those on the flow's collection; None: it has none.
     max_queued_bytes: of requests in flight; beyond it, more are refused.
+    counts: those bytes, also of other gateways.
     """
 
     def __init__(
@@ -38,11 +43,12 @@ class Router:
         jina: JinaRequestHandler,
         collection: Collection | None,
         max_queued_bytes: int,
+        counts: SharedCounts,
     ) -> None:
         self._topology, self._jina = topology, jina
         self.collection = collection
         self._max_queued_bytes = max_queued_bytes
-        self._in_flight_bytes = 0
+        self._counts = counts
 
     async def watch(self) -> None:
         """Measures the encoders' rates, for ever."""
@@ -74,7 +80,7 @@ class Router:
     async def call(self, request: pb.Request) -> pb.Response:
         """The response to `request`; an error on the way to the executor is in it too."""
         started, request_id, size = time.perf_counter(), request.id, request.ByteSize()
-        self._in_flight_bytes += size
+        self._counts.add(_BYTES, size)
         note_request(request)
         try:
             self._refuse_if_full(size)
@@ -84,7 +90,7 @@ class Router:
         except RequestError as error:
             response = error_response(request_id, error)
         finally:
-            self._in_flight_bytes -= size
+            self._counts.add(_BYTES, -size)
         kind = response.WhichOneof("body")
         if kind in ("encode", "rank", "index", "search"):
             timings = getattr(response, kind).timings
@@ -167,11 +173,12 @@ class Router:
 
     def _refuse_if_full(self, size: int) -> None:
         # One that is larger than the bound is taken by an idle server.
-        if self._max_queued_bytes < self._in_flight_bytes != size:
+        in_flight = self._counts.total(_BYTES)
+        if self._max_queued_bytes < in_flight != size:
             raise RequestError(
-                f"the server is full: requests of {self._in_flight_bytes / 2**20:,.0f} MiB are in "
-                f"flight, and it takes {self._max_queued_bytes / 2**20:,.0f} MiB at most; try "
-                "again in a moment",
+                f"the server is full: requests of {in_flight / 2**20:,.0f} MiB are in flight, and "
+                f"it takes {self._max_queued_bytes / 2**20:,.0f} MiB at most; try again in a "
+                "moment",
                 "RESOURCE_EXHAUSTED",
                 retry_after=1.0,
             )

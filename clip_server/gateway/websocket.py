@@ -81,6 +81,7 @@ class WebSocketListener(Listener):
             select_subprotocol=lambda _, offered: _JINA if _JINA in offered else None,
             max_size=self.options.max_request_bytes,
             server_header=None,
+            reuse_port=self.options.shares_ports,
             compression=None,  # the library's own: bounded by the size of a message only
             extensions=[
                 BoundedDeflateFactory(self.options.max_request_bytes, self.options.compresses)

@@ -149,10 +149,10 @@ def supervision(spec: Mapping[str, Any]) -> Supervision:
         ConfigurationError: a key is unknown, or a value is not allowed.
     """
     given = {
-        **section(spec.get("gateway"), flow_keys.GATEWAY, "gateway"),
         **section(spec.get("with"), flow_keys.WITH, "with"),
+        **section(spec.get("gateway"), flow_keys.GATEWAY, "gateway"),
     }
-    names = (*flow_keys.SUPERVISION_PARAMETERS, "grace_seconds")
+    names = (*flow_keys.SUPERVISION_PARAMETERS, flow_keys.GATEWAYS, "grace_seconds")
     return Supervision(**{name: given[name] for name in names if name in given})
 
 

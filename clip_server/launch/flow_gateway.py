@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _FLOW_KEYS = (
     TLS_PASSWORD,
     "uvicorn_kwargs",
     "compression",
+    flow_keys.GATEWAYS,
     *flow_keys.GATEWAY_PARAMETERS,
 )
 _PROTOCOLS = {"grpcs": "grpc", "https": "http", "ws": "websocket", "wss": "websocket"}
@@ -57,6 +59,7 @@ def prepare_gateway(
     protocols, ports = _listeners(gateway, wanted)
     _prepare_tls(gateway)
     _check_access(gateway)
+    _check_count(gateway.pop(flow_keys.GATEWAYS, 1), "uses" in gateway)
     ours: dict[str, Any] = {} if "uses" in gateway else dict(jina_internals.GATEWAY_DEFAULTS)
     parameters = {key: gateway.pop(key) for key in flow_keys.GATEWAY_PARAMETERS if key in gateway}
     if parameters:
@@ -155,3 +158,20 @@ def _check_access(gateway: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{switch}: {gateway[switch]!r} is not true or false")
     if "uses" not in gateway:
         open_keyring(gateway.get("auth_file"))
+
+
+def _check_count(gateways: int, is_custom: bool) -> None:
+    """Raises ConfigurationError if there cannot be so many gateways.
+
+    is_custom: whether the flow has a gateway of its own.
+    """
+    if gateways > 1 and is_custom:
+        raise ConfigurationError(
+            f"gateways: {gateways}: a gateway of your own (uses: under gateway:) runs once; leave "
+            "gateways: out"
+        )
+    if gateways > 1 and sys.platform != "linux":
+        raise ConfigurationError(
+            f"gateways: {gateways}: only Linux deals connections out to processes that share a "
+            "port; leave gateways: out"
+        )

@@ -16,6 +16,7 @@ from typing import Any
 
 from clip_server.errors import ConfigurationError
 from clip_server.launch import jina_internals
+from clip_server.launch.gateway_group import MOST_GATEWAYS
 
 TLS_PASSWORD, TLS_CLIENT_CA = "ssl_keyfile_password", "ssl_ca_certs"
 # Read by our gateway; everything else under `gateway:` is Jina's.
@@ -45,6 +46,8 @@ GATEWAY_PARAMETERS = (
 )
 # Read by the command, which supervises the processes.
 SUPERVISION_PARAMETERS = ("max_restarts", "hang_seconds", "max_batch_seconds")
+# Likewise, but about the gateway.
+GATEWAYS = "gateways"
 # Checked by whoever prepares a flow, not by Jina's parsers.
 _PREPARED = {"uses", "host", "port", "protocol"}
 # Understood by Jina's cloud, ignored here.
@@ -58,9 +61,10 @@ _LEAST = {
     "replicas": 1,
     "shards": 1,
     "prefetch": 0,
-    **dict.fromkeys((*_GATEWAY_LIMITS, *SUPERVISION_PARAMETERS), 1),
+    **dict.fromkeys((*_GATEWAY_LIMITS, *SUPERVISION_PARAMETERS, GATEWAYS), 1),
     "max_restarts": 0,
 }
+_MOST = {GATEWAYS: MOST_GATEWAYS}
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ WITH = Section(
     "with:",
     frozenset(
         {
-            *(*GATEWAY_PARAMETERS, *SUPERVISION_PARAMETERS, TLS_PASSWORD),
+            *(*GATEWAY_PARAMETERS, *SUPERVISION_PARAMETERS, GATEWAYS, TLS_PASSWORD),
             *(*_PREPARED, "args", "kwargs", *_CLOUD),
         }
     ),
@@ -101,7 +105,7 @@ WITH = Section(
 )
 GATEWAY = Section(
     "gateway:",
-    frozenset({*GATEWAY_PARAMETERS, TLS_PASSWORD, *_PREPARED, "jtype", *_CLOUD}),
+    frozenset({*GATEWAY_PARAMETERS, GATEWAYS, TLS_PASSWORD, *_PREPARED, "jtype", *_CLOUD}),
     ("gateway",),
 )
 EXECUTOR = Section(
@@ -163,7 +167,7 @@ def section(value: Any, spec: Section, place: str) -> dict[str, Any]:
             found[key] = content = _check_value(key, content, spec, place)
         least = _LEAST.get(key)
         if least is not None:
-            found[key] = whole_number(content, f"{place}: {key}", least)
+            found[key] = whole_number(content, f"{place}: {key}", least, _MOST.get(key))
         if key in _GATEWAY_SECONDS:
             found[key] = _seconds(content, f"{place}: {key}", _LEAST_SECONDS.get(key, 0.0))
     return found

@@ -7,6 +7,7 @@ them in unpatched Jina: a test that fails there names a patch that is no longer 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from clip_server import logs
 from clip_server.errors import RequestError
-from clip_server.launch import ports
+from clip_server.launch import gateway_group, heartbeats, ports
 from clip_server.launch.tracing import Trace, span
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def import_jina(*, without_torch: bool = False) -> None:
         import jina.serve.executors
 
         from clip_server.rpc.documents import UntypedDoc
-    # Jina looks for free ports on IPv4 only, and fails for a host such as ::1.
+    # Jina looks for free ports on IPv4 only, fails for a host such as ::1, and knows of no ports
+    # that its processes share.
     jina.helper._single_port_free = ports.is_free
     # Jina asks three services on the internet for this machine's public address.
     orchestrator.get_public_ip = lambda *_, **__: None
@@ -257,17 +259,21 @@ def selects_gpus(devices: str) -> bool:
 
 
 class FlowProcess:
-    """A process that Jina started: the gateway, or a replica of an executor.
+    """A process that Jina started: a gateway, or a replica of an executor.
 
     Jina watches over none of them: one that dies is neither reported nor restarted, and one that
     does not end is waited for without end.
+
+    gateway: its number; None: it is not a gateway.
+    slot: that of its heartbeats.
     """
 
-    def __init__(self, pod: Any) -> None:
-        self._pod = pod
+    def __init__(self, pod: Any, gateway: int | None = None) -> None:
+        self._pod, self._gateway = pod, gateway
         self.name: str = pod.name
         ports = pod.args.port
-        self.port: int = ports[0] if isinstance(ports, list) else ports
+        port: int = ports[0] if isinstance(ports, list) else ports
+        self.slot = port if gateway is None else heartbeats.gateway_slot(gateway)
         # None is Jina's -1.
         timeout = pod.args.timeout_ready
         self.ready_seconds: float = timeout / 1e3 if timeout > 0 else math.inf
@@ -290,6 +296,12 @@ class FlowProcess:
         self._pod = type(self._pod)(self._pod.args)
         self._pod.start()
 
+    def forget(self) -> None:
+        """Clears what it left in shared memory. It must have ended."""
+        heartbeats.forget(self.slot)
+        if self._gateway is not None:
+            gateway_group.forget(self._gateway)
+
     def terminate(self) -> None:
         """Sends it SIGTERM."""
         self._pod.worker.terminate()
@@ -301,17 +313,38 @@ class FlowProcess:
 
 def flow_processes(flow: Any) -> dict[str, list[FlowProcess]]:
     """The processes of a flow that have been started, in groups of which one member suffices: the
-    gateway, the replicas of each executor, by their names."""
+    gateways, the replicas of each executor, by their names."""
     found = {}
     for name, deployment in flow._deployment_nodes.items():
-        replicas = [pod for shard in deployment.shards.values() for pod in shard._pods]
-        if deployment.gateway_pod is not None:
-            replicas.append(deployment.gateway_pod)
-        found[name] = [FlowProcess(pod) for pod in replicas]
+        found[name] = [FlowProcess(pod) for pod in _replicas(deployment)]
+        if name == "gateway":
+            gateways = [*_replicas(deployment), *getattr(flow, "further_gateways", ())]
+            found[name] = [FlowProcess(pod, number) for number, pod in enumerate(gateways)]
         for pod in (deployment.head_pod, deployment.uses_before_pod, deployment.uses_after_pod):
             if pod is not None:
                 found[pod.name] = [FlowProcess(pod)]
     return found
+
+
+def _replicas(deployment: Any) -> list[Any]:
+    return [pod for shard in deployment.shards.values() for pod in shard._pods]
+
+
+def start_further_gateways(flow: Any, count: int) -> None:
+    """Starts gateways in addition to the one that Jina starts, which knows of a single one.
+
+    They differ in their number, name and port for Jina's own metrics.
+    """
+    (first,) = _replicas(flow._deployment_nodes["gateway"])
+    flow.further_gateways = []
+    for number in range(1, count + 1):
+        args = copy.deepcopy(first.args)
+        args.name = f"gateway/rep-{number}"
+        args.uses_with = {**(args.uses_with or {}), "number": number}
+        args.port_monitoring = int(args.port_monitoring) + number
+        pod = type(first)(args)
+        flow.further_gateways.append(pod)
+        pod.start()
 
 
 def executor_addresses(flow: Any) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from clip_server.errors import ConfigurationError
 
 # Ports for executors: below those that systems give to outgoing connections.
 CHOSEN_FROM = range(16384, 32768)
+# Sockets by which this process and its forks keep ports; see `reserve`.
+_reserved: dict[int, list[socket.socket]] = {}
 
 
 def check(host: str, ports: Sequence[int]) -> None:
@@ -44,6 +47,28 @@ def check(host: str, ports: Sequence[int]) -> None:
         )
 
 
+def reserve(host: str, ports: Sequence[int]) -> None:
+    """Keeps ports for the servers that this process forks, which share them by SO_REUSEPORT.
+
+    Another server of the same user could otherwise join them, and get a part of their connections.
+
+    Raises:
+        ConfigurationError: as `check`.
+    """
+    for port in ports:
+        for family, kind, protocol, _, address in _addresses(host, port):
+            keeper = socket.socket(family, kind, protocol)
+            try:
+                keeper.bind(address)
+            except OSError:  # of another server, or of connections that were just closed
+                check(host, [port])
+                keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                keeper.bind(address)
+            # Set only now: the port was nobody else's.
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _reserved.setdefault(port, []).append(keeper)
+
+
 def free_port(host: str) -> int:
     """A port on which nothing listens."""
     for port in random.sample(CHOSEN_FROM, len(CHOSEN_FROM)):
@@ -53,9 +78,10 @@ def free_port(host: str) -> int:
 
 
 def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
+    """Whether a server of this process, or of its forks, could listen there."""
     try:
-        _bind(host, port)
+        if port not in _reserved:
+            _bind(host, port)
     except OSError:
         return False
     return True
@@ -63,13 +89,15 @@ def is_free(host: str, port: int) -> bool:
 
 def _bind(host: str, port: int) -> None:
     """Raises OSError where a server could not listen there."""
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
+    for family, kind, protocol, _, address in _addresses(host, port):
         with socket.socket(family, kind, protocol) as probe:
             if os.name == "posix":  # as servers do: ignore connections that were just closed
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+
+
+def _addresses(host: str, port: int) -> list[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 
 
 def _holder(port: int) -> str:

@@ -9,16 +9,19 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from clip_server import logs
 from clip_server.errors import ConfigurationError
 from clip_server.gateway.replicas import ReplicaPool, replica_pools
-from clip_server.launch import heartbeats, jina_internals
+from clip_server.launch import gateway_group, heartbeats, jina_internals, ports
 from clip_server.launch.flow import addresses, needs_key
 from clip_server.launch.flow_gateway import ALL_INTERFACES
 from clip_server.launch.start_failures import StartFailures
@@ -30,6 +33,8 @@ _INFO_TIMEOUT_SECONDS = 10.0
 _ABORT_SECONDS = 1.0
 # Signals that come so soon after the first are the same one, sent to the process and to its group.
 _SAME_SIGNAL_SECONDS = 0.25
+# Of the address of a Unix socket, for the path of the folder.
+_LONGEST_FOLDER = 90
 
 
 class _StopSignal:
@@ -86,7 +91,7 @@ def _handle_by_default(numbers: Iterable[int]) -> None:
 
 
 def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
-    """Serves a flow until a signal ends it. The exit status: 0 stopped as told, 1 the gateway
+    """Serves a flow until a signal ends it. The exit status: 0 stopped as told, 1 every gateway
     or every replica of an executor stays down, 128 and the number of the signal if it was
     interrupted while starting, or by a second signal while stopping.
 
@@ -95,6 +100,28 @@ def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
     Raises:
         ConfigurationError: a process could not start.
     """
+    with _gateways_sharing(spec, supervision.gateways):
+        return _serve(spec, supervision, started)
+
+
+@contextmanager
+def _gateways_sharing(spec: dict[str, Any], gateways: int) -> Iterator[None]:
+    """Prepares what several gateways share: ports, counts, and a folder for their sockets."""
+    if gateways == 1:
+        yield
+        return
+    ports.reserve(spec["gateway"]["host"], spec["gateway"]["port"])
+    with tempfile.TemporaryDirectory(prefix="clip-server-gateways-") as folder:
+        if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+            raise ConfigurationError(
+                f"gateways: the path of {tempfile.gettempdir()} is too long for the addresses of "
+                "sockets: set TMPDIR to a shorter one"
+            )
+        gateway_group.form(gateways, len(spec["executors"]), Path(folder))
+        yield
+
+
+def _serve(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
     from jina import Flow
 
     stop = _StopSignal()
@@ -105,7 +132,12 @@ def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
     except (Exception, SystemExit) as error:
         raise ConfigurationError(f"the flow cannot be loaded: {_in_one_line(error)}") from None
     heartbeats.share(supervision.max_batch_seconds)
-    jina_internals.replace_wait(flow, lambda: _wait_until_ready(flow))
+
+    def wait() -> None:
+        jina_internals.start_further_gateways(flow, supervision.gateways - 1)
+        _wait_until_ready(flow)
+
+    jina_internals.replace_wait(flow, wait)
     try:
         flow.start()
     except KeyboardInterrupt:
@@ -118,7 +150,7 @@ def run(spec: dict[str, Any], supervision: Supervision, started: float) -> int:
     stop.is_ready = True
     supervisor = Supervisor(jina_internals.flow_processes(flow), supervision)
     try:
-        _print_banner(spec, flow, time.perf_counter() - started)
+        _print_banner(spec, flow, supervision.gateways, time.perf_counter() - started)
         status = supervisor.watch(stop.wait, failures)
         logs.announce("shutting down: draining in-flight requests", file=sys.stdout)
     finally:
@@ -147,11 +179,13 @@ def _abort(flow: Any) -> None:
     end(processes, time.monotonic() + _ABORT_SECONDS)
 
 
-def _print_banner(spec: dict[str, Any], flow: Any, seconds: float) -> None:
+def _print_banner(spec: dict[str, Any], flow: Any, gateways: int, seconds: float) -> None:
     details = {
         "executors": _described(jina_internals.executor_addresses(flow)),
         "addresses": addresses(spec),
     }
+    if gateways > 1:
+        details["gateways"] = [f"{gateways} gateways share these ports"]
     if spec["gateway"]["host"] in ALL_INTERFACES and not needs_key(spec):
         logs.announce(
             "listening on all network interfaces, and callers need no key; set CLIP_AUTH_TOKEN, or "

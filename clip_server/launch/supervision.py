@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clip_server import logs
-from clip_server.launch import heartbeats
 from clip_server.launch.heartbeats import Pulse
 from clip_server.launch.jina_internals import FlowProcess
 from clip_server.launch.start_failures import StartFailures
@@ -37,12 +36,14 @@ class Supervision:
     max_batch_seconds: an encoder shows no sign of life either while a batch takes longer than
         this, and far longer than such batches have taken.
     grace_seconds: requests in flight have so long to finish when the server is told to end.
+    gateways: processes that share the ports.
     """
 
     max_restarts: int = 5
     hang_seconds: float = 15.0
     max_batch_seconds: float = 60.0
     grace_seconds: float = 8.0
+    gateways: int = 1
 
 
 class SupervisedProcess:
@@ -52,7 +53,7 @@ class SupervisedProcess:
         self.process, self._settings = process, settings
         self.stays_down = False
         self._deaths = 0
-        self._pulse = Pulse(process.port)
+        self._pulse = Pulse(process.slot)
         self._started = self._ready = time.monotonic()
         self._restart_at: float | None = None
         self._is_ready = True
@@ -84,7 +85,6 @@ class SupervisedProcess:
 
     def _restart(self, now: float) -> None:
         self._restart_at, self._started = None, now
-        heartbeats.forget(self.process.port)
         self.process.restart()
 
     def _kill(self, why: str) -> None:
@@ -100,6 +100,7 @@ class SupervisedProcess:
     def _note_death(self, now: float, cause: str) -> None:
         self._deaths += 1
         self._is_ready = False
+        self.process.forget()
         most = self._settings.max_restarts
         if self._deaths > most:
             self.stays_down = True
@@ -145,27 +146,29 @@ class Supervisor:
                 for each in group:
                     each.look(failures)
                 if group and all(each.stays_down for each in group):
-                    what = "the gateway" if name == "gateway" else f"every replica of {name}"
+                    what = f"every replica of {name}"
+                    if name == "gateway":
+                        what = "every gateway" if len(group) > 1 else "the gateway"
                     logs.announce(f"the server ends, because {what} is down", logging.ERROR)
                     return 1
         return 0
 
     def stop(self, is_forced: Callable[[], bool]) -> None:
-        """Ends all processes: the gateway first, which drains requests in flight while the
+        """Ends all processes: the gateways first, which drain requests in flight while the
         executors still answer them.
 
         is_forced: whether to end them at once, whatever they do.
         """
         grace = time.monotonic() + self._settings.grace_seconds
-        gateway = self._supervised["gateway"]
+        gateways = self._supervised["gateway"]
         executors = [
             each for name, group in self._supervised.items() if name != "gateway" for each in group
         ]
         # Those that are starting serve nobody.
-        for each in [*gateway, *executors]:
+        for each in [*gateways, *executors]:
             if not each.process.is_ready:
                 each.process.kill()
-        end([each.process for each in gateway], grace + _GATEWAY_SECONDS, is_forced)
+        end([each.process for each in gateways], grace + _GATEWAY_SECONDS, is_forced)
         processes = [each.process for each in executors]
         end(processes, grace + _EXECUTORS_SECONDS, is_forced, _SILENT_SECONDS)
 
@@ -182,7 +185,7 @@ def end(
     is_forced: whether to kill all of them before.
     silent_seconds: likewise those that show no sign of life for so long.
     """
-    pulses = [(process, Pulse(process.port)) for process in processes]
+    pulses = [(process, Pulse(process.slot)) for process in processes]
     for process in processes:
         process.terminate()
     while time.monotonic() < deadline and not is_forced() and _are_left(processes):
