@@ -17,8 +17,8 @@ def brief(raw_item: Any) -> Any:
     if isinstance(raw_item, (str, os.PathLike)) or hasattr(raw_item, "embedding"):
         return raw_item
     if isinstance(raw_item, Mapping):
-        value = next((raw_item[name] for name in _FIELDS if name in raw_item), "an empty dict")
-        return brief(value)
+        unknown = "a dict" if raw_item else "an empty dict"
+        return brief(next((raw_item[name] for name in _FIELDS if name in raw_item), unknown))
     return label(raw_item)
 
 

@@ -27,10 +27,11 @@ from clip_server.runtimes import install_options
 
 # Options that set a parameter of the flow's encoders.
 _OVERRIDES = {
-    "model": "serve this model, whatever the flow says; of several encoders EXECUTOR=NAME chooses "
-    "the one that gets it",
-    "device": "likewise: cpu, cuda, cuda:1, for every encoder or, as EXECUTOR=DEVICE, for one",
-    "dtype": "likewise: fp32, fp16, bf16 or int8, as the runtime has it",
+    "model": "serve this model; of several encoders, EXECUTOR=NAME chooses the one that gets it",
+    "device": "run every encoder on this device, such as cpu, cuda or cuda:1; EXECUTOR=DEVICE: one "
+    "of them",
+    "dtype": "compute in fp32, fp16, bf16 or int8, of those that the runtime has; EXECUTOR=DTYPE: "
+    "in one encoder",
 }
 
 
@@ -74,7 +75,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="The environment variable CLIP_MODEL=NAME sets the model of a built-in flow; "
         "CLIP_MODEL=embedded needs no download, and `python -m clip_server.models` lists the "
         f"others. The default ports are {ports}. If CLIP_AUTH_TOKEN or CLIP_AUTH_FILE "
-        "is set, callers need a key: docs/security.md.",
+        "is set, callers need a key. See docs/flows.md and docs/security.md.",
     )
     parser.add_argument(
         "flow",
@@ -83,18 +84,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"(default: {flows.DEFAULT_FLOW})",
     )
     parser.add_argument("-i", dest="stdin", action="store_true", help="read the flow from stdin")
-    parser.add_argument("--host", help="listen on this address, whatever the flow says")
-    parser.add_argument(
+    overrides = parser.add_argument_group("options that override the flow")
+    overrides.add_argument("--host", help="listen on this address")
+    overrides.add_argument(
         "--port",
         nargs="+",
         action="extend",
         default=[],
-        help="listen on these ports, whatever the flow says: one for each protocol, or one that "
-        "is the first of consecutive ports; 0: any free port",
+        help="listen on these ports: one for each protocol, or one that is the first of "
+        "consecutive ports; 0: any free port",
     )
     for name, meaning in _OVERRIDES.items():
         metavar = "NAME" if name == "model" else name.upper()
-        parser.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=meaning)
+        overrides.add_argument(
+            f"--{name}", action="append", default=[], metavar=metavar, help=meaning
+        )
     parser.add_argument("--log-level", choices=logs.LEVELS, help="default: info")
     parser.add_argument("--log-format", choices=logs.FORMATS, help="default: text")
     parser.add_argument("--access-log", action="store_true", help="log a line for each request")

@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "url",
         metavar="URL",
-        help="the other server: http(s):// for OpenAI's API, infinity, TEI and clip-as-service; "
-        "grpc(s):// or ws(s):// for a server of ours",
+        help="the other server: http(s):// for infinity, TEI, clip-as-service, one with OpenAI's "
+        "API or of ours; grpc(s):// or ws(s):// for one of ours",
     )
     parser.add_argument(
         "--api",
