@@ -82,9 +82,9 @@ def _is_free(port: int) -> bool:
 def eventually(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
     """Whether a condition holds within some seconds: what processes do shows a little later."""
     end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
+    while not (held := holds()) and time.monotonic() < end:
         time.sleep(0.05)
-    return holds()
+    return held
 
 
 def is_alive(process: psutil.Process) -> bool:
