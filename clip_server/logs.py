@@ -46,8 +46,14 @@ def configure() -> None:
     root.setLevel(max(logging.getLevelName(level), logging.WARNING))
     for name in ("clip_server", "clip_client"):
         logging.getLogger(name).setLevel(level)
-    # It warns of each client that sends no HTTP.
+    # They warn of each client that sends no HTTP, or metadata that is not Unicode.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_the_server)
+
+
+def _is_of_the_server(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC is about more than what a client sent."""
+    return not str(record.msg).startswith("Invalid encoding")
 
 
 def choose(level: str | None, form: str | None, access: bool) -> None:

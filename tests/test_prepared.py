@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,6 +229,19 @@ def test_without_a_cache_it_is_served_with_one_warning(
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "cannot be cached" in warning
     assert "XDG_CACHE_HOME" in warning
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="users of Windows are known by variables")
+def test_a_user_without_a_home_has_the_root_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def unknown(number: int) -> Any:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert prepared.folder() == Path("/.cache/clip-server/towers")
 
 
 def test_the_list_of_models_shows_the_cache_and_clears_it(

@@ -38,10 +38,20 @@ class CacheError(Exception):
     """The cache cannot keep a model; the message says why."""
 
 
+def caches() -> Path:
+    """The folder of all caches of the server."""
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen, "clip-server")
+    try:
+        home = Path.home()
+    except RuntimeError:  # the user is unknown to the system, as in containers
+        home = Path("/")
+    return home / ".cache" / "clip-server"
+
+
 def folder() -> Path:
     """The folder of prepared models."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches, "clip-server", "towers")
+    return caches() / "towers"
 
 
 def size() -> int:

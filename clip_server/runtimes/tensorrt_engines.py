@@ -8,7 +8,6 @@ built it can run, and only on the kind of GPU that it was built for.
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from clip_server.errors import ConfigurationError, WeightsError
 from clip_server.install import install_hint
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models.converted import Tower
+from clip_server.runtimes import prepared
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 # Lengths of texts that kernels are optimised for.
@@ -228,8 +228,7 @@ def cached(key: Key, make: Callable[[], bytes], log_progress: LogProgress) -> by
 
 def folder() -> Path:
     """The folder of cached engines."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches, "clip-server", "engines")
+    return prepared.caches() / "engines"
 
 
 def read(path: Path, key: Key) -> bytes | None:

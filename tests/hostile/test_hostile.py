@@ -335,6 +335,84 @@ def _length(count: int) -> bytes:
     return bytes([low | 128]) + _length(rest) if rest else bytes([low])
 
 
+def http2(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    head = struct.pack(">I", len(payload))[1:] + bytes([kind, flags])
+    return head + struct.pack(">I", stream) + payload
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    """A header as HPACK has it, of up to 126 bytes."""
+    return b"\0" + b"".join(bytes([len(each)]) + each for each in (name, value))
+
+
+DATA, HEADERS, RESET, SETTINGS, PING, WINDOW, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
+END_STREAM, END_HEADERS = 1, 4
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2(SETTINGS)
+CALL = b"".join(
+    header(*each)
+    for each in (
+        *((b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/clip.v1.Clip/Encode")),
+        *((b":authority", b"x"), (b"content-type", b"application/grpc"), (b"te", b"trailers")),
+    )
+)
+MESSAGE = b"\0\0\0\0\x09" + pb.EncodeRequest(items=[pb.Item(text="a cat")]).SerializeToString()
+# After the headers of a call: its frames with a message.
+ODD_CALLS = [
+    (header(b"x-request-id", b"\xff\n"), http2(DATA, END_STREAM, 1, MESSAGE)),
+    (header(b"grpc-encoding", b"bogus"), http2(DATA, END_STREAM, 1, b"\1" + MESSAGE[1:])),
+    (header(b"grpc-timeout", b"-1S"), http2(DATA, END_STREAM, 1, MESSAGE)),
+    (header(b"authorization-bin", b"!!!!"), http2(DATA, END_STREAM, 1, MESSAGE)),
+    (b"", http2(DATA, END_STREAM, 1, b"\7" + MESSAGE[1:])),
+    (b"", http2(DATA, END_STREAM, 1, b"\0\xff\xff\xff\xff")),
+    (b"", http2(DATA, END_STREAM, 1, MESSAGE * 3)),
+    (b"", http2(DATA, END_STREAM, 1)),
+    (b"", http2(HEADERS, END_STREAM | END_HEADERS, 1, header(b"x", b"y"))),
+    (b"", http2(WINDOW, 0, 0, b"\x7f\xff\xff\xff") * 3),
+    (b"", http2(SETTINGS, 0, 0, b"\0\4\xff\xff\xff\xff")),
+    (b"\xff" * 20, b""),
+]
+FLOODS = {
+    "ping": http2(PING, 0, 0, bytes(8)) * 4_000,
+    "settings": http2(SETTINGS) * 4_000,
+    "window": http2(WINDOW, 0, 0, b"\0\0\0\1") * 4_000,
+    "data": http2(HEADERS, END_HEADERS, 1, CALL) + http2(DATA, 0, 1) * 4_000,
+    "continuation": http2(HEADERS, 0, 1, CALL)
+    + http2(CONTINUATION, 0, 1, header(b"a", b"b")) * 9_000,
+    "resets": b"".join(
+        http2(HEADERS, END_HEADERS, stream, CALL)
+        + http2(DATA, 0, stream, MESSAGE)
+        + http2(RESET, 0, stream, b"\0\0\0\x08")
+        for stream in range(1, 20_001, 2)
+    ),
+    "streams": b"".join(
+        http2(HEADERS, END_HEADERS, stream, CALL) for stream in range(1, 20_001, 2)
+    ),
+}
+
+
+def test_http2_frames(server: Server) -> None:
+    for headers, frames in ODD_CALLS:
+        with socket.create_connection(("127.0.0.1", server.ports[0]), 30) as link:
+            link.sendall(HTTP2 + http2(HEADERS, END_HEADERS, 1, CALL + headers) + frames)
+            link.settimeout(0.3)
+            with suppress(OSError):
+                while part := link.recv(10_000):
+                    assert_tells_nothing(part.decode(errors="replace"))
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_floods_of_http2_frames(server: Server, kind: str) -> None:
+    """Of a client that reads no answer."""
+    with socket.create_connection(("127.0.0.1", server.ports[0]), 1) as link:
+        with suppress(OSError):
+            link.sendall(HTTP2)
+            for _ in range(1 if kind in ("resets", "streams") else 50):
+                link.sendall(FLOODS[kind])
+        with Client(server.grpc) as client:
+            assert client.encode(["a cat"], timeout=30).shape == (1, 256)
+
+
 STARTS = [
     b"", b"G", b"GET /livez HTTP/1.1\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0",
     b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{",
