@@ -165,9 +165,9 @@ def test_images_in_every_dialect_of_openais_endpoint(
         ({"input": []}, "input"),
         ({}, "input"),
         ({"input": ["a cat", ""]}, "input[1]"),
-        ({"input": ["a cat", None]}, "input[1]"),
+        ({"input": ["a cat", None]}, "input[1] is null"),
         ({"input": ["a cat", 5]}, "input[1] is 5, which is not a string"),
-        ({"input": [["a cat"]]}, "input[0]"),
+        ({"input": [["a cat"]]}, 'input[0] is ["a cat"], which is not a string'),
         ({"input": [{"image": "data:text/plain,a%20cat"}]}, "input[0]"),
         ({"input": ["a cat", "data:image/png;base64,????"]}, "input[1]"),
         ({"input": [{"text": "a", "image": URI}]}, "input[0]"),
@@ -207,6 +207,14 @@ def test_openais_errors(api: Http, body: dict[str, Any], why: str) -> None:
         None,
         "invalid_argument",
     )
+
+
+@pytest.mark.parametrize("field", ["input", "model", "messages", "modality", "dimensions"])
+def test_values_nested_deeply_are_shown_shortened(api: Http, field: str) -> None:
+    nested = f'{{"input": "a cat", "{field}": {"[" * 1000}{"]" * 1000}}}'
+    answer = api.post("/v1/embeddings", data=nested)
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]["message"]) < 300
 
 
 def test_models_are_listed(api: Http) -> None:

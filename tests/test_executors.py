@@ -87,7 +87,7 @@ def test_parameters_of_a_request(encoder: CLIPEncoder) -> None:
     for paths in ("@r,c", ["@r", "@c"], ["r", "c"], "r,c"):
         (doc,) = encoded(encoder, [ClipDoc(text="a dog", chunks=chunks)], traversal_paths=paths)
         assert doc.embedding.shape == doc.chunks[0].embedding.shape == (256,)
-    with pytest.raises(RequestError, match="unknown parameter 'minibatchsize'"):
+    with pytest.raises(RequestError, match='unknown parameter "minibatchsize"'):
         encoded(encoder, [ClipDoc(text="a dog")], minibatchsize=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ _ALIASES = {
 }
 _MOST_MINIBATCH = 2**31
 _LONGEST_PATHS = 100
+# Characters of a value that an error message shows.
+_MOST_SHOWN = 60
+# Encodes piece by piece, so that only what is shown is encoded.
+_JSON = json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=repr)
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,12 @@ _READERS = {
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+    """A value as an error message shows it: the beginning of its JSON, however large or deeply
+    nested it is."""
+    text = ""
+    for part in _JSON.iterencode(value[: _MOST_SHOWN + 1] if isinstance(value, str) else value):
+        text += part
+        if len(text) > _MOST_SHOWN:
+            text = f"{text[:_MOST_SHOWN]}..."
+            break
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from clip_server.errors import RequestError
+from clip_server.rpc.request_parameters import shown
 
 Scalar: TypeAlias = str | int | float | bool
 Operator = Literal["<", "<=", ">", ">="]
@@ -122,7 +123,7 @@ class _Parser:
     def parse_object(self, written: Any, depth: int = 0) -> Condition:
         """`{"field": ..., "$and": [...]}`."""
         if not isinstance(written, Mapping):
-            raise _refused(f"{_shown(written)} is not an object")
+            raise _refused(f"{shown(written)} is not an object")
         if depth > _MOST_NESTED:
             raise _refused(f"it is nested more than {_MOST_NESTED} deep")
         return _every([self._member(key, value, depth) for key, value in written.items()])
@@ -165,7 +166,7 @@ class _Parser:
             return Exists(field) if value else Negation(Exists(field))
         if name == "$not" and isinstance(value, Mapping) and depth < _MOST_NESTED:
             return Negation(self._operators(field, value, depth + 1))
-        raise _refused(f"{_shown(name)} is no operator; there are {', '.join(_OPERATORS)}")
+        raise _refused(f"{shown(name)} is no operator; there are {', '.join(_OPERATORS)}")
 
 
 def _every(conditions: Sequence[Condition]) -> Condition:
@@ -184,13 +185,13 @@ def _field(key: Any) -> tuple[str, ...]:
         raise _refused(f"a tag's name has 1 to {_LONGEST_FIELD} characters")
     if key.startswith("$"):
         raise _refused(
-            f"{_shown(key)} is no operator here; there are {', '.join(_COMBINATIONS)} and $not, "
+            f"{shown(key)} is no operator here; there are {', '.join(_COMBINATIONS)} and $not, "
             f"and for a tag {', '.join(_OPERATORS)}"
         )
     names = tuple(key.split("."))
     if not all(names) or any(c in key for c in '"\\') or not key.isprintable():
         raise _refused(
-            f"{_shown(key)} is no tag's name: it may not hold quotation marks, backslashes or "
+            f"{shown(key)} is no tag's name: it may not hold quotation marks, backslashes or "
             "control characters; a dot separates the names of nested tags"
         )
     return names
@@ -209,7 +210,7 @@ def _scalar(name: str, value: Any) -> Scalar:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    raise _refused(f"{_shown(name)}: {_shown(value)} is not a text, a number, true or false")
+    raise _refused(f"{shown(name)}: {shown(value)} is not a text, a number, true or false")
 
 
 def _ordered(name: str, value: Any) -> str | float:
@@ -221,8 +222,3 @@ def _ordered(name: str, value: Any) -> str | float:
 
 def _refused(why: str) -> RequestError:
     return RequestError(f"filter: {why}; docs/search.md#filters shows what a filter may be")
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

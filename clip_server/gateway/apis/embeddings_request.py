@@ -64,7 +64,7 @@ def only(*allowed: Any) -> FieldReader:
 
     def read(name: str, value: Any) -> Any:
         if value not in allowed:
-            names = ", ".join(map(repr, allowed)) or "null"
+            names = ", ".join(map(shown, allowed)) or "null"
             raise RequestError(f"{name} is {shown(value)}; this server supports only {names}")
         return value
 
