@@ -440,16 +440,18 @@ class Engine:
         for batch in batches:
             self._count_batch(slot, batch)
 
-        def finish(results: list[NDArray[np.float32] | None]) -> None:
+        def finish(results: list[tuple[NDArray[np.float32] | None, float]]) -> None:
             slot.busy = slot.bulk = False
-            for batch, embeddings in zip(batches, results, strict=True):
-                self._finish_batch(batch, embeddings)
+            for batch, result in zip(batches, results, strict=True):
+                self._finish_batch(batch, *result)
             self._advance()
 
         self._device_workers.submit(lambda: [self._compute(batch) for batch in batches], finish)
 
-    def _compute(self, batch: Batch) -> NDArray[np.float32] | None:
-        """Computes a batch's embeddings, [B, D], in a device thread; None if the model fails."""
+    def _compute(self, batch: Batch) -> tuple[NDArray[np.float32] | None, float]:
+        """Computes a batch's embeddings, [B, D], in a device thread; None if the model fails.
+
+        Returns them with the seconds that it took."""
         contents: list[Any] = [pending.content for pending in batch]
         try:
             if batch[0].is_image:
@@ -462,21 +464,23 @@ class Engine:
             log.exception(
                 "a batch of %d failed", len(batch), extra={"request_id": _request_ids(batch)}
             )
-            return None
+            return None, 0.0
         seconds = time.perf_counter() - started
         self._latency.record(batch, seconds)
-        self.metrics.observe_inference(seconds, is_image=batch[0].is_image)
-        return embeddings
+        return embeddings, seconds
 
-    def _finish_batch(self, batch: Batch, embeddings: NDArray[np.float32] | None) -> None:
-        """Hands out a batch's embeddings, [B, D], or an error where the model failed."""
+    def _finish_batch(
+        self, batch: Batch, embeddings: NDArray[np.float32] | None, seconds: float
+    ) -> None:
+        """Hands out a batch's embeddings, [B, D], which took some seconds, or an error where the
+        model failed."""
         for pending in batch:
             self._forget(pending)
         if embeddings is None:
             for pending in batch:
                 pending.fail("the model failed on the batch with this item")
             return
-        self.metrics.count_computed(len(batch), is_image=batch[0].is_image)
+        self.metrics.observe_computed(len(batch), seconds, is_image=batch[0].is_image)
         for pending, embedding in zip(batch, embeddings, strict=True):
             pending.succeed(embedding)
             self.cache.put(pending.source, embedding, pending.truncated, pending.tokens)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from random import getrandbits
@@ -94,10 +94,9 @@ class Observer:
         self._endpoints = frozenset(endpoints)
         self._logs_access = logs.has_access_log()
 
-    @contextmanager
     def request(
         self, endpoint: str, request_id: str = "", traceparent: str = ""
-    ) -> Iterator[Observed]:
+    ) -> AbstractContextManager[Observed]:
         """Observes a request of the current `caller` until the end of the context.
 
         request_id, traceparent: in the request itself; "": those of the caller.
@@ -110,19 +109,18 @@ class Observer:
             taken if is_request_id(taken) else f"{getrandbits(128):032x}",
             traceparent or sender.traceparent,
         )
-        tokens = _current.set(observed), logs.request_id.set(observed.request_id)
-        started = time.perf_counter()
-        try:
-            name = endpoint[:_LONGEST_ENDPOINT]
-            with span(self._tracer, name, observed.traceparent, **_attributes(observed)):
+        observing = _Observing(observed, self._end)
+        return self._traced(observing) if self._tracer else observing
+
+    @contextmanager
+    def _traced(self, observing: _Observing) -> Iterator[Observed]:
+        with observing as observed:
+            attributes = {
+                "protocol": observed.caller.protocol,
+                "request_id": observed.request_id,
+            }
+            with span(self._tracer, observed.endpoint, observed.traceparent, **attributes):
                 yield observed
-        except asyncio.CancelledError:
-            observed.code = "CANCELLED"
-            raise
-        finally:
-            _current.reset(tokens[0])
-            logs.request_id.reset(tokens[1])
-            self._end(observed, time.perf_counter() - started)
 
     def observing(self, call: Call) -> Call:
         """`call` for the requests of a stream, each of them observed."""
@@ -166,8 +164,29 @@ class Observer:
         return next(known, _OTHER)
 
 
-def _attributes(observed: Observed) -> dict[str, str | int]:
-    return {"protocol": observed.caller.protocol, "request_id": observed.request_id}
+class _Observing:
+    """The context in which a request is observed. A generator would take twice as long.
+
+    end: called with the request and its seconds.
+    """
+
+    def __init__(self, observed: Observed, end: Callable[[Observed, float], None]) -> None:
+        self._observed, self._end_observed = observed, end
+
+    def __enter__(self) -> Observed:
+        observed = self._observed
+        self._outer = _current.set(observed), logs.request_id.set(observed.request_id)
+        self._started = time.perf_counter()
+        return observed
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        seconds = time.perf_counter() - self._started
+        if kind is asyncio.CancelledError:
+            self._observed.code = "CANCELLED"
+        current, request_id = self._outer
+        _current.reset(current)
+        logs.request_id.reset(request_id)
+        self._end_observed(self._observed, seconds)
 
 
 def note_request(request: pb.Request) -> None:
