@@ -356,14 +356,6 @@ def test_requests_in_flight_are_drained(start: Start, end: Callable[[Server], No
         client.close()
 
 
-def test_killed(start: Start) -> None:
-    server = start(flow())
-    family = server.family()
-    server.process.kill()
-    server.process.wait()
-    assert_gone(family, server.ports)
-
-
 def test_ended_while_starting(start: Start) -> None:
     server = start(flow(), wait=False)
     time.sleep(2.5)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,6 +30,7 @@ from conftest import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from clip_client import Client
+from clip_server.launch.ports import is_free
 
 PROTOCOLS = ("grpc", "http", "websocket")
 KEY, LIMITED_KEY, LIMIT = "a key", "a limited key", 200
@@ -272,3 +274,21 @@ def test_no_other_server_shares_the_ports(start: Start) -> None:
 def assert_refused(server: Server, other: Server) -> None:
     assert other.process.wait(PATIENCE_SECONDS) == 1
     assert f"in use on 127.0.0.1: port {server.ports[0]}" in other.output()
+
+
+def test_the_command_is_killed(server: Server) -> None:
+    """The last of the tests: nothing of the server is left."""
+    family = server.family()
+    (folder,) = {
+        Path(each.laddr).parent
+        for gateway in gateways(server)
+        for each in gateway.net_connections("unix")
+        if "clip-server-gateways-" in str(each.laddr)
+    }
+    assert folder.stat().st_mode & 0o777 == 0o700
+    server.process.kill()
+    server.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
+    assert not alive
+    assert all(is_free("127.0.0.1", port) for port in server.ports)
+    assert not folder.exists()

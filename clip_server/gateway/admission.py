@@ -31,6 +31,7 @@ _LOADED_SECONDS = 0.1
 # what is admitted too much waits for too long, and what is admitted too little loses nothing, as
 # long as there is some work in flight.
 _GAIN = {True: 1.0, False: 0.5}
+_LARGEST_CLASS = SIZE_CLASSES - 1
 # The least time after which a refused request may come again.
 _LEAST_RETRY_SECONDS = 0.5
 
@@ -51,7 +52,7 @@ class Work(NamedTuple):
     @property
     def size_class(self) -> int:
         """Requests of up to twice as many items are in one class."""
-        return min((self.texts + self.images).bit_length(), SIZE_CLASSES - 1)
+        return min((self.texts + self.images).bit_length(), _LARGEST_CLASS)
 
 
 class Backlog:
@@ -154,15 +155,13 @@ class Backlog:
             self._busy.set()
             self._busy_since = time.monotonic()
 
-    def _expected_wait(self, size_class: float = math.inf) -> float:
+    def _expected_wait(self, size_class: int = _LARGEST_CLASS) -> float:
         """Seconds until the turn of a request: half of the batches are of the smallest requests,
         the others of the oldest."""
-        total = ahead = 0.0
-        for each, texts, images in self._in_flight.by_class():
-            seconds = self._rate.seconds(Work(texts, images))
-            total += seconds
-            if each <= size_class:
-                ahead += seconds
+        ahead, total = (
+            self._rate.seconds(Work(*self._in_flight.up_to(each)))
+            for each in (size_class, _LARGEST_CLASS)
+        )
         return min(2 * ahead, total)
 
 

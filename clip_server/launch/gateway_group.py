@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 MOST_GATEWAYS = 64
@@ -83,20 +83,18 @@ class WorkInFlight:
     def add(self, size_class: int, texts: int, images: int) -> None:
         """Adds to the part of this gateway."""
         own = self._own
-        own[2 * size_class] += texts
-        own[2 * size_class + 1] += images
+        own[size_class] += texts
+        own[SIZE_CLASSES + size_class] += images
         own[_ITEMS] += texts + images
 
-    def by_class(self) -> Iterator[tuple[int, int, int]]:
-        """The classes of size with work in flight, each with its texts and images; a class comes
-        once for each gateway that has work of it."""
+    def up_to(self, size_class: int) -> tuple[int, int]:
+        """The texts and the images of a class and of those below it."""
+        texts = images = 0
         for row in self._rows:
             if row[_ITEMS]:
-                cells = row.tolist()
-                for each in range(SIZE_CLASSES):
-                    texts, images = cells[2 * each], cells[2 * each + 1]
-                    if texts or images:
-                        yield each, texts, images
+                texts += sum(row[: size_class + 1].tolist())
+                images += sum(row[SIZE_CLASSES : SIZE_CLASSES + size_class + 1].tolist())
+        return texts, images
 
 
 class GatewayGroup:
