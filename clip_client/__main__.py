@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import warnings
@@ -293,7 +294,7 @@ def _command(
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=TIMEOUT,
         metavar="SECONDS",
         help="per request (default: %(default)g)",
@@ -321,12 +322,28 @@ def _add_items(parser: argparse.ArgumentParser, suffixes: Sequence[str] = JSON_L
 
 
 def _add_request_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, metavar="N", help="items per request")
+    parser.add_argument("--batch-size", type=_count, metavar="N", help="items per request")
     _add_model(parser)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="one of several models of the server")
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word} is not a whole number from 1")
+    return int(word)
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{word} is not a number of seconds above 0")
+    return seconds
 
 
 def _is_option(argument: str) -> bool:

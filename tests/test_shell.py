@@ -168,7 +168,14 @@ def test_what_is_wrong_is_one_line(
     for name in ("cat", "here:51000"):
         assert main(["encode", name, "a cat"]) == 1
         assert capfd.readouterr().err.count("\n") == 1
-    for wrong in (["-o", "out.csv"], ["--norm", "2", "--no-such"], ["-o", "nowhere/out.npy"]):
+    for wrong in (
+        ["-o", "out.csv"],
+        ["-o", "nowhere/out.npy"],
+        ["--norm", "2", "--no-such"],
+        ["--batch-size", "0"],
+        ["--timeout", "0"],
+        ["--timeout", "soon"],
+    ):
         with pytest.raises(SystemExit) as ended:
             main(["encode", unused_address, "a cat", *wrong])
         assert ended.value.code == 2
