@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from clip_server import logs
 from clip_server.errors import ConfigurationError
-from clip_server.install import conflict
+from clip_server.install import conflict, is_out_of_memory
 from clip_server.launch import flow as flows
 from clip_server.launch import jina_internals
 from clip_server.launch.flow_gateway import DEFAULT_PORTS
@@ -62,6 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         needed = f"the server needs the package {error.name}: {install_options()}"
         logs.announce(needed, logging.ERROR)
+        return 1
+    except (ImportError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logs.announce(
+            "the server does not fit into the memory that it may use: raise its limit (ulimit -v, "
+            "which counts address space)",
+            logging.ERROR,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -7,6 +7,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
 DISTRIBUTION = "clip-microservice"
+# What an import raises if a package is missing, or if a library of it cannot be loaded.
+IMPORT_ERRORS = (ImportError, OSError, MemoryError)
+# In the system's messages about a shared library that does not fit into memory.
+_OUT_OF_MEMORY = ("failed to map segment", "cannot allocate memory")
 
 
 def missing_package(packages: Sequence[str]) -> str | None:
@@ -32,6 +36,28 @@ def install_hint(extra: str) -> str:
     """The command that installs an extra, from the registry or a checkout, to end a message."""
     from_checkout = f"pip install ./clip_client '.[{extra}]'"
     return f"pip install '{DISTRIBUTION}[{extra}]' (in a checkout: {from_checkout})"
+
+
+def import_failure(error: BaseException, title: str, extra: str) -> str:
+    """Why an import failed, and a remedy, as an error message.
+
+    title: of what was imported. extra: that installs it.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return f"{title} is not installed: {install_hint(extra)}"
+    if is_out_of_memory(error):
+        return (
+            f"{title} does not fit into the memory that this process may use: raise its limit "
+            "(ulimit -v, which counts address space)"
+        )
+    reason = " ".join(str(error).split())
+    return f"{title} is installed but cannot be loaded ({reason}): install it again"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an import failed for lack of memory."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in message for sign in _OUT_OF_MEMORY)
 
 
 def conflict() -> str | None:

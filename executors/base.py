@@ -28,6 +28,7 @@ from clip_server.executors.clip_executor import ClipExecutor
 from clip_server.executors.documents import ClipDoc
 from clip_server.executors.parameters import EncoderParameters, field_paths, parse_access_paths
 from clip_server.launch import jina_internals
+from clip_server.launch.process_setup import return_large_blocks
 from clip_server.models import zoo
 from clip_server.models.fingerprint import fingerprint
 from clip_server.preprocess.image import ImageTransform
@@ -68,6 +69,8 @@ class BaseCLIPEncoder(ClipExecutor):
         given = self._named(by_place, self.own_arguments(arguments))
         try:
             self.parameters = self.read_parameters(given)
+            if self.is_served and self._runtime_spec().has_arena:
+                return_large_blocks()
             runtime = self.build_runtime(self.parameters, self._threads())
             self.engine = self._engine(runtime)
         except ConfigurationError as error:

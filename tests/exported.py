@@ -31,10 +31,11 @@ def write_immich(
     image: ImageSpec,
     pixels: Pixels = "float",
     mask: bool = False,
-    external: bool = False,
+    external: bool | str = False,
     tokenizer: Path | None = None,
 ) -> Path:
-    """Graphs for batches of one. external: with weights in files of their own."""
+    """Graphs for batches of one. external: with weights in files of their own, or all in one file
+    of this name."""
     visual = graph.build_visual(config, tensors, image)
     textual = graph.build_textual(config, tensors)
     _take_pixels(visual, "image", image, pixels, batch=1)
@@ -152,13 +153,15 @@ def _rename_output(model: onnx.ModelProto, name: str) -> None:
     model.graph.output[0].name = name
 
 
-def _save(model: onnx.ModelProto, file: Path, *, external: bool = False) -> None:
+def _save(model: onnx.ModelProto, file: Path, *, external: bool | str = False) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
+    together = isinstance(external, str)
     onnx.save(
         model,
         file,
-        save_as_external_data=external,
-        all_tensors_to_one_file=False,
+        save_as_external_data=bool(external),
+        all_tensors_to_one_file=together,
+        location=external if together else None,
         size_threshold=10_000,
     )
 

@@ -106,7 +106,7 @@ FRAMEWORKS = {
     "open_clip": ["clip_server.runtimes.torch"],
     "onnxruntime": ["clip_server.runtimes.onnx_sessions",
                     "clip_server.convert.triton.models.tower"],
-    "onnx": ["clip_server.runtimes.onnx_towers",
+    "onnx": ["clip_server.runtimes.onnx_towers", "clip_server.towers.lookups",
              "clip_server.towers.builder", "clip_server.towers.graph",
              "clip_server.towers.onnx_file", "clip_server.convert"],
     "faiss": ["clip_server.search.local", "clip_server.search.segments"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -323,6 +324,26 @@ def test_what_is_in_flight_is_not_computed_again() -> None:
         encoded = await engine.encode([first + b"0" * 300, second + b"0" * 300])
         assert encoded.embeddings[0][0] == 10
         assert encoded.embeddings[1][0] == 11
+
+    run(work)
+
+
+def test_an_image_that_is_decoded_is_known_without_its_bytes() -> None:
+    """While it waits for the device, only its pixels are in memory."""
+
+    async def work(engine: Engine, runtime: CountingRuntime) -> None:
+        runtime.held = True
+        # Of the same length and with the same end.
+        first, second = image(10) + b"0" * 300, image(11) + b"0" * 300
+        kept = sys.getrefcount(first)
+        tasks = [asyncio.create_task(engine.encode([first]))]
+        await runtime.batch_waits()
+        while sys.getrefcount(first) > kept:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(engine.encode([each])) for each in (first, second)]
+        runtime.let_all_go()
+        results = await asyncio.gather(*tasks)
+        assert [result.embeddings[0][0] for result in results] == [10, 10, 11]
 
     run(work)
 

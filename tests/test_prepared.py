@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import seeded
 from exported import write_immich
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -167,7 +169,7 @@ def test_graphs_of_others_are_prepared_like_a_checkpoint(
     if apart:
         request.getfixturevalue("prepared_apart")
     folder = tmp_path / "ViT-B-32__mine"
-    tensors = tensors_of(CLIP)
+    tensors, others = tensors_of(CLIP), tables()
 
     def embeddings() -> NDArray[np.float32]:
         runtime = OnnxRuntime.load("mine", model_path=folder, device="cpu", threads=1)
@@ -175,6 +177,7 @@ def test_graphs_of_others_are_prepared_like_a_checkpoint(
         found.append(runtime.encode_image(samples(runtime.card, "image")[:1]))
         if sys.platform == "linux":
             mapped = Path("/proc/self/maps").read_text()
+            assert tables().keys() - others
             assert sum(str(file) in mapped for file in prepared.folder().rglob("*.data")) == 2
         return np.concatenate(found)
 
@@ -184,10 +187,56 @@ def test_graphs_of_others_are_prepared_like_a_checkpoint(
     assert len(before) == 2
     np.testing.assert_array_equal(embeddings(), first)
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    shutil.rmtree(folder)  # and exported again, after training
+    shutil.rmtree(folder)  # and exported again, after training, with other names of files
     tensors["ln_final.bias"] = tensors["ln_final.bias"] + 1
-    write_immich(folder, CLIP, tensors, image=IMAGE, external=not apart)
+    write_immich(folder, CLIP, tensors, image=IMAGE, external=False if apart else "model.weights")
     assert np.abs(embeddings() - first)[0].max() > 0.01
+    assert len([each for each in prepared.folder().iterdir() if each.is_dir()]) == 1
+
+
+def tables() -> dict[str, int]:
+    """The tables in this process that are loaded row by row, by address: their resident KiB."""
+    smaps = Path("/proc/self/smaps")
+    content = smaps.read_text("utf-8") if smaps.exists() else ""
+    found = {}
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", content, flags=re.MULTILINE):
+        if re.search(r"^VmFlags:.* nh\b", mapping, re.MULTILINE):
+            found[mapping.split()[0]] = int(mapping.split("Rss:")[1].split()[0])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tables are mapped")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_of_a_table_of_tokens_only_the_used_rows_are_in_memory(
+    precision: str, tmp_path: Path
+) -> None:
+    text = seeded.SMALL_CLIP["text_cfg"]
+    folder = seeded.save_drawn(tmp_path / "model", seeded.SMALL_CLIP)
+
+    def load() -> OnnxRuntime:
+        return OnnxRuntime.load("mine", model_path=folder, precision=precision, device="cpu")
+
+    others = tables()
+    runtime = load()
+    (table,) = tables().keys() - others
+    size = text["vocab_size"] * text["width"] * (4 if precision == "fp32" else 2) >> 10
+    runtime.encode_text(seeded.random_tokens(seeded.SMALL_CLIP, 8, 20))
+    assert 0 < tables()[table] < size / 10
+
+    # Texts with every token, from several threads, each token in two of them.
+    start, end = text["vocab_size"] - 2, text["vocab_size"] - 1
+    ids = np.random.default_rng(1).permutation(start).astype(np.int32)
+    ids = np.resize(ids, (-(-start // 64), 64))
+    texts = np.pad(ids, ((0, 0), (1, 1)), constant_values=((0, 0), (start, end)))
+    batches = [*np.array_split(texts, 20), *np.array_split(texts[::-1], 20)]
+    with ThreadPoolExecutor(4) as threads:
+        found = np.concatenate([*threads.map(runtime.encode_text, batches)])
+    shutil.rmtree(prepared.folder())
+    prepared.folder().write_text("")  # it cannot be cached any more, and is whole in memory
+    expected = load().encode_text(texts)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found[: len(texts)] / scale, expected / scale, atol=1e-4)
+    np.testing.assert_allclose(found[len(texts) :][::-1] / scale, expected / scale, atol=1e-4)
 
 
 def test_it_is_made_once() -> None:

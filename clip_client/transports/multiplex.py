@@ -39,12 +39,15 @@ class Multiplexer:
         self._connection: _Connection | None = None
 
     async def send(self, request: clip_pb2.Request) -> clip_pb2.Response:
+        """The answer to a request, which is released once it is sent."""
         async with self._opening:
             if self._closed:
                 raise ClientClosedError
             if self._connection is None or self._connection.broken:
                 self._connection = _Connection(await self._open_link())
-        return await self._connection.exchange(request)
+        answer = self._connection.exchange(request)
+        del request
+        return await answer
 
     async def close(self) -> None:
         self._closed = True
@@ -66,17 +69,18 @@ class _Connection:
         self._writer = asyncio.create_task(self._write())
 
     async def exchange(self, request: clip_pb2.Request) -> clip_pb2.Response:
-        request.id = next(self._ids)
+        number = request.id = next(self._ids)
         answer: asyncio.Future[clip_pb2.Response] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = answer
+        self._pending[number] = answer
         self._outbox.put_nowait(request)
+        del request
         try:
             return await answer
         except asyncio.CancelledError:
-            self._outbox.put_nowait(clip_pb2.Request(id=request.id, cancel=clip_pb2.Cancel()))
+            self._outbox.put_nowait(clip_pb2.Request(id=number, cancel=clip_pb2.Cancel()))
             raise
         finally:
-            self._pending.pop(request.id, None)
+            self._pending.pop(number, None)
 
     async def close(self) -> None:
         tasks = self._reader, self._writer
@@ -91,8 +95,8 @@ class _Connection:
         # The reader sees the same break, and its reason.
         with contextlib.suppress(Exception):
             while True:
-                first = await self._outbox.get()
-                await self._link.write(serialize_messages(self._from(first)))
+                # Without a name for the requests, which would keep them until the next one comes.
+                await self._link.write(serialize_messages(self._from(await self._outbox.get())))
 
     def _from(self, request: clip_pb2.Request) -> Iterator[clip_pb2.Request]:
         """A request and those queued behind it, without those that were cancelled."""

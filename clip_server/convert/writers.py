@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from clip_server import runtimes
 from clip_server.errors import ConfigurationError
-from clip_server.install import install_hint
+from clip_server.install import IMPORT_ERRORS, import_failure
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import weights
 from clip_server.models.converted import Tower
@@ -28,8 +28,8 @@ try:
 
     from clip_server.convert import rewrite
     from clip_server.towers import graph, onnx_file, registry
-except ImportError as missing:
-    raise ConfigurationError(f"to convert, {install_hint('onnx')}") from missing
+except IMPORT_ERRORS as error:
+    raise ConfigurationError(import_failure(error, "the onnx package", "onnx")) from error
 
 Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 

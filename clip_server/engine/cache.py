@@ -44,7 +44,7 @@ class EmbeddingCache:
         """Returns the cached embedding of a text or an encoded image, if there is one."""
         if not self.max_bytes:
             return None
-        key = _key(item)
+        key = content_key(item)
         cached = self._embeddings.get(key)
         if cached is None:
             self.misses += 1
@@ -53,13 +53,13 @@ class EmbeddingCache:
         self._embeddings.move_to_end(key)
         return cached
 
-    def put(
-        self, item: str | bytes, embedding: NDArray[np.float32], truncated: bool, tokens: int
-    ) -> None:
-        """Stores an embedding, [D]. truncated, tokens: see `CachedEmbedding`."""
+    def put(self, key: bytes, embedding: NDArray[np.float32], truncated: bool, tokens: int) -> None:
+        """Stores an embedding, [D]. key: the `content_key` of its text or image.
+
+        truncated, tokens: see `CachedEmbedding`.
+        """
         size = embedding.nbytes + _OVERHEAD
-        key = _key(item) if size <= self.max_bytes else b""
-        if not key or key in self._embeddings:
+        if size > self.max_bytes or key in self._embeddings:
             return
         self._embeddings[key] = CachedEmbedding(embedding.copy(), truncated, tokens)
         self.bytes += size
@@ -68,7 +68,7 @@ class EmbeddingCache:
             self.bytes -= size
 
 
-def _key(item: str | bytes) -> bytes:
+def content_key(item: str | bytes) -> bytes:
     """A cryptographic hash, so that no client can construct a collision with another's item."""
     if isinstance(item, str):
         return blake2b(

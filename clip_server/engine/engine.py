@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_server.engine.cache import EmbeddingCache
+from clip_server.engine.cache import EmbeddingCache, content_key
 from clip_server.engine.halving import Halving
 from clip_server.engine.metrics import Metrics
 from clip_server.engine.residency import Residency
@@ -185,6 +185,8 @@ class Engine:
     ) -> Encoded:
         """Encodes `items`, in their order. Cancelling drops the items that are not yet computed.
 
+        Images are released once they are decoded, by all callers that keep none of their own.
+
         minibatch_size: largest batch formed around one of these items; 0, or more than the
             engine's own: the engine's own.
         timeout: seconds after which the request is given up, as if cancelled; None: no timeout.
@@ -192,15 +194,17 @@ class Engine:
         Raises:
             RequestError: RESOURCE_EXHAUSTED if too many items are in flight; DEADLINE_EXCEEDED.
         """
-        self._refuse_if_full(len(items))
+        count = len(items)
+        self._refuse_if_full(count)
         size = min(minibatch_size or self._minibatch_size, self._minibatch_size)
-        request = PendingRequest(next(self._request_numbers), len(items), self.card.dim, size)
+        request = PendingRequest(next(self._request_numbers), count, self.card.dim, size)
         timer = timeout and asyncio.get_running_loop().call_later(timeout, self._expire, request)
-        self.in_flight_items += len(items)
+        self.in_flight_items += count
         try:
-            if items:
+            if count:
                 self.metrics.count_items(items)
                 self._admit(request, items)
+                del items
                 await request.done
                 self.metrics.preprocess_seconds.observe(request.preprocess_seconds)
                 self.metrics.queue_seconds.observe(request.queue_seconds)
@@ -211,7 +215,7 @@ class Engine:
                 request.done.exception()  # it ended in the same moment, and was counted so
             raise
         finally:
-            self.in_flight_items -= len(items)
+            self.in_flight_items -= count
             self.metrics.count_flaws(len(request.errors), len(request.truncated_items))
             if request.is_open():
                 self._drop(request)
@@ -290,11 +294,11 @@ class Engine:
     def _enqueue(self, item: str | bytes, request: PendingRequest, index: int) -> None:
         fingerprint = _fingerprint(item)
         pending = self._in_flight.get(fingerprint)
-        if pending is not None and pending.source == item:
+        if pending is not None and pending.is_of(item):
             self.metrics.deduplicated_items.inc()
             pending.add(request, index)
             return
-        pending = self._in_flight[fingerprint] = PendingItem(item, request, index)
+        pending = self._in_flight[fingerprint] = PendingItem(item, fingerprint, request, index)
         if isinstance(item, bytes):
             self._images.push(pending)
         elif self._is_tokenized_inline(item, request):
@@ -317,9 +321,8 @@ class Engine:
         self._advance()
 
     def _forget(self, pending: PendingItem) -> None:
-        fingerprint = _fingerprint(pending.source)
-        if self._in_flight.get(fingerprint) is pending:
-            del self._in_flight[fingerprint]
+        if self._in_flight.get(pending.fingerprint) is pending:
+            del self._in_flight[pending.fingerprint]
 
     def _advance(self) -> None:
         """Starts all work that can start now; called after every change."""
@@ -396,9 +399,9 @@ class Engine:
             lambda: [_attempt(prepare, each) for each in sources], finish
         )
 
-    def _decode(self, image: bytes) -> tuple[NDArray[np.uint8], bool]:
-        """Pixels, [3, S, S], and False: as with tokens, whether they are truncated."""
-        return self._transform(image), False
+    def _decode(self, image: bytes) -> tuple[NDArray[np.uint8], bool, bytes]:
+        """Pixels, [3, S, S]; False: as with tokens, whether they are truncated; and its key."""
+        return self._transform(image), False, content_key(image)
 
     def _next_batches(self) -> list[Batch]:
         """The next batch, and more while the device is expected to be done in next to no time."""
@@ -483,7 +486,8 @@ class Engine:
         self.metrics.observe_computed(len(batch), seconds, is_image=batch[0].is_image)
         for pending, embedding in zip(batch, embeddings, strict=True):
             pending.succeed(embedding)
-            self.cache.put(pending.source, embedding, pending.truncated, pending.tokens)
+            if self.cache.max_bytes:
+                self.cache.put(pending.key, embedding, pending.truncated, pending.tokens)
 
     def _count_batch(self, slot: _DeviceSlot, batch: Batch) -> None:
         now = time.perf_counter()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_server import logs
+from clip_server.engine.cache import content_key
 
 # Tokens of padding that cost less than a batch of their own.
 _CHEAP_PADDING = 8
@@ -104,25 +105,40 @@ class PendingRequest:
 class PendingItem:
     """A text or image in flight.
 
-    source: the text, or the encoded image, as the client sent it.
+    source: the text, or the encoded image, as the client sent it; None of an image that is
+        decoded, which would take more memory than its pixels.
+    fingerprint: by which the same item is found.
+    is_image: whether it is an image; else a text.
     content: its tokens or pixels; None until it is prepared.
     truncated: whether it is a text longer than the model's context.
     recipients: the requests that wait for its embedding, each with the item's index in it.
     """
 
-    __slots__ = ("content", "queue", "recipients", "source", "truncated")
+    __slots__ = (
+        "_key", "content", "fingerprint", "is_image", "queue", "recipients", "source", "truncated",
+    )  # fmt: skip
 
-    def __init__(self, source: str | bytes, request: PendingRequest, index: int) -> None:
-        self.source = source
+    def __init__(
+        self, source: str | bytes, fingerprint: Any, request: PendingRequest, index: int
+    ) -> None:
+        self.source: str | bytes | None = source
+        self.fingerprint, self.is_image = fingerprint, isinstance(source, bytes)
+        self._key = b""
         self.content: NDArray[Any] | None = None
         self.truncated = False
         self.recipients = [(request, index)]
         self.queue: Queue | None = None  # the one it waits in
 
     @property
-    def is_image(self) -> bool:
-        """Whether it is an image; else a text."""
-        return isinstance(self.source, bytes)
+    def key(self) -> bytes:
+        """The `content_key` of the text or image."""
+        return self._key if self.source is None else content_key(self.source)
+
+    def is_of(self, item: str | bytes) -> bool:
+        """Whether it is this text or image."""
+        if self.source is None:
+            return self._key == content_key(item)
+        return self.source == item
 
     @property
     def tokens(self) -> int:
@@ -148,9 +164,14 @@ class PendingItem:
         self.recipients = [each for each in self.recipients if each[0] is not request]
         return bool(self.recipients)
 
-    def prepare(self, content: NDArray[Any], truncated: bool) -> bool:
-        """Stores tokens or pixels. Returns whether any request still waits for the item."""
+    def prepare(self, content: NDArray[Any], truncated: bool, key: bytes = b"") -> bool:
+        """Stores tokens or pixels. Returns whether any request still waits for the item.
+
+        key: of an image, by which it is known without its source.
+        """
         self.content, self.truncated = content, truncated
+        if key:
+            self.source, self._key = None, key
         self.recipients = [each for each in self.recipients if not each[0].done.done()]
         for request, _ in self.recipients:
             request.count_prepared()

@@ -111,7 +111,9 @@ class Service:
         minibatch_size, normalize = request.options.minibatch_size, request.options.normalize
         items, timeout = await self._to_items(request.items, timeout)
         del request  # see `handle`
-        encoded = await self.engine.encode(items, minibatch_size=minibatch_size, timeout=timeout)
+        encoding = self.engine.encode(items, minibatch_size=minibatch_size, timeout=timeout)
+        del items  # see `Engine.encode`
+        encoded = await encoding
         embeddings = encoded.embeddings
         if normalize:
             embeddings = scores.normalize(embeddings)
@@ -130,10 +132,13 @@ class Service:
         Raises:
             RequestError: the query failed; or as `Engine.encode` does.
         """
-        encoded = await self.engine.encode([query, *candidates], timeout=timeout)
+        count = len(candidates)
+        encoding = self.engine.encode([query, *candidates], timeout=timeout)
+        del query, candidates  # see `Engine.encode`
+        encoded = await encoding
         if 0 in encoded.errors:
             raise RequestError(f"the query cannot be encoded: {encoded.errors[0]}")
-        good = [i for i in range(len(candidates)) if i + 1 not in encoded.errors]
+        good = [i for i in range(count) if i + 1 not in encoded.errors]
         query_embedding, embeddings = encoded.embeddings[:1], encoded.embeddings[1:][good]
         cosines = scores.cosines(query_embedding, embeddings)
         card = self.engine.card
@@ -154,7 +159,9 @@ class Service:
         parts = [request.query, *request.candidates]
         (query, *candidates), timeout = await self._to_items(parts, timeout)
         del request, parts  # see `handle`
-        ranked = await self.rank(query, candidates, timeout)
+        ranking = self.rank(query, candidates, timeout)
+        del query, candidates  # see `Engine.encode`
+        ranked = await ranking
         response.matches.extend(ranked.matches)
         response.errors.extend(item_errors(ranked.errors))
         _set_timings(response.timings, ranked.encoded)

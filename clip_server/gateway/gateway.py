@@ -38,6 +38,7 @@ from clip_server.launch import gateway_group, heartbeats, jina_internals
 from clip_server.launch.process_setup import (
     die_with_parent,
     raise_descriptor_limit,
+    return_large_blocks,
     return_memory_regularly,
     spare_garbage_collector,
 )
@@ -91,6 +92,7 @@ class ClipGateway(BaseServer, BaseGateway):
         logs.configure()
         die_with_parent()
         raise_descriptor_limit()
+        return_large_blocks()
         return_memory_regularly()
         args = self.runtime_args
         timeout = args.timeout_send if (args.timeout_send or -1) > 0 else None
@@ -139,11 +141,14 @@ class ClipGateway(BaseServer, BaseGateway):
 
         async def call(request: pb.Request) -> pb.Response:
             items = (count_items(request) or 0) + len(request.rank.candidates)
+            request_id = request.id
             try:
                 with admitted(items):
-                    response = await router.call(request)
+                    answer = router.call(request)
+                    del request  # see `ReplicaPool.send`
+                    response = await answer
             except RequestError as error:
-                return error_response(request.id, error)
+                return error_response(request_id, error)
             if response.HasField("info"):
                 response.info.max_request_bytes = self._options.max_request_bytes
             return response

@@ -102,11 +102,14 @@ class Listener(ABC):
 
     async def count_call(self, request: pb.Request) -> pb.Response:
         """`call`, for requests of connections that the listener cannot count by itself."""
+        request_id = request.id
         try:
             with self.lifecycle.request():
-                return await self.call(request)
+                answer = self.call(request)
+                del request  # see `ReplicaPool.send`
+                return await answer
         except RequestError as refusal:
-            return error_response(request.id, refusal)
+            return error_response(request_id, refusal)
 
     @abstractmethod
     def count_connections(self) -> int:

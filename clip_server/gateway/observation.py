@@ -128,7 +128,9 @@ class Observer:
         async def observed_call(request: pb.Request) -> pb.Response:
             endpoint = f"/{request.WhichOneof('body')}"
             with self.request(endpoint, request.request_id, request.traceparent) as observed:
-                response = await call(request)
+                answer = call(request)
+                del request  # see `ReplicaPool.send`
+                response = await answer
                 response.request_id = observed.request_id
                 if response.HasField("error"):
                     observed.code = pb.Error.Code.Name(response.error.code)

@@ -161,6 +161,9 @@ class ReplicaPool:
     async def send(self, request: pb.Request) -> pb.Response:
         """The response of the least busy replica; of equally busy ones each in its turn.
 
+        The request is released once the last replica that may answer it has it, by all callers:
+        its images would be in memory until they are encoded.
+
         Raises:
             RequestError: no replica answers, or none in time.
         """
@@ -171,17 +174,23 @@ class ReplicaPool:
         with self._timed(endpoint, items, "") as trace:
             if trace:
                 request.traceparent = trace.traceparent
-            return await self._send(request)
+            answer = self._send(request)
+            del request
+            return await answer
 
     async def _send(self, request: pb.Request) -> pb.Response:
         items = len(request.encode.items) + len(request.rank.candidates) + 1
-        for replica in sorted(
+        replicas = sorted(
             self._replicas, key=lambda r: (not r.can_answer, r.in_flight_items, r.last_turn)
-        ):
+        )
+        for replica in replicas:
             replica.add_items(items)
             replica.last_turn = next(self._turns)
+            answer = replica.transport.send(request)
+            if replica is replicas[-1]:
+                del request  # see `send`
             try:
-                return await asyncio.wait_for(replica.transport.send(request), self._timeout)
+                return await asyncio.wait_for(answer, self._timeout)
             except ClientClosedError:
                 continue  # it is silent: the next one may serve
             except ConnectionFailedError:

@@ -85,7 +85,9 @@ class Router:
         try:
             self._refuse_if_full(size)
             async with self._hold(request):
-                response = await self._send(request)
+                sending = self._send(request)
+                del request  # see `ReplicaPool.send`
+                response = await sending
             response.id = request_id
         except RequestError as error:
             response = error_response(request_id, error)
@@ -136,7 +138,9 @@ class Router:
             return response
         route = self._topology.route(f"/{kind}", model)
         if route.is_direct and route.encoder:
-            return await route.encoder.pool.send(request)
+            sending = route.encoder.pool.send(request)
+            del request  # see `ReplicaPool.send`
+            return await sending
         seconds = request.timeout / 1e3 or None
         try:
             if kind == "encode":

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_M_ARENA_MAX = -8  # malloc.h of glibc
+# malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _MAX_ARENAS = 2
+# Blocks of this size and more are returned when they are freed, and free memory at the end of a
+# heap when it is larger than that.
+_LARGE_BLOCK, _LARGE_END = 1 << 20, 8 << 20
 # Between two looks at what malloc keeps, and how many of them a process is idle for, which means
 # that it used less than this share of a core, before all of it is returned.
 _LOOK_SECONDS, _IDLE_LOOKS, _IDLE_SHARE = 1.0, 5, 0.05
@@ -65,6 +69,20 @@ def limit_malloc_arenas() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl has neither mallopt nor arenas
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _MAX_ARENAS)
+
+
+def return_large_blocks() -> None:
+    """Makes malloc return large blocks of this process when they are freed (glibc only).
+
+    Once one has been freed, malloc would keep all others up to its size, 32 MiB at most: messages,
+    and the images in them. Not for processes that compute with malloc's memory: getting it anew for
+    every activation takes a tenth of their time.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+            libc.mallopt(_M_TRIM_THRESHOLD, _LARGE_END)
 
 
 def return_memory_regularly() -> None:

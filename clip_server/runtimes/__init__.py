@@ -56,6 +56,7 @@ class RuntimeSpec:
         whose graphs we build.
     options: parameters of the executor that its `load` takes beyond the common ones.
     preloads: modules whose import takes long, and which a process may import before it forks.
+    has_arena: whether activations come from memory of its own, not from malloc's.
     """
 
     name: str
@@ -71,6 +72,7 @@ class RuntimeSpec:
     serves_exported: bool = False
     options: tuple[str, ...] = ()
     preloads: tuple[str, ...] = ()
+    has_arena: bool = False
 
     @property
     def executor(self) -> str:
@@ -174,6 +176,7 @@ RUNTIMES: tuple[RuntimeSpec, ...] = (
         flow="onnx-flow.yml",
         preloads=("onnxruntime", "clip_server.runtimes.onnx", "clip_server.runtimes.onnx_towers"),
         serves_exported=True,
+        has_arena=True,
     ),
     RuntimeSpec(
         "tensorrt",

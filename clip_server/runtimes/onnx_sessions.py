@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from clip_server.errors import ConfigurationError
-from clip_server.install import install_hint
+from clip_server.install import IMPORT_ERRORS, import_failure, install_hint
 from clip_server.runtimes import cuda
 from clip_server.runtimes.onnx_graph import Graph
+from clip_server.runtimes.onnx_tables import Table
 
-NOT_INSTALLED = f"the ONNX runtime is not installed: {install_hint('onnx')}"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # onnxruntime's level of logging: errors reach us as exceptions.
 _LOG_FATAL = 4
@@ -45,15 +45,20 @@ class Sessions:
         """
         options = self._options()
         if arrays:
-            wrap = self._ort.OrtValue.ortvalue_from_numpy
-            options.add_external_initializers([*arrays], [*map(wrap, arrays.values())])
+            options.add_external_initializers([*arrays], self._values(arrays.values()))
         return self._open(model, origin, options)
 
-    def open_prepared(self, model: Path, origin: str) -> Graph:
-        """A session of a graph that `prepare` wrote, whose weights are mapped as they are."""
+    def open_prepared(self, model: Path, origin: str, tables: Sequence[Table] = ()) -> Graph:
+        """A session of a graph that `prepare` wrote, whose weights are mapped as they are.
+
+        tables: weights that are not mapped. The session reads them where they are.
+        """
         options = self._options()
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self._open(model, origin, options)
+        values = self._values(table.values for table in tables)  # which `options` refers to
+        for table, value in zip(tables, values, strict=True):
+            options.add_initializer(table.name, value)
+        return self._open(model, origin, options, tables)
 
     def prepare(self, model: Path, prepared: Path, origin: str) -> Graph:
         """A session of a graph in a file; also writes the graph as it is computed, with its weights
@@ -79,11 +84,26 @@ class Sessions:
         options.log_severity_level = _LOG_FATAL
         # Threads that spin while waiting would compete with preprocessing for cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The arena would keep the activations of the largest batch of every shape.
-        options.enable_cpu_mem_arena = False
+        # The plan of a batch's activations would be kept for every shape, and fit few batches: how
+        # many rows a text tower computes depends on what the texts share.
+        options.enable_mem_pattern = False
         return options
 
-    def _open(self, model: Path | bytes, origin: str, options: Any) -> Graph:
+    def _values(self, arrays: Iterable[NDArray[Any]]) -> list[Any]:
+        """Arrays as onnxruntime's values, without copies."""
+        return [self._ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+
+    def _run_options(self) -> Any:
+        options = self._ort.RunOptions()
+        if self.device == "cpu":
+            # Activations come from onnxruntime's arena, or malloc would keep what they leave free
+            # between them; after a batch it is empty, and returned.
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
+
+    def _open(
+        self, model: Path | bytes, origin: str, options: Any, tables: Sequence[Table] = ()
+    ) -> Graph:
         kind, _, index = self.device.partition(":")
         provider = _PROVIDERS[kind]
         # fp32 is exact: TF32 would round the factors of products to 10 bits.
@@ -100,14 +120,14 @@ class Sessions:
             )
         # Or onnxruntime would keep the graph and its weights for a retry on another provider.
         session._model_bytes = session._sess_options = None
-        return Graph(session, origin)
+        return Graph(session, origin, self._run_options(), tables)
 
 
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
-    except ImportError as error:
-        raise ConfigurationError(NOT_INSTALLED) from error
+    except IMPORT_ERRORS as error:
+        raise ConfigurationError(import_failure(error, "ONNX Runtime", "onnx")) from error
     # For programs that imported it before this package set the environment variable.
     onnxruntime.disable_telemetry_events()
     return onnxruntime

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from clip_server import runtimes
 from clip_server.errors import ConfigurationError
+from clip_server.install import IMPORT_ERRORS, import_failure
 from clip_server.launch.process_setup import die_with_parent
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, exported, weights, zoo
@@ -33,17 +34,18 @@ from clip_server.models.converted import TOWERS, Tower
 from clip_server.runtimes import memory, prepared
 from clip_server.runtimes.loading import load_checkpoint
 from clip_server.runtimes.onnx_graph import Graph, ImageGraph, TextGraph
-from clip_server.runtimes.onnx_sessions import NOT_INSTALLED, SessionError, Sessions
+from clip_server.runtimes.onnx_sessions import SessionError, Sessions
+from clip_server.runtimes.onnx_tables import Table, pays
 
 try:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from clip_server.towers import graph, onnx_file, registry
+    from clip_server.towers import graph, lookups, onnx_file, registry
     from clip_server.towers.builder import Store
     from clip_server.towers.tower import Target
-except ImportError as missing:
-    raise ConfigurationError(NOT_INSTALLED) from missing
+except IMPORT_ERRORS as error:
+    raise ConfigurationError(import_failure(error, "the onnx package", "onnx")) from error
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +64,11 @@ _REFUSED, _NOT_CACHED = 78, 73
 class Towers(ABC):
     """Opens the towers of a model.
 
-    card, files: of the model; the files hold its weights.
+    card, files: of the model; the files are its checkpoint or its graphs.
     source: the name and model_path that it is loaded by, as in `load_runtime`.
     settings: all else that the towers depend on, as JSON.
     weight_bytes: in the precision of the towers.
+    external: other files, which hold weights of its graphs.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class Towers(ABC):
         settings: Mapping[str, Any],
         weight_bytes: int,
         sessions: Sessions,
+        external: Sequence[Path] = (),
     ) -> None:
-        self.card, self.files = card, files
+        self.card, self.files = card, [*files, *external]
+        self._external = external
         self._source = source[0], str(source[1] or "")
         self._precision, self._settings, self._bytes = precision, settings, weight_bytes
         self._sessions = sessions
@@ -121,7 +126,11 @@ class Towers(ABC):
         self._opened.add(tower)
         if self._folder is None:
             return self.open_unprepared(tower)
-        return self._sessions.open_prepared(self._folder / f"{tower}.onnx", self.origin(tower))
+        return self._open_prepared(self._folder / f"{tower}.onnx", tower)
+
+    def _open_prepared(self, path: Path, tower: Tower) -> Graph:
+        tables = [Table(lookup) for lookup in lookups.find(path) if pays(lookup)]
+        return self._sessions.open_prepared(path, self.origin(tower), tables)
 
     def _cached(self) -> Path | None:
         """The folder with the prepared towers; None, after a warning, if they cannot be kept."""
@@ -134,7 +143,9 @@ class Towers(ABC):
         make = self.prepare if self._bytes < _LARGE else self._prepare_apart
         needed = _DISK_FACTOR * self._bytes
         try:
-            return prepared.find_or_make(card.name, self.files, settings, make, needed)
+            return prepared.find_or_make(
+                card.name, self.files, settings, make, needed, self._external
+            )
         except prepared.CacheError as error:
             log.warning(
                 "%s is prepared in memory, by every replica at every start, because it cannot be "
@@ -188,7 +199,7 @@ class Towers(ABC):
             expected = self._try_out(tower, unprepared)
             del unprepared
             onnx_file.align(kept)
-            opened = self._sessions.open_prepared(kept, self.origin(tower))
+            opened = self._open_prepared(kept, tower)
         except SessionError as error:  # of a disk that is full, too
             raise prepared.CacheError(str(error)) from error
         found = self._try_out(tower, opened)
@@ -278,15 +289,17 @@ class FolderTowers(Towers):
     ) -> None:
         described = converted.read(own.folder)
         card, precision = described or (zoo.resolve(name, model_path), own.precision or "")
-        files = [*own.files.values(), *_external_files(own.files.values())]
+        files = [*own.files.values()]
+        external = [*_external_files(files)]
         super().__init__(
             card,
             files,
             source=(card.name, own.folder),
             precision=precision,
             settings={},
-            weight_bytes=sum(file.stat().st_size for file in files),
+            weight_bytes=sum(file.stat().st_size for file in (*files, *external)),
             sessions=sessions,
+            external=external,
         )
         self._graphs, self._is_described = own.files, described is not None
         self._dims: dict[Tower, int] = {}

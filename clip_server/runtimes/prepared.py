@@ -75,14 +75,16 @@ def find_or_make(
     settings: Mapping[str, Any],
     make: Callable[[Path], None],
     needed_bytes: int,
+    external: Sequence[Path] = (),
 ) -> Path:
     """The folder of a prepared model, made unless the cache has it.
 
     Replicas that start concurrently make it once.
 
-    name: the model's, for people. files: its checkpoint.
+    name: the model's, for people. files: its checkpoint, or its graphs and their weights.
     settings: everything else that its prepared files depend on, as JSON.
     make: writes them into a folder. needed_bytes: that it takes on the disk while it does.
+    external: those of the files that the graphs name, by any names.
 
     Raises:
         CacheError: the folder cannot be written to, or has too little space.
@@ -90,7 +92,8 @@ def find_or_make(
     from filelock import FileLock
 
     key = _key(files, settings)
-    entry = folder() / _entry_name(name, files, settings)
+    own = [file for file in files if file not in external]
+    entry = folder() / _entry_name(name, own, settings)
     if _is_intact(entry, key):
         return entry
     part = entry.with_name(f"{entry.name}.part")
@@ -129,8 +132,8 @@ def _remove(place: Path) -> None:
 
 
 def _entry_name(name: str, files: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    """The folder of a checkpoint: its place, not its content, so that a checkpoint that is trained
-    on and saved again replaces what was prepared of it before."""
+    """The folder of a checkpoint or of graphs: their place, not their content, so that a model that
+    is trained on and saved again replaces what was prepared of it before."""
     # Not resolved: a file of the hub's cache is a link, which keeps its name.
     place = [*(str(file.absolute()) for file in files), settings["precision"], processor()]
     readable = re.sub(r"[^\w.-]+", "-", name)

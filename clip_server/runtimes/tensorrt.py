@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from clip_server import runtimes
 from clip_server.errors import ConfigurationError
-from clip_server.install import install_hint
+from clip_server.install import IMPORT_ERRORS, import_failure
 from clip_server.model_card import ModelCard, Precision
 from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import TOWERS, Tower
@@ -262,10 +262,8 @@ def _checkpoint(
     """The card of a checkpoint, and its tensors, which have the shapes that the card says."""
     try:
         from clip_server.towers import registry
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the graphs of engines need onnx: {install_hint('tensorrt')}"
-        ) from error
+    except IMPORT_ERRORS as error:
+        raise ConfigurationError(import_failure(error, "the onnx package", "tensorrt")) from error
 
     card, tensors = load_checkpoint(name, model_path)
     weights.check(tensors, registry.tensor_shapes(card.config))

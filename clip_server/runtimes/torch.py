@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clip_server import runtimes
 from clip_server.errors import ConfigurationError, WeightsError
-from clip_server.install import install_hint
+from clip_server.install import IMPORT_ERRORS, import_failure
 from clip_server.model_card import ImageSpec, ModelCard
 from clip_server.models import converted, weights, zoo
 from clip_server.models.converted import Tower
@@ -32,10 +32,8 @@ try:
     from open_clip.model import CustomTextCLIP, text_global_pool
     from torch import Tensor, nn
     from torch.overrides import TorchFunctionMode
-except ImportError as missing:
-    raise ConfigurationError(
-        f"the torch runtime is not installed: {install_hint('torch')}"
-    ) from missing
+except IMPORT_ERRORS as error:
+    raise ConfigurationError(import_failure(error, "the torch runtime", "torch")) from error
 
 # The keys of a configuration that describe the towers; the prefix of CoCa's caption decoder.
 _TOWERS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
