@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import flow, free_ports
+from conftest import flow, free_ports, free_range
 
 from clip_server.__main__ import main
 from clip_server.errors import ConfigurationError
@@ -346,6 +346,18 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return said
 
     return refused
+
+
+def test_ports_for_metrics_of_several_gateways(refused: Refused) -> None:
+    spec, first = flow(), free_range(4)
+    spec["with"] |= {"gateways": 3, "monitoring": True, "port_monitoring": first}
+    spec["executors"][0]["port_monitoring"] = first + 2
+    assert f"port_monitoring: {first + 2} is given to an executor" in refused(yaml.safe_dump(spec))
+    spec["executors"][0]["port_monitoring"] = first + 3
+    with socket.create_server(("127.0.0.1", first + 1)):
+        assert f"in use on 0.0.0.0: port {first + 1}" in refused(yaml.safe_dump(spec))
+    spec["with"]["port_monitoring"] = 65534
+    assert "from 1 to 65533" in refused(yaml.safe_dump(spec))
 
 
 def test_ports_in_use(refused: Refused) -> None:

@@ -26,7 +26,7 @@ from clip_server.launch.flow_executors import (
     prepare_executor,
 )
 from clip_server.launch.flow_gateway import prepare_gateway
-from clip_server.launch.flow_keys import as_list, port_number, section
+from clip_server.launch.flow_keys import as_list, port_number, section, whole_number
 from clip_server.launch.supervision import Supervision
 
 DEFAULT_FLOW = "torch-flow.yml"
@@ -186,6 +186,7 @@ def prepare(
     hand_out_gpus(options, prepared["executors"])
     _check_names(prepared["executors"])
     _check_addresses(prepared)
+    _check_monitoring(prepared, supervision(spec).gateways)
     for index, executor in enumerate(prepared["executors"]):
         check_executor(executor, _place(executor, index))
     typed: dict[str, Any] = _type_first(prepared)
@@ -339,3 +340,23 @@ def _check_addresses(spec: dict[str, Any]) -> None:
         ports.check(host, chosen)
         if chosen:
             part["port"] = chosen
+
+
+def _check_monitoring(spec: Mapping[str, Any], gateways: int) -> None:
+    """Raises ConfigurationError if a port for Jina's metrics of the gateways is not free.
+
+    gateways: the first uses the port that the flow names, each other one the next.
+    """
+    gateway = {**spec["with"], **spec["gateway"]}
+    if not gateway.get("monitoring") or "port_monitoring" not in gateway:
+        return
+    first = whole_number(gateway["port_monitoring"], "port_monitoring", 1, 65536 - gateways)
+    needed = range(first, first + gateways)
+    of_executors = [each for each in spec["executors"] if "port_monitoring" in each]
+    named = {int(port) for each in of_executors for port in as_list(each["port_monitoring"])}
+    if both := named & set(needed):
+        raise ConfigurationError(
+            f"port_monitoring: {min(both)} is given to an executor, and the gateways use "
+            f"{first} to {needed[-1]}"
+        )
+    ports.check("0.0.0.0", needed)
