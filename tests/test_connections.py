@@ -38,6 +38,7 @@ def strict(start: Start) -> Server:
         "max_connection_age": AGE,
         "max_connections_per_address": MOST,
         "max_request_bytes": 1 << 20,
+        "max_queued_bytes": 1 << 20,
     }
     return start(spec)
 
@@ -147,6 +148,33 @@ def test_pings_are_read_no_faster_than_their_answers(onnx_server: Server) -> Non
                 received += len(part)
             sending.result()
         assert received == most
+
+
+def test_requests_that_do_not_come_whole_take_bounded_memory(strict: Server) -> None:
+    """Of several half requests the last is refused; those of clients that are gone do not count."""
+    half = bytes(600_000)
+    body = b"POST /encode HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n" + half
+    frame = b"\x82\xff" + (1_000_000).to_bytes(8, "big") + b"mask" + half
+
+    def is_refused() -> bool:
+        with socket.create_connection(("127.0.0.1", strict.ports[1]), 30) as second:
+            second.settimeout(TIMEOUT)
+            with suppress(TimeoutError):
+                second.sendall(body)
+                return b"(max_queued_bytes)" in second.recv(1000)
+        return False
+
+    with socket.create_connection(("127.0.0.1", strict.ports[1]), 30) as first:
+        first.sendall(body)
+        assert eventually(is_refused)
+        with connect(strict.websocket, proxy=None) as link:
+            link.socket.sendall(frame)
+            with pytest.raises(ConnectionClosed) as raised:
+                link.recv(PATIENCE_SECONDS)
+    assert raised.value.rcvd is not None
+    assert raised.value.rcvd.code == 1013
+    assert "(max_queued_bytes)" in raised.value.rcvd.reason
+    assert eventually(lambda: not is_refused())
 
 
 def test_a_response_that_is_not_read_is_given_up(strict: Server) -> None:

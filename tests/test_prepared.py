@@ -105,15 +105,14 @@ def leave_it_half_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        flip_a_bit,
-        cut,
-        fill_with_zeros,
-        swap_the_towers,
         swap_words,
         put_a_link_there,
-        remove_a_file,
         garble_the_manifest,
         leave_it_half_written,
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (flip_a_bit, cut, fill_with_zeros, swap_the_towers, remove_a_file)
+        ),
     ],
 )
 def test_what_is_damaged_is_made_again(damage: Callable[[Path], None]) -> None:
@@ -125,7 +124,9 @@ def test_what_is_damaged_is_made_again(damage: Callable[[Path], None]) -> None:
     assert found == intact
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, shutil.rmtree])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, pytest.param(shutil.rmtree, marks=pytest.mark.slow)]
+)
 def test_what_is_damaged_while_a_tower_is_unloaded_is_made_again(
     damage: Callable[[Path], None],
 ) -> None:

@@ -68,13 +68,18 @@ class ConnectionBounds:
 
 
 class Connections:
-    """Counts the open connections of all ports, by the addresses of their clients.
+    """Counts the open connections of all ports, by the addresses of their clients, and what they
+    are receiving.
 
     counts: those of other gateways are added to.
+    max_received_bytes: of HTTP bodies and WebSocket messages whose end has not come yet.
     """
 
-    def __init__(self, bounds: ConnectionBounds, counts: SharedCounts) -> None:
+    def __init__(
+        self, bounds: ConnectionBounds, counts: SharedCounts, max_received_bytes: int = 1 << 30
+    ) -> None:
         self.bounds, self.counts = bounds, counts
+        self._most_received, self._received = max_received_bytes, 0
 
     def add(self, address: str) -> RequestError | None:
         """Counts a connection. Returns why it is one too many; None: it is not."""
@@ -89,6 +94,19 @@ class Connections:
     def remove(self, address: str) -> None:
         """Counts a connection as closed."""
         self._count(address, -1)
+
+    def receive(self, count: int, of_connection: int) -> RequestError | None:
+        """Counts bytes of a request whose end has not come yet, or, below 0, of one that has ended.
+        Returns why they are too many; None: they are not.
+
+        of_connection: all of that request. One that is larger than the bound is taken by an idle
+            server.
+        """
+        self._received += count
+        if count <= 0 or self._received <= self._most_received or self._received == of_connection:
+            return None
+        most = f"{self._most_received / 2**20:,.0f} MiB of requests that have not come whole"
+        return _too_many(f"{most} (max_queued_bytes)", "RESOURCE_EXHAUSTED")
 
     def _count(self, address: str, number: int) -> str:
         """Adds a number of connections of an address. Returns the name of their number."""
@@ -135,6 +153,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         # What came since the last part of a body, or the end of a request.
         self._head_bytes = 0
         self._field_bytes = self._body_bytes = 0
+        # Of a body whose end has not come yet.
+        self._held_bytes = 0
         self._too_old = float("inf")
         self._lost: asyncio.Future[None] = self.loop.create_future()
 
@@ -151,6 +171,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._lost.set_result(None)
         self._expect_nothing()
         self._expect_no_reading()
+        self._hold(0)
         self._all.remove(self._address)
         super().connection_lost(exc)
 
@@ -195,12 +216,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
         self._body_bytes += len(body)
+        if refusal := self._hold(self._held_bytes + len(body)):
+            self._refuse(status_of(refusal.code), refusal)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         self._expect_nothing()
+        self._hold(0)
         super().on_message_complete()
+
+    def _hold(self, count: int) -> RequestError | None:
+        """Counts bytes of a body whose end has not come yet. Returns why they are too many."""
+        more, self._held_bytes = count - self._held_bytes, count
+        return self._all.receive(more, count)
 
     def pause_writing(self) -> None:
         super().pause_writing()

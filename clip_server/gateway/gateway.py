@@ -59,7 +59,8 @@ class ClipGateway(BaseServer, BaseGateway):
     """Serves clip.v1 on every protocol and port that the flow names.
 
     max_request_bytes: of one message or HTTP body.
-    max_queued_bytes: of requests in flight; beyond it, more are refused.
+    max_queued_bytes: of requests in flight, and of those being received; beyond it, more are
+        refused.
     auth_file: of the keys that callers need, in place of CLIP_AUTH_FILE.
     public_metrics: whether `/metrics` needs no key.
     page: whether browsers get a page at `/` of the HTTP port.
@@ -110,7 +111,7 @@ class ClipGateway(BaseServer, BaseGateway):
             grpc.Compression[args.compression or "NoCompression"],
             _tls(args, ssl_ca_certs),
             Access(open_keyring(auth_file), public_metrics, self._counts),
-            Connections(bounds, self._counts),
+            Connections(bounds, self._counts, max_queued_bytes),
             page,
             self._group.size,
         )

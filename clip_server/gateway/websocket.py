@@ -173,6 +173,8 @@ class _CountedConnection(ServerConnection):
         self._timer: asyncio.TimerHandle | None = None
         # Bytes since the last look, and the fragments of a message that has more.
         self._received = self._fragments = 0
+        # Of a message whose end has not come yet: its fragments, and all of it.
+        self._fragment_bytes = self._held_bytes = 0
 
     def _refuse_observed(self, status: HTTPStatus | int, text: str) -> Response:
         """The response to a handshake that is refused, with an id."""
@@ -195,14 +197,23 @@ class _CountedConnection(ServerConnection):
         self._received += len(data)
         if self.state is not State.OPEN:
             return
-        if not self._fragments and not self.protocol.reader.buffer:
+        refusal = self._hold(self._fragment_bytes + len(self.protocol.reader.buffer))
+        if refusal:
+            self._give_up(CloseCode.TRY_AGAIN_LATER, str(refusal)[:_LONGEST_REASON])
+        elif not self._fragments and not self.protocol.reader.buffer:
             self._expect_nothing()
         elif self._timer is None:
             self._expect_message()
 
+    def _hold(self, count: int) -> RequestError | None:
+        """Counts bytes of a message whose end has not come yet. Returns why they are too many."""
+        more, self._held_bytes = count - self._held_bytes, count
+        return self._all.receive(more, count)
+
     def process_event(self, event: Event) -> None:
         if isinstance(event, Frame) and event.opcode not in CTRL_OPCODES:
             self._fragments = 0 if event.fin else self._fragments + 1
+            self._fragment_bytes = 0 if event.fin else self._fragment_bytes + len(event.data)
         if self._fragments >= _MOST_FRAGMENTS and self.state is State.OPEN:
             reason = f"the message has more than {_MOST_FRAGMENTS:,} fragments"
             self._give_up(CloseCode.MESSAGE_TOO_BIG, reason)
@@ -246,6 +257,7 @@ class _CountedConnection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         del self.protocol.reject  # which refers to this object
         self._expect_nothing()
+        self._hold(0)
         self._all.remove(self._address)
         super().connection_lost(exc)
 
