@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -269,6 +271,22 @@ def test_no_other_server_shares_the_ports(start: Start) -> None:
     assert "2 gateways share these ports" in server.output()
     assert_refused(server, start(spec, wait=False))
     server.stop()
+
+
+@pytest.mark.slow
+def test_all_accept_requests_while_one_gets_them(start: Start) -> None:
+    """Also when they are told to end: a client that connects anew may be dealt to any."""
+    spec = flow(module=SLOW_EXECUTOR)
+    spec["with"] |= {"gateways": 2, "grace_seconds": 120}
+    server = start(spec)
+    with Client(server.websocket) as client:  # by one connection, to one of them
+        client.encode(["a cat"])
+        server.process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        while time.monotonic() < told + 1:
+            client.encode(["a cat"])
+        assert len(gateways(server)) == 2
+    assert server.process.wait(PATIENCE_SECONDS) == 0
 
 
 def assert_refused(server: Server, other: Server) -> None:

@@ -129,7 +129,7 @@ class ClipGateway(BaseServer, BaseGateway):
         self._siblings = metrics.siblings
         await self._siblings.serve()
         observer = Observer(metrics, {*PATHS, *topology.endpoints()}, self.tracer)
-        self._lifecycle = Lifecycle(topology.can_answer)
+        self._lifecycle = Lifecycle(topology.can_answer, self._group.last_request(self._number))
         jina = JinaRequestHandler(
             self._request_handler,
             topology,

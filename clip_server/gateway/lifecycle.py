@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from clip_server.errors import RequestError
+from clip_server.launch.gateway_group import SharedTime
 
 # A request is as good as begun when its client decides to send it. So the gateway goes on taking
 # requests when it is told to end: until none came for so long, and at most for this long, or this
@@ -20,12 +21,12 @@ class Lifecycle:
     """Counts the requests in flight, and refuses new ones once it is draining.
 
     can_answer: whether an encoder answers.
+    last_request: when one came to any gateway.
     """
 
-    def __init__(self, can_answer: Callable[[], bool]) -> None:
-        self._can_answer = can_answer
+    def __init__(self, can_answer: Callable[[], bool], last_request: SharedTime) -> None:
+        self._can_answer, self._last_request = can_answer, last_request
         self._in_flight = 0
-        self._last_request = 0.0
         self.is_draining = False
         self._refuses = False
 
@@ -55,7 +56,7 @@ class Lifecycle:
         if refusal := self.refusal():
             raise refusal
         self._in_flight += 1
-        self._last_request = time.monotonic()
+        self._last_request.note()
         try:
             yield
         finally:
@@ -68,7 +69,7 @@ class Lifecycle:
         accepting = min(_ACCEPTING_SECONDS, _ACCEPTING_SHARE * seconds)
         while (now := time.monotonic()) < started + seconds:
             self._refuses = now > started + accepting
-            is_quiet = now > max(started, self._last_request) + _QUIET_SECONDS
+            is_quiet = now > max(started, self._last_request.latest()) + _QUIET_SECONDS
             if not self._in_flight and (is_quiet or self._refuses):
                 break
             await asyncio.sleep(_LOOK_SECONDS)

@@ -9,6 +9,7 @@ could hold when it is killed.
 from __future__ import annotations
 
 import mmap
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ SIZE_CLASSES = 16
 _CELL_BYTES = 8
 # Cells of the sketch of names, in each of its two halves.
 _WIDTH = 1 << 16
+_NAMES = 2 * _WIDTH
 # Of the work on one executor: texts and images of each class, and the items of all of them.
 _ITEMS = 2 * SIZE_CLASSES
 _WORK_CELLS = _ITEMS + 1
@@ -97,6 +99,24 @@ class WorkInFlight:
         return texts, images
 
 
+class SharedTime:
+    """When something last happened in any gateway.
+
+    rows: a cell of each gateway, that of this one first.
+    """
+
+    def __init__(self, rows: Sequence[memoryview]) -> None:
+        self._own, self._rows = rows[0], rows
+
+    def note(self) -> None:
+        """Notes that it happens in this gateway."""
+        self._own[0] = time.monotonic_ns()
+
+    def latest(self) -> float:
+        """In seconds of `time.monotonic`; 0: never."""
+        return max(row[0] for row in self._rows) / 1e9
+
+
 class GatewayGroup:
     """What the gateways of a server share.
 
@@ -107,7 +127,7 @@ class GatewayGroup:
 
     def __init__(self, size: int, executors: int, folder: Path | None = None) -> None:
         self.size, self.folder = size, folder
-        cells = 2 * _WIDTH + executors * _WORK_CELLS
+        cells = _NAMES + 1 + executors * _WORK_CELLS
         # Only the pages in use take memory.
         memory = memoryview(mmap.mmap(-1, size * cells * _CELL_BYTES)).cast("q")
         self._rows = [memory[cells * number : cells * (number + 1)] for number in range(size)]
@@ -117,9 +137,13 @@ class GatewayGroup:
         own, *others = self._own_first(number)
         return SharedCounts(own, others)
 
+    def last_request(self, number: int) -> SharedTime:
+        """When the last request came, for the gateway of a number."""
+        return SharedTime([row[_NAMES : _NAMES + 1] for row in self._own_first(number)])
+
     def work(self, number: int, executor: int) -> WorkInFlight:
         """The work in flight on an executor, for the gateway of a number."""
-        start = 2 * _WIDTH + executor * _WORK_CELLS
+        start = _NAMES + 1 + executor * _WORK_CELLS
         return WorkInFlight([row[start : start + _WORK_CELLS] for row in self._own_first(number)])
 
     def forget(self, number: int) -> None:
