@@ -32,8 +32,8 @@ _MOST_HEAD_BYTES = 64 << 10
 SLOWEST_BODY = 16 << 10
 # A connection beyond the limit has this long to send a request, and learn why it is closed.
 _BEYOND_LIMIT_SECONDS = 1.0
-# The name of their number.
-_ALL = "connections"
+# The names of their number, and of that of the bytes that they are receiving.
+_ALL, _RECEIVED = "connections", "bytes being received"
 # When the client of one may try again.
 _RETRY_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
@@ -79,7 +79,7 @@ class Connections:
         self, bounds: ConnectionBounds, counts: SharedCounts, max_received_bytes: int = 1 << 30
     ) -> None:
         self.bounds, self.counts = bounds, counts
-        self._most_received, self._received = max_received_bytes, 0
+        self._most_received = max_received_bytes
 
     def add(self, address: str) -> RequestError | None:
         """Counts a connection. Returns why it is one too many; None: it is not."""
@@ -102,8 +102,9 @@ class Connections:
         of_connection: all of that request. One that is larger than the bound is taken by an idle
             server.
         """
-        self._received += count
-        if count <= 0 or self._received <= self._most_received or self._received == of_connection:
+        self.counts.add(_RECEIVED, count)
+        received = self.counts.total(_RECEIVED)
+        if count <= 0 or received <= self._most_received or received == of_connection:
             return None
         most = f"{self._most_received / 2**20:,.0f} MiB of requests that have not come whole"
         return _too_many(f"{most} (max_queued_bytes)", "RESOURCE_EXHAUSTED")
