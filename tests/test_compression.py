@@ -110,11 +110,11 @@ def test_other_apis_and_protobuf_take_compressed_bodies(http: Http) -> None:
     ("path", "content_type", "body", "says"),
     [
         ("/encode", "application/json", b'{"data": [' + b"[]," * 10**6 + b"1]}", "brackets"),
-        ("/encode", "application/json", b'{"data": [' + b"1," * 4_000_001 + b"1]}", "commas"),
+        ("/encode", "application/json", b'{"data": [' + b'"",' * 2_000_001 + b"1]}", "quotation"),
         ("/v1/embeddings", "", b'{"input": [' + b'"a",' * 200_000 + b'"a"]}', "200,001 items"),
-        ("/encode", "application/x-protobuf", b"\x0a\0" * 600_000, "500,000 fields"),
-        ("/rank", "application/x-protobuf", b"\x12\0" * 600_000, "500,000 fields"),
-        ("/", "application/x-protobuf", b"\x0a\0" * 600_000, "500,000 fields"),
+        ("/encode", "application/x-protobuf", b"\x0a\0" * 1_100_000, "1,000,000 fields"),
+        ("/rank", "application/x-protobuf", b"\x12\0" * 1_100_000, "1,000,000 fields"),
+        ("/", "application/x-protobuf", b"\x0a\0" * 1_100_000, "1,000,000 fields"),
         ("/encode", "application/x-protobuf", b"\x0a\0" * 200_000, "200,000 items"),
     ],
 )
@@ -129,19 +129,19 @@ def test_bodies_of_too_many_parts(
 
 
 def test_messages_of_too_many_parts(onnx_server: Server) -> None:
-    message = b"\x0a\0" * 600_000
+    message = b"\x0a\0" * 1_100_000
     with onnx_server.channel() as channel:
         for method in ("clip.v1.Clip/Encode", "jina.JinaSingleDataRequestRPC/process_single_data"):
             call = channel.unary_unary(f"/{method}").future(message, timeout=PATIENCE_SECONDS)
             assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert "500,000 fields" in call.details()
+            assert "1,000,000 fields" in call.details()
         stream = channel.stream_stream("/clip.v1.Clip/Stream")
         (answer,) = stream(iter([message]), timeout=PATIENCE_SECONDS)
     with connect(onnx_server.websocket, proxy=None) as link:
         link.send(message)
         for each in (answer, link.recv(PATIENCE_SECONDS)):
             (response,) = pb.Responses.FromString(each).responses
-            assert "500,000 fields" in response.error.message
+            assert "1,000,000 fields" in response.error.message
 
 
 @pytest.mark.parametrize(

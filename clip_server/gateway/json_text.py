@@ -15,9 +15,13 @@ from clip_server.errors import RequestError
 
 # Digits of integers that every JSON reader takes.
 _MOST_DIGITS = 18
-# Arrays and objects in a body, and values in them. Each takes some 60 bytes and 0.1 us to read, in
-# which nothing else is answered.
-_MOST_CONTAINERS, _MOST_VALUES = 1_000_000, 4_000_000
+# The most arrays and objects, strings and numbers in a body, by the characters that each of them
+# has. Each takes some 60 bytes and 0.1 us to read, in which nothing else is answered.
+_MOST_CHARACTERS = {
+    "brackets and braces": (b"[{", 1_000_000),
+    "quotation marks": (b'"', 4_000_000),
+    "commas": (b",", 16_000_000),
+}
 # How deep arrays and objects may lie in one another in what comes back to the client.
 MOST_NESTED = 100
 
@@ -67,18 +71,12 @@ def is_nested(value: Any, most: int = MOST_NESTED) -> bool:
 
 def _refuse_many_values(body: bytes) -> None:
     # Those in strings count as well: to tell them apart takes as long as to read the body.
-    if len(body) <= _MOST_CONTAINERS:
-        return
-    if body.count(b"[") + body.count(b"{") > _MOST_CONTAINERS:
-        raise RequestError(
-            f"the body has more than {_MOST_CONTAINERS:,} brackets and braces, the most the server "
-            "reads: send fewer items in one"
-        )
-    if body.count(b",") > _MOST_VALUES:
-        raise RequestError(
-            f"the body has more than {_MOST_VALUES:,} commas, the most the server reads: send "
-            "fewer items in one"
-        )
+    for name, (characters, most) in _MOST_CHARACTERS.items():
+        if len(body) > most and sum(body.count(each) for each in characters) > most:
+            raise RequestError(
+                f"the body has more than {most:,} {name}, the most the server reads: send fewer "
+                "items in one"
+            )
 
 
 def _finite(number: str) -> float | None:

@@ -13,7 +13,7 @@ from clip_server.errors import RequestError
 
 # Shorter messages are not counted: they cannot hold very many.
 _SHORT_BYTES = 1 << 20
-_MOST_FIELDS = 500_000
+_MOST_FIELDS = 1_000_000
 _MOST_VARINT_BYTES = 10
 # Types on the wire, and the bytes of those of a fixed size; groups have their fields in between.
 _VARINT, _LENGTH_DELIMITED = 0, 2
