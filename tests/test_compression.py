@@ -128,6 +128,7 @@ def test_bodies_of_too_many_parts(
     assert says in answer.text
 
 
+@pytest.mark.slow
 def test_messages_of_too_many_parts(onnx_server: Server) -> None:
     message = b"\x0a\0" * 1_100_000
     with onnx_server.channel() as channel:
