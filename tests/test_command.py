@@ -286,6 +286,17 @@ def test_an_unusual_server_serves_at_the_addresses_that_it_prints(unusual: Serve
     assert "Traceback" not in unusual.output()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there")
+def test_the_command_keeps_no_pages_that_it_only_read_to_start(onnx_server: Server) -> None:
+    def mapped(process: psutil.Process) -> int:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0])
+
+    command = psutil.Process(onnx_server.process.pid)
+    most = max(map(mapped, command.children(recursive=True)))
+    assert eventually(lambda: mapped(command) < most / 2)
+
+
 def test_the_banner(onnx_server: Server) -> None:
     output = onnx_server.output()
     assert re.search(r"ready in \d+\.\d s", output)

@@ -195,15 +195,24 @@ def test_graphs_of_others_are_prepared_like_a_checkpoint(
     assert len([each for each in prepared.folder().iterdir() if each.is_dir()]) == 1
 
 
-def tables() -> dict[str, int]:
-    """The tables in this process that are loaded row by row, by address: their resident KiB."""
+def tables(item_bytes: int = 4) -> dict[str, int]:
+    """The tables of token embeddings in this process that are loaded row by row, by address: their
+    resident KiB. item_bytes: of their numbers."""
     smaps = Path("/proc/self/smaps")
     content = smaps.read_text("utf-8") if smaps.exists() else ""
     found = {}
     for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", content, flags=re.MULTILINE):
-        if re.search(r"^VmFlags:.* nh\b", mapping, re.MULTILINE):
+        # Not in huge pages, as the stacks of threads, which have other sizes.
+        size = rf"^Size: +{table_size(item_bytes)} kB"
+        if all(re.search(each, mapping, re.MULTILINE) for each in (size, r"^VmFlags:.* nh\b")):
             found[mapping.split()[0]] = int(mapping.split("Rss:")[1].split()[0])
     return found
+
+
+def table_size(item_bytes: int) -> int:
+    """KiB of the table of SMALL_CLIP."""
+    text = seeded.SMALL_CLIP["text_cfg"]
+    return int(text["vocab_size"] * text["width"] * item_bytes) >> 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tables are mapped")
@@ -217,12 +226,12 @@ def test_of_a_table_of_tokens_only_the_used_rows_are_in_memory(
     def load() -> OnnxRuntime:
         return OnnxRuntime.load("mine", model_path=folder, precision=precision, device="cpu")
 
-    others = tables()
+    item_bytes = 4 if precision == "fp32" else 2
+    others = tables(item_bytes)
     runtime = load()
-    (table,) = tables().keys() - others
-    size = text["vocab_size"] * text["width"] * (4 if precision == "fp32" else 2) >> 10
+    (table,) = tables(item_bytes).keys() - others
     runtime.encode_text(seeded.random_tokens(seeded.SMALL_CLIP, 8, 20))
-    assert 0 < tables()[table] < size / 10
+    assert 0 < tables(item_bytes)[table] < table_size(item_bytes) / 10
 
     # Texts with every token, from several threads, each token in two of them.
     start, end = text["vocab_size"] - 2, text["vocab_size"] - 1
@@ -384,6 +393,16 @@ def test_preparing_that_is_killed_names_the_memory_that_it_needs(
             "weights.read(zoo.checkpoint('embedded'))",
             r"safetensors cannot be mapped: its 16 MiB do not fit into .* \(ulimit -v\)",
         ),
+        (
+            8,
+            "onnx_towers.Sessions('cpu', 1)",
+            r"ONNX Runtime does not fit into the memory that this process may use: .*ulimit -v",
+        ),
+        (
+            8,
+            "raise SystemExit(main(['onnx-flow.yml', '--port', '0']))",
+            r"the server does not fit into the memory that it may use: .*ulimit -v",
+        ),
     ],
 )
 def test_a_limit_that_is_too_small_is_an_error_before_the_model_is_loaded(
@@ -392,6 +411,7 @@ def test_a_limit_that_is_too_small_is_an_error_before_the_model_is_loaded(
     program = (
         "import resource\n"
         "from pathlib import Path\n"
+        "from clip_server.__main__ import main\n"
         "from clip_server.models import weights, zoo\n"
         "from clip_server.runtimes import onnx_towers\n"
         "from clip_server.runtimes.onnx import OnnxRuntime\n"

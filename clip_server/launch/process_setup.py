@@ -9,6 +9,7 @@ import gc
 import io
 import mmap
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _MAX_ARENAS = 2
+_MADV_DONTNEED = 4  # sys/mman.h of Linux
+# The beginning of a mapping in /proc/self/smaps.
+_MAPPING = re.compile(r"^(?=[0-9a-f]+-[0-9a-f]+ )", re.MULTILINE)
 # Blocks of this size and more are returned when they are freed, and free memory at the end of a
 # heap when it is larger than that.
 _LARGE_BLOCK, _LARGE_END = 1 << 20, 8 << 20
@@ -111,6 +115,24 @@ def return_freed_memory() -> None:
     """Returns freed memory to the system at once, after much of it was freed (glibc only)."""
     if _can_trim():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def unmap_read_pages() -> None:
+    """Unmaps the pages of files that this process has only read, such as those of libraries, which
+    imports read for the most part; a page that is needed again is mapped again (Linux only).
+
+    Call it where few of them are.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for mapping in _MAPPING.split(Path("/proc/self/smaps").read_text("utf-8"))[1:]:
+        addresses, rights, _, _, inode = mapping.split(maxsplit=5)[:5]
+        # What has been written to, as when it was relocated, is anonymous and would be lost.
+        is_read = "w" not in rights and re.search(r"^Anonymous: +0 kB", mapping, re.MULTILINE)
+        if inode != "0" and is_read:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def raise_descriptor_limit() -> None:

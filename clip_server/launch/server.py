@@ -24,6 +24,7 @@ from clip_server.gateway.replicas import ReplicaPool, replica_pools
 from clip_server.launch import gateway_group, heartbeats, jina_internals, ports
 from clip_server.launch.flow import addresses, needs_key
 from clip_server.launch.flow_gateway import ALL_INTERFACES
+from clip_server.launch.process_setup import unmap_read_pages
 from clip_server.launch.start_failures import StartFailures
 from clip_server.launch.supervision import Supervision, Supervisor, cause_of_death, end
 
@@ -151,6 +152,7 @@ def _serve(spec: dict[str, Any], supervision: Supervision, started: float) -> in
     supervisor = Supervisor(jina_internals.flow_processes(flow), supervision)
     try:
         _print_banner(spec, flow, supervision.gateways, time.perf_counter() - started)
+        unmap_read_pages()  # it only supervises from now on
         status = supervisor.watch(stop.wait, failures)
         logs.announce("shutting down: draining in-flight requests", file=sys.stdout)
     finally:
