@@ -16,9 +16,6 @@ _SELECTING = {
     *("Cast", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze"),
     *("Transpose", "Unsqueeze"),
 }
-# Operators that read rows of a table: the places of the table and of the row numbers among their
-# inputs. The second is what onnxruntime makes of BERT's embeddings.
-_LOOKUPS = {"Gather": (0, 1), "EmbedLayerNormalization": (2, 0)}
 
 
 @dataclass(frozen=True)
@@ -51,17 +48,17 @@ def find(path: Path) -> list[Lookup]:
     for node in graph.node:
         if node.op_type in _SELECTING and (source := sources.get(node.input[0])):
             sources.update(dict.fromkeys(node.output, source))
-        table, indices = _looked_up(node)
         for place, name in enumerate(node.input):
-            source = sources.get(node.input[indices]) if place == table else None
+            is_table = place == 0 and _reads_rows(node)
+            source = sources.get(node.input[1]) if is_table else None
             read_by.setdefault(name, set()).add(source)
     return [*_stored(graph, read_by, path.parent)]
 
 
-def _looked_up(node: onnx.NodeProto) -> tuple[int, int]:
-    """The places of the table and of the row numbers among a node's inputs; (-1, -1): none."""
+def _reads_rows(node: onnx.NodeProto) -> bool:
+    """Whether a node reads rows of its first input, at the numbers in its second."""
     axis = next((each.i for each in node.attribute if each.name == "axis"), 0)
-    return _LOOKUPS.get(node.op_type, (-1, -1)) if axis == 0 else (-1, -1)
+    return node.op_type == "Gather" and axis == 0
 
 
 def _stored(
