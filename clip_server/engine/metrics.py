@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from clip_server.models.converted import TOWERS
-from clip_server.rpc.metrics import Count, Counter, Histogram
+from clip_server.rpc.metrics import SECONDS
 
 if TYPE_CHECKING:
     from clip_server.engine.engine import Engine, Item
@@ -36,10 +36,10 @@ class Metrics:
         items = Counter(
             "clip_items",
             "Texts and images of admitted requests: computed, cached, deduplicated or failed",
-            self.registry,
             ["modality"],
+            registry=self.registry,
         )
-        self._texts, self._images = items.of("text"), items.of("image")
+        self._texts, self._images = items.labels("text"), items.labels("image")
         self.failed_items = self._counter("failed_items", "Items that could not be encoded")
         self.deduplicated_items = self._counter(
             "deduplicated_items", "Items that were already in flight, and not computed again"
@@ -56,24 +56,31 @@ class Metrics:
             "clip_preprocess_duration_seconds",
             "Time from the arrival of a request at the replica until its last item was tokenized "
             "or decoded, waiting for a thread included",
-            self.registry,
-        ).of()
+            registry=self.registry,
+            buckets=SECONDS,
+        )
         self.queue_seconds = Histogram(
             "clip_queue_duration_seconds",
             "Time from the end of a request's preprocessing until its last item went to the device",
-            self.registry,
-        ).of()
+            registry=self.registry,
+            buckets=SECONDS,
+        )
         inference = Histogram(
             "clip_inference_duration_seconds",
             "Time that the model took for a batch",
-            self.registry,
             ["modality"],
+            registry=self.registry,
+            buckets=SECONDS,
         )
         batch_size = Histogram(
-            "clip_batch_size", "Items of a batch", self.registry, ["modality"], _BATCH_SIZES
+            "clip_batch_size",
+            "Items of a batch",
+            ["modality"],
+            registry=self.registry,
+            buckets=_BATCH_SIZES,
         )
-        self._inference = {image: inference.of(_modality(image)) for image in (True, False)}
-        self._batch_size = {image: batch_size.of(_modality(image)) for image in (True, False)}
+        self._inference = {image: inference.labels(_modality(image)) for image in (True, False)}
+        self._batch_size = {image: batch_size.labels(_modality(image)) for image in (True, False)}
 
     def set_build_info(self, version: str, fingerprint: str) -> None:
         """Exports what runs. fingerprint: of the model's weights."""
@@ -99,8 +106,9 @@ class Metrics:
             "deduplicated_items": self.deduplicated_items,
             "failed_items": self.failed_items,
         }
+        values = {name: each.collect() for name, each in counters.items()}
         return {
-            **{name: each.value for name, each in counters.items()},
+            **{name: next(iter(value)).samples[0].value for name, value in values.items()},
             "cache_hits": self._engine.cache.hits,
             "queued_items": self._engine.queued_items,
         }
@@ -108,14 +116,14 @@ class Metrics:
     def count_items(self, items: Sequence[Item]) -> None:
         """Counts the items of an admitted request; invalid ones fail, and are no text or image."""
         texts = sum(isinstance(item, str) for item in items)
-        self._texts.inc(texts)
+        _add(self._texts, texts)
         if texts < len(items):
-            self._images.inc(sum(isinstance(item, bytes) for item in items))
+            _add(self._images, sum(isinstance(item, bytes) for item in items))
 
     def count_flaws(self, failed_items: int, truncated_texts: int) -> None:
         """Counts the items of a request that failed, and its texts that were truncated."""
-        self.failed_items.inc(failed_items)
-        self.truncated_texts.inc(truncated_texts)
+        _add(self.failed_items, failed_items)
+        _add(self.truncated_texts, truncated_texts)
 
     def observe_batch(self, size: int, *, is_image: bool) -> None:
         """Takes a batch that goes to the device into account."""
@@ -126,8 +134,8 @@ class Metrics:
         (self.images if is_image else self.texts).inc(size)
         self._inference[is_image].observe(seconds)
 
-    def _counter(self, name: str, documentation: str) -> Count:
-        return Counter(f"clip_{name}", documentation, self.registry).of()
+    def _counter(self, name: str, documentation: str) -> Counter:
+        return Counter(f"clip_{name}", documentation, registry=self.registry)
 
 
 class _State(Collector):
@@ -169,6 +177,12 @@ class _State(Collector):
         yield CounterMetricFamily("clip_cache_hits", "Items found in the cache", cache.hits)
         yield CounterMetricFamily("clip_cache_misses", "Items not found in the cache", cache.misses)
         yield GaugeMetricFamily("clip_cache_bytes", "Size of the cache", cache.bytes)
+
+
+def _add(counter: Counter, count: int) -> None:
+    """Increases a counter. Adding 0, which is common, would cost as much as any number."""
+    if count:
+        counter.inc(count)
 
 
 def _modality(is_image: bool) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf import json_format
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
 from clip_client.proto import clip_pb2 as pb
 from clip_client.tags import tags_to_dict
@@ -21,7 +21,7 @@ from clip_server import __version__
 from clip_server.errors import ConfigurationError, RequestError
 from clip_server.rpc.errors import FAILED, check_count, error_response
 from clip_server.rpc.items import content_id, read_embeddings
-from clip_server.rpc.metrics import Counter, to_text
+from clip_server.rpc.metrics import to_text
 from clip_server.search import filters, open_store
 from clip_server.search.fingerprint import Fingerprint
 from clip_server.search.relevance import Background
@@ -67,14 +67,14 @@ class SearchService:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._rows_indexed = Counter(
-            "clip_rows_indexed", "Rows stored in the collection", self._registry
-        ).of()
+            "clip_rows_indexed", "Rows stored in the collection", registry=self._registry
+        )
         self._rows_deleted = Counter(
-            "clip_rows_deleted", "Rows deleted from the collection", self._registry
-        ).of()
+            "clip_rows_deleted", "Rows deleted from the collection", registry=self._registry
+        )
         self._searches = Counter(
-            "clip_searches", "Queries answered from the collection", self._registry
-        ).of()
+            "clip_searches", "Queries answered from the collection", registry=self._registry
+        )
         self._rows = Gauge(
             "clip_collection_rows", "Rows in the collection", registry=self._registry
         )
