@@ -12,8 +12,10 @@ import pytest
 
 from clip_client.envelope import MESSAGE_BYTES, serialize_messages
 from clip_client.proto import clip_pb2 as pb
+from clip_client.transports.multiplex import Multiplexer
 from clip_server.engine.service import Service
 from clip_server.errors import RequestError
+from clip_server.gateway.replicas import ReplicaPool
 from clip_server.launch.process_setup import return_freed_memory
 from clip_server.rpc.multiplexing import StreamServer
 
@@ -148,3 +150,47 @@ def test_images_in_flight_are_in_memory_once() -> None:
 def anonymous_bytes() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_request_is_released_once_no_other_replica_may_answer_it(
+    replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images are then in memory in the encoder alone."""
+
+    class SilentLink:
+        def __init__(self) -> None:
+            self.written = asyncio.Event()
+
+        async def write(self, _: bytes) -> None:
+            self.written.set()
+
+        async def read(self) -> pb.Responses:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None: ...
+
+    async def references_while_it_is_in_flight() -> int:
+        link = SilentLink()
+
+        async def open_link() -> SilentLink:
+            return link
+
+        monkeypatch.setattr(
+            "clip_server.gateway.replicas.open_transport", lambda *_: Multiplexer(open_link)
+        )
+        pool = ReplicaPool("clip", [f"127.0.0.1:{port}" for port in range(1, 1 + replicas)], None)
+        request = pb.Request(encode=pb.EncodeRequest(items=[pb.Item(text="a cat")]))
+        before = sys.getrefcount(request)
+        sending = asyncio.create_task(pool.send(request))
+        await link.written.wait()
+        await asyncio.sleep(0)
+        kept = sys.getrefcount(request) - before
+        sending.cancel()
+        await asyncio.wait([sending])
+        await pool.close()
+        return kept
+
+    kept = asyncio.run(references_while_it_is_in_flight())
+    assert (kept == 0) is (replicas == 1)
