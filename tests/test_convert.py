@@ -178,7 +178,8 @@ def test_without_onnx_it_says_what_to_install(tmp_path: Path) -> None:
     done = convert_without("onnx", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "clip_server.convert: the onnx package is not installed: pip install 'clip-microservice[onnx]' "
+        "clip_server.convert: the onnx package is not installed: "
+        "pip install 'clip-microservice[onnx]' "
         "(in a checkout: pip install ./clip_client '.[onnx]')\n"
     )
 
