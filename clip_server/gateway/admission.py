@@ -32,6 +32,9 @@ _LOADED_SECONDS = 0.1
 # long as there is some work in flight.
 _GAIN = {True: 1.0, False: 0.5}
 _LARGEST_CLASS = SIZE_CLASSES - 1
+# A request may wait for so many times as long as it takes to compute: a client that has a few large
+# ones in flight keeps the model busy, and none of them has to come again.
+_LARGE_WAITS = 3
 # The least time after which a refused request may come again.
 _LEAST_RETRY_SECONDS = 0.5
 
@@ -86,12 +89,12 @@ class Backlog:
                 self._add(work.size_class, -work.texts, -work.images)
 
     def refuse_if_late(self, work: Work) -> None:
-        """Raises RequestError if a request would wait for longer than `max_wait` and than it takes
-        to compute: a large one waits its turn among others like it."""
+        """Raises RequestError if a request would wait for longer than `max_wait` and than a few of
+        its size take to compute: a large one waits its turn among others like it."""
         if not self._max_wait:
             return
         wait = self._expected_wait(work.size_class)
-        allowed = max(self._max_wait, self._rate.seconds(work))
+        allowed = max(self._max_wait, _LARGE_WAITS * self._rate.seconds(work))
         if wait > allowed:
             raise _refusal(
                 f"this request would wait for {wait:.1f} s, and at most {allowed:.3g} s are "
