@@ -69,9 +69,9 @@ class BaseCLIPEncoder(ClipExecutor):
         given = self._named(by_place, self.own_arguments(arguments))
         try:
             self.parameters = self.read_parameters(given)
-            if self.is_served and self._runtime_spec().has_arena:
-                return_large_blocks()
             runtime = self.build_runtime(self.parameters, self._threads())
+            if self.is_served and runtime.precision in self._runtime_spec().arena_precisions:
+                return_large_blocks()
             self.engine = self._engine(runtime)
         except ConfigurationError as error:
             if not self.is_served:

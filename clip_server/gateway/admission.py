@@ -27,10 +27,9 @@ _TRIAL_ITEMS = 16, 4
 # A replica that has less to do may be waiting for requests even if some are queued, so it is at
 # least as fast as it seems.
 _LOADED_SECONDS = 0.1
-# The share of a new measurement in the estimate, by whether the replicas are slower than expected:
-# what is admitted too much waits for too long, and what is admitted too little loses nothing, as
-# long as there is some work in flight.
-_GAIN = {True: 1.0, False: 0.5}
+# The rate is an average over about this many of the last seconds of work: batches end in bursts,
+# and over less, what has not ended yet would seem slow.
+_MEMORY_SECONDS = 2.0
 _LARGEST_CLASS = SIZE_CLASSES - 1
 # A request may wait for so many times as long as it takes to compute: a client that has a few large
 # ones in flight keeps the model busy, and none of them has to come again.
@@ -248,6 +247,7 @@ class _Rate:
 
     def __init__(self) -> None:
         self._text = self._image = 0.0  # until they are known
+        self._measured = 0.0  # seconds of work, of which the last count most
 
     def knows(self, work: Work) -> bool:
         """Whether it is known how long work takes."""
@@ -260,6 +260,7 @@ class _Rate:
     def learn(self, done: Work, seconds: float) -> None:
         """Takes the first measurement of texts, of images or of both."""
         each = seconds / sum(done)
+        self._measured = seconds
         self._text, self._image = (
             (done.texts and each) or self._text,
             (done.images and each) or self._image,
@@ -275,7 +276,9 @@ class _Rate:
             return
         # Whichever took more of the time has more of the blame.
         share = done.texts * self._text / expected
-        factor = (elapsed / expected) ** _GAIN[elapsed > expected]
+        kept = self._measured * math.exp(-elapsed / _MEMORY_SECONDS)
+        factor = (kept + elapsed) / (kept + expected)
+        self._measured = kept + elapsed
         self._text *= factor**share
         self._image *= factor ** (1 - share)
 

@@ -56,7 +56,7 @@ class RuntimeSpec:
         whose graphs we build.
     options: parameters of the executor that its `load` takes beyond the common ones.
     preloads: modules whose import takes long, and which a process may import before it forks.
-    has_arena: whether activations come from memory of its own, not from malloc's.
+    arena_precisions: those in which activations come from memory of its own, not from malloc's.
     """
 
     name: str
@@ -72,7 +72,7 @@ class RuntimeSpec:
     serves_exported: bool = False
     options: tuple[str, ...] = ()
     preloads: tuple[str, ...] = ()
-    has_arena: bool = False
+    arena_precisions: tuple[Precision, ...] = ()
 
     @property
     def executor(self) -> str:
@@ -176,7 +176,9 @@ RUNTIMES: tuple[RuntimeSpec, ...] = (
         flow="onnx-flow.yml",
         preloads=("onnxruntime", "clip_server.runtimes.onnx", "clip_server.runtimes.onnx_towers"),
         serves_exported=True,
-        has_arena=True,
+        # In int8, ViT-B/32 takes 46 MiB less under load, and as long. In fp32 it would take 35 MiB
+        # less, and a tenth more of the processor's time for each photo.
+        arena_precisions=("int8",),
     ),
     RuntimeSpec(
         "tensorrt",

@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from clip_server import runtimes
 from clip_server.errors import ConfigurationError
 from clip_server.install import IMPORT_ERRORS, import_failure, install_hint
 from clip_server.runtimes import cuda
@@ -34,6 +35,7 @@ class Sessions:
         self._ort = _onnxruntime()
         self.threads = threads or _cores()
         self.device = _device(self._ort, device)
+        self._has_arena = precision in runtimes.find("onnx").arena_precisions
 
     def open(
         self, model: Path | bytes, origin: str, arrays: Mapping[str, NDArray[Any]] | None = None
@@ -84,6 +86,7 @@ class Sessions:
         options.log_severity_level = _LOG_FATAL
         # Threads that spin while waiting would compete with preprocessing for cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = self._has_arena
         # The plan of a batch's activations would be kept for every shape, and fit few batches: how
         # many rows a text tower computes depends on what the texts share.
         options.enable_mem_pattern = False
@@ -95,9 +98,8 @@ class Sessions:
 
     def _run_options(self) -> Any:
         options = self._ort.RunOptions()
-        if self.device == "cpu":
-            # Activations come from onnxruntime's arena, or malloc would keep what they leave free
-            # between them; after a batch it is empty, and returned.
+        if self._has_arena:
+            # After a batch the arena is empty, and returned.
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
