@@ -31,9 +31,9 @@ _LOADED_SECONDS = 0.1
 # and over less, what has not ended yet would seem slow.
 _MEMORY_SECONDS = 2.0
 _LARGEST_CLASS = SIZE_CLASSES - 1
-# A request may wait for so many times as long as it takes to compute: a client that has a few large
-# ones in flight keeps the model busy, and none of them has to come again.
-_LARGE_WAITS = 3
+# A request may wait for so many others of its size, for up to so many times `max_wait`: a client
+# that has its requests in flight, 8 by default, keeps the model busy, and need not send them again.
+_MOST_AHEAD, _LONGER = 7, 2
 # The least time after which a refused request may come again.
 _LEAST_RETRY_SECONDS = 0.5
 
@@ -88,12 +88,13 @@ class Backlog:
                 self._add(work.size_class, -work.texts, -work.images)
 
     def refuse_if_late(self, work: Work) -> None:
-        """Raises RequestError if a request would wait for longer than `max_wait` and than a few of
-        its size take to compute: a large one waits its turn among others like it."""
+        """Raises RequestError if a request would wait for longer than `max_wait` and than it takes
+        to compute: a large one waits its turn among others like it."""
         if not self._max_wait:
             return
         wait = self._expected_wait(work.size_class)
-        allowed = max(self._max_wait, _LARGE_WAITS * self._rate.seconds(work))
+        seconds = self._rate.seconds(work)
+        allowed = max(self._max_wait, seconds, min(_LONGER * self._max_wait, _MOST_AHEAD * seconds))
         if wait > allowed:
             raise _refusal(
                 f"this request would wait for {wait:.1f} s, and at most {allowed:.3g} s are "
