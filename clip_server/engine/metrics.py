@@ -99,7 +99,7 @@ class Metrics:
         info.labels(**labels).set(1)
 
     def counts(self) -> dict[str, float]:
-        """What became of items: how fast the engine works, what it had for free, and what waits."""
+        """What became of items: how fast the engine works, and what it had for free."""
         counters = {
             "texts": self.texts,
             "images": self.images,
@@ -110,7 +110,6 @@ class Metrics:
         return {
             **{name: next(iter(value)).samples[0].value for name, value in values.items()},
             "cache_hits": self._engine.cache.hits,
-            "queued_items": self._engine.queued_items,
         }
 
     def count_items(self, items: Sequence[Item]) -> None:

@@ -24,12 +24,12 @@ from clip_server.launch.gateway_group import SIZE_CLASSES, WorkInFlight
 _TRIAL_SECONDS, _BUSY_SECONDS = 0.02, 0.25
 # Texts and images in flight on each replica while their rate is tried out: images take longer.
 _TRIAL_ITEMS = 16, 4
-# A replica that has less to do may be waiting for requests even if some are queued, so it is at
-# least as fast as it seems.
-_LOADED_SECONDS = 0.1
+# A replica that computes one batch after the other has at least this much to do. With less it may
+# be waiting for requests, so it is at least as fast as it seems.
+_LOADED_SECONDS = 0.5
 # The rate is an average over about this many of the last seconds of work: batches end in bursts,
 # and over less, what has not ended yet would seem slow.
-_MEMORY_SECONDS = 2.0
+_MEMORY_SECONDS = 1.0
 _LARGEST_CLASS = SIZE_CLASSES - 1
 # A request may wait for so many others of its size, for up to so many times `max_wait`: a client
 # that has its requests in flight, 8 by default, keeps the model busy, and need not send them again.
@@ -119,11 +119,10 @@ class Backlog:
 
     async def _read(self) -> _Reading:
         counts = await self._pool.counts()
-        has_queues = all(each["queued_items"] for each in counts.values())
         return _Reading(
             time.monotonic(),
             counts,
-            has_queues and self._expected_wait() > _LOADED_SECONDS,
+            self._expected_wait() > _LOADED_SECONDS,
             [trial.is_full for trial in self._trials],
         )
 
@@ -171,7 +170,7 @@ class Backlog:
 class _Reading(NamedTuple):
     """The replicas' counts at a time, and how busy they were.
 
-    is_loaded: all of them had more to do than they could.
+    is_loaded: they had enough to do for one batch after the other.
     are_tried: whether further texts, and further images, waited for their rate to be known.
     """
 
