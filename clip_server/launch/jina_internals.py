@@ -316,10 +316,12 @@ def flow_processes(flow: Any) -> dict[str, list[FlowProcess]]:
     gateways, the replicas of each executor, by their names."""
     found = {}
     for name, deployment in flow._deployment_nodes.items():
-        found[name] = [FlowProcess(pod) for pod in _replicas(deployment)]
+        pods = _replicas(deployment)
         if name == "gateway":
-            gateways = [*_replicas(deployment), *getattr(flow, "further_gateways", ())]
-            found[name] = [FlowProcess(pod, number) for number, pod in enumerate(gateways)]
+            pods += getattr(flow, "further_gateways", ())
+            found[name] = [FlowProcess(pod, number) for number, pod in enumerate(pods)]
+        else:
+            found[name] = [FlowProcess(pod) for pod in pods]
         for pod in (deployment.head_pod, deployment.uses_before_pod, deployment.uses_after_pod):
             if pod is not None:
                 found[pod.name] = [FlowProcess(pod)]
